@@ -1,0 +1,164 @@
+"""Checkpoints in fair-esm's layout: reading them safely, and making seeded random ones of the true shapes."""
+
+import argparse
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lengthwise.errors import LengthwiseError
+from lengthwise.model import ESM2, MODELS, ModelConfig
+
+DEMO_SHAPE = MODELS["esm2_t6_8M_UR50D"]
+_RANDOM = "lengthwise_random_seed"  # in the cfg of a checkpoint that `write_random` made
+
+_PREFIXES = ("encoder.sentence_encoder.", "encoder.")
+
+
+def read(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], bool]:
+    """Open a fair-esm ESM-2 checkpoint, memory-mapped; code in the pickle is refused and never runs.
+
+    Returns
+    -------
+    (shape, state, random)
+        `state` has fair-esm's names without their ``encoder.`` prefixes; `random` is whether `write_random` made it.
+
+    Raises
+    ------
+    LengthwiseError
+        It cannot be read, or is no ESM-2 checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LengthwiseError(f"{path}: no such checkpoint; 'model' takes a model's name or the path of a fair-esm .pt")
+    try:
+        # fair-esm's own local loader fails on torch 2.6 and later, and its loader for downloads runs pickled code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise LengthwiseError(
+            f"{path}: refused, because loading it would run code or it is no torch file ({_first_line(error)})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise LengthwiseError(f"{path}: not a readable torch checkpoint ({_first_line(error)})") from error
+    try:
+        model = data["cfg"]["model"]
+        config = ModelConfig(model.encoder_layers, model.encoder_embed_dim, model.encoder_attention_heads)
+        state = {_strip(name): tensor for name, tensor in data["model"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise LengthwiseError(
+            f"{path}: a torch file, but no ESM-2 checkpoint in fair-esm's layout (it should hold cfg.model and model); "
+            "ESM-1, ESM-IF and Hugging Face files do not fit here"
+        ) from error
+    if missing := sorted(_expected(config) - state.keys()):
+        raise LengthwiseError(f"{path}: the checkpoint lacks {len(missing)} tensors, {missing[0]} the first of them")
+    return config, state, hasattr(model, _RANDOM)
+
+
+def load_model(path: Path, device: torch.device, dtype: torch.dtype) -> ESM2:
+    """The packed model with a checkpoint's weights, on a device in a compute type, ready for inference."""
+    config, state, _ = read(path)
+    fused = {}
+    for index in range(config.num_layers):
+        source, target = f"layers.{index}.", f"layers.{index}."
+        for kind in ("weight", "bias"):
+            parts = [state[f"{source}self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            fused[f"{target}qkv.{kind}"] = torch.cat([part.to(device, dtype) for part in parts])
+            fused[f"{target}out_proj.{kind}"] = state[f"{source}self_attn.out_proj.{kind}"]
+            for name in ("self_attn_layer_norm", "final_layer_norm", "fc1", "fc2"):
+                fused[f"{target}{name}.{kind}"] = state[f"{source}{name}.{kind}"]
+    for name in ("embed_tokens.weight", "emb_layer_norm_after.weight", "emb_layer_norm_after.bias"):
+        fused[name] = state[name]
+    fused = {name: tensor.to(device, dtype) for name, tensor in fused.items()}
+    frequencies = [state[f"layers.{index}.self_attn.rot_emb.inv_freq"].float() for index in range(config.num_layers)]
+    if any(not torch.equal(frequencies[0], other) for other in frequencies):
+        raise LengthwiseError(f"{path}: its layers hold different rotary frequencies, which no ESM-2 has")
+    fused["inv_freq"] = frequencies[0].to(device)  # stays float32
+    with torch.device("meta"):
+        model = ESM2(config)
+    model.load_state_dict(fused, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def write_random(path: Path, config: ModelConfig, seed: int = 0) -> None:
+    """Write a seeded random checkpoint of a model's exact shape, in fair-esm's layout.
+
+    Its timings are real and its embeddings mean nothing. Weights have a standard deviation of 1 / sqrt(fan in), so that
+    activations and attention are lively, and LayerNorms and biases are random too, so that an error in any of them
+    shows. The rotary frequencies are rounded to half precision, as in the published checkpoints.
+    """
+    rng = np.random.Generator(np.random.PCG64(seed))
+
+    def normal(*shape: int, scale: float, shift: float = 0.0) -> torch.Tensor:
+        values = rng.standard_normal(shape, dtype=np.float32)
+        return torch.from_numpy(values * np.float32(scale) + np.float32(shift))
+
+    d, state = config.embed_dim, {}
+
+    def linear(name: str, fan_in: int, fan_out: int) -> None:
+        state[f"{name}.weight"] = normal(fan_out, fan_in, scale=fan_in**-0.5)
+        state[f"{name}.bias"] = normal(fan_out, scale=0.1)
+
+    def layer_norm(name: str) -> None:
+        state[f"{name}.weight"] = normal(d, scale=0.2, shift=1.0)
+        state[f"{name}.bias"] = normal(d, scale=0.1)
+
+    inv_freq = 1.0 / 10_000 ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    encoder = "encoder.sentence_encoder."
+    state[f"{encoder}embed_tokens.weight"] = normal(config.vocabulary_size, d, scale=1.0)
+    for index in range(config.num_layers):
+        layer = f"{encoder}layers.{index}."
+        for part in ("k", "v", "q", "out"):
+            linear(f"{layer}self_attn.{part}_proj", d, d)
+        state[f"{layer}self_attn.rot_emb.inv_freq"] = inv_freq.half().float()
+        layer_norm(f"{layer}self_attn_layer_norm")
+        linear(f"{layer}fc1", d, 4 * d)
+        linear(f"{layer}fc2", 4 * d, d)
+        layer_norm(f"{layer}final_layer_norm")
+    layer_norm(f"{encoder}emb_layer_norm_after")
+    state["encoder.lm_head.weight"] = state[f"{encoder}embed_tokens.weight"]
+    state["encoder.lm_head.bias"] = normal(config.vocabulary_size, scale=0.1)
+    linear("encoder.lm_head.dense", d, d)
+    layer_norm("encoder.lm_head.layer_norm")
+    model = argparse.Namespace(
+        encoder_layers=config.num_layers,
+        encoder_embed_dim=d,
+        encoder_attention_heads=config.attention_heads,
+        token_dropout=True,
+        **{_RANDOM: seed},
+    )
+    with open(path, "wb") as file:  # a file, not a path: torch writes a path's stem into the bytes
+        torch.save({"cfg": {"model": model}, "model": state}, file)
+
+
+def reference_model(path: Path):
+    """fair-esm's own ESM2 with a checkpoint's weights, in float32 on the CPU: the judge, not the engine."""
+    from esm.model.esm2 import ESM2 as ReferenceESM2
+
+    config, state, _ = read(path)
+    model = ReferenceESM2(config.num_layers, config.embed_dim, config.attention_heads)
+    model.load_state_dict(state, strict=False)  # the contact head's weights come in a file of their own
+    return model.eval()
+
+
+def _strip(name: str) -> str:
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _expected(config: ModelConfig) -> set[str]:
+    """The tensors that the forward pass needs."""
+    names = {"embed_tokens.weight", "emb_layer_norm_after.weight", "emb_layer_norm_after.bias"}
+    for index in range(config.num_layers):
+        for part in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            names |= {f"layers.{index}.self_attn.{part}.{kind}" for kind in ("weight", "bias")}
+        for part in ("self_attn_layer_norm", "final_layer_norm", "fc1", "fc2"):
+            names |= {f"layers.{index}.{part}.{kind}" for kind in ("weight", "bias")}
+        names.add(f"layers.{index}.self_attn.rot_emb.inv_freq")
+    return names
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,142 @@
+"""The config: checked against its schema, defaults filled in, every mistake one line."""
+
+import difflib
+import glob
+import os
+import re
+from pathlib import Path
+
+import jsonschema
+import yaml
+
+from lengthwise.errors import LengthwiseError
+
+DEMO = "demo"
+MODEL_NAMES = (
+    "esm2_t6_8M_UR50D",
+    "esm2_t12_35M_UR50D",
+    "esm2_t30_150M_UR50D",
+    "esm2_t33_650M_UR50D",
+    "esm2_t36_3B_UR50D",
+    "esm2_t48_15B_UR50D",
+)
+
+_COMPRESSION = re.compile(r"\.(gz|bgz|zst)$", re.IGNORECASE)
+_FASTA = re.compile(r"\.(fasta|fas|fa|faa|fsa|mpfa|pep|seq)$", re.IGNORECASE)
+
+
+def validate(config: dict, schema_path: Path) -> dict:
+    """The config with its defaults.
+
+    Raises
+    ------
+    LengthwiseError
+        An unknown key, a wrong type or a value out of range: the first of them, named.
+    """
+    schema = yaml.safe_load(Path(schema_path).read_text())
+    errors = jsonschema.Draft202012Validator(schema).iter_errors(config)
+    if error := jsonschema.exceptions.best_match(errors):
+        raise LengthwiseError(f"config: {_explain(error)}")
+    filled = _with_defaults(config, schema)
+    model = filled["model"]
+    if model != DEMO and model not in MODEL_NAMES and not model.endswith(".pt"):
+        raise LengthwiseError(
+            f"config: model: {model!r} is no model;{_did_you_mean(model, [DEMO, *MODEL_NAMES])} "
+            f"give one of {', '.join([DEMO, *MODEL_NAMES])}, or the path of a fair-esm .pt file"
+        )
+    if model.endswith(".pt") and not os.path.isfile(model):
+        raise LengthwiseError(f"config: model: there is no file {model}")
+    return filled
+
+
+def store_name(model: str) -> str:
+    """The name of a model's store: its own, or the file stem of a checkpoint given by path."""
+    return dataset_name(Path(model).stem) if model.endswith(".pt") else model
+
+
+def dataset_name(path: str | Path) -> str:
+    """The file's stem without compression and FASTA endings, other characters than ``A-Za-z0-9._-`` made ``_``.
+
+    >>> dataset_name("in/My proteins.fasta.gz")
+    'My_proteins'
+    """
+    stem = _FASTA.sub("", _COMPRESSION.sub("", Path(path).name))
+    return re.sub(r"[^A-Za-z0-9._-]", "_", stem).lstrip(".-") or "_"
+
+
+def datasets(inputs: list[str] | dict[str, str]) -> dict[str, str]:
+    """{dataset: path} of the config's inputs, globs expanded.
+
+    Raises
+    ------
+    LengthwiseError
+        A path or glob that finds nothing, or two files of the same name.
+    """
+    if isinstance(inputs, dict):
+        for name, path in inputs.items():
+            if dataset_name(name) != name:
+                raise LengthwiseError(
+                    f"config: inputs: the name {name!r} should be made of A-Z a-z 0-9 . _ - and begin with a letter"
+                )
+            _require_file(path)
+        return dict(inputs)
+    found: dict[str, str] = {}
+    for pattern in inputs:
+        if glob.has_magic(pattern) and not os.path.exists(pattern):
+            paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+            if not paths:
+                raise LengthwiseError(f"config: inputs: no file matches {pattern!r}")
+        else:
+            _require_file(pattern)
+            paths = [pattern]
+        for path in paths:
+            name = dataset_name(path)
+            other = found.setdefault(name, path)
+            if os.path.realpath(other) != os.path.realpath(path):
+                raise LengthwiseError(
+                    f"config: inputs: {other} and {path} would both be the dataset {name!r}; "
+                    "rename one, or write inputs as a mapping of names to paths"
+                )
+    return found
+
+
+def _require_file(path: str) -> None:
+    if os.path.isdir(path):
+        raise LengthwiseError(
+            f"config: inputs: {path!r} is a folder; write {path.rstrip('/') + '/*.fasta'!r} for its files"
+        )
+    if not os.path.isfile(path):
+        raise LengthwiseError(f"config: inputs: there is no file {path!r}")
+    if not os.access(path, os.R_OK):
+        raise LengthwiseError(f"config: inputs: {path!r} may not be read by this user")
+
+
+def _with_defaults(values: dict, schema: dict) -> dict:
+    filled = dict(values)
+    for key, sub in schema.get("properties", {}).items():
+        if key not in filled and "default" in sub:
+            filled[key] = sub["default"]
+        if isinstance(filled.get(key), dict) and "properties" in sub:
+            filled[key] = _with_defaults(filled[key], sub)
+    return filled
+
+
+def _explain(error: jsonschema.ValidationError) -> str:
+    where = ".".join(str(step) for step in error.absolute_path)
+    if error.validator == "additionalProperties":
+        known = list(error.schema.get("properties", {}))
+        unknown = next(key for key in error.instance if key not in known)
+        path = f"{where}.{unknown}" if where else unknown
+        return f"unknown key {path!r};{_did_you_mean(str(unknown), known)} the keys are {', '.join(known)}"
+    if error.validator == "required":
+        key = next(key for key in error.validator_value if key not in error.instance)
+        return f"the key {f'{where}.{key}' if where else key!r} is missing"
+    expected = error.schema.get("description", "").split(". ")[0].rstrip(".")
+    return f"{where or 'the whole file'}: {error.message.splitlines()[0][:200]}" + (
+        f" ({expected})" if expected else ""
+    )
+
+
+def _did_you_mean(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" did you mean {near[0]!r}?" if near else ""

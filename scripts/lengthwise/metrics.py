@@ -1,0 +1,47 @@
+"""Batch metrics: one row for each forward pass of production, and what is read back from them."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lengthwise.files import atomic
+
+# wall_ms is the host's time since the job's previous batch was finished, so that a job's rows add up to its time without
+# the model's load; device_ms is the time of the forward pass with its copies. What a device does not have is null.
+METRICS = pa.schema(
+    [
+        ("job", pa.string()),
+        ("shard", pa.string()),
+        ("batch", pa.int32()),
+        ("n_sequences", pa.int32()),
+        ("n_residues", pa.int64()),
+        ("n_tokens", pa.int64()),
+        ("min_length", pa.int32()),
+        ("mean_length", pa.float64()),
+        ("max_length", pa.int32()),
+        ("wall_ms", pa.float64()),
+        ("device_ms", pa.float64()),
+        ("peak_allocated_bytes", pa.int64()),
+        ("peak_reserved_bytes", pa.int64()),
+        ("peak_rss_bytes", pa.int64()),
+        ("oom_splits", pa.int32()),
+        ("device", pa.string()),
+        ("precision", pa.string()),
+    ]
+)
+
+
+def write_metrics(path: Path, rows: list[dict]) -> None:
+    """Write the rows of one shard's batches atomically."""
+    with atomic(path) as part:
+        pq.write_table(pa.Table.from_pylist(rows, METRICS), part)
+
+
+def read_metrics(paths: Iterable[Path]) -> pd.DataFrame:
+    """The rows of many shards, in one frame with nullable integers."""
+    tables = [pq.read_table(path, schema=METRICS) for path in paths]
+    table = pa.concat_tables(tables) if tables else METRICS.empty_table()
+    return table.to_pandas(types_mapper=pd.ArrowDtype)

@@ -1,0 +1,311 @@
+"""Plan: which sequences no finished shard holds yet, cut into shards and jobs.
+
+A job's spec is an immutable Parquet file named by its content. Planning again with the same inputs gives the same specs; a
+new FASTA adds specs for its new sequences only.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lengthwise.errors import LengthwiseError
+from lengthwise.files import atomic, read_json
+from lengthwise.model import ModelConfig
+from lengthwise.store import bytes_per_sequence, shard_name, shard_path
+
+SPEC = pa.schema(
+    [
+        ("shard", pa.string()),
+        ("row_start", pa.int64()),
+        ("digest", pa.binary(24)),
+        ("length", pa.int32()),
+        ("sequence", pa.binary()),
+    ]
+)
+JOBS_COLUMNS = ["job", "datasets", "shards", "sequences", "residues", "forecast_bytes", "forecast_seconds"]
+
+# Floating-point operations per second assumed before anything was measured: two cores of a 2023 server in float32, and a
+# third of an A100's dense float16 peak (https://www.nvidia.com/en-us/data-center/a100/).
+ASSUMED_FLOPS = {"cpu": 60e9, "cuda": 100e12}
+# A kill costs at most one shard, so none is forecast to take longer than this.
+SHARD_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large jobs and shards may be."""
+
+    job_seconds: float
+    shard_bytes: int
+
+
+def plan(store: Path, sequences: dict[str, Path], sizes: Sizes, jobs_tsv: Path) -> pd.DataFrame:
+    """Write the specs of the work that is left, and the table of all jobs that the datasets stand on.
+
+    Parameters
+    ----------
+    store
+        The store, with its settings.json.
+    sequences
+        {dataset: its sequences.parquet}.
+    sizes
+        Caps of new jobs and shards; specs that exist keep theirs.
+    jobs_tsv
+        The table to write; its rows are what this returns.
+
+    Raises
+    ------
+    LengthwiseError
+        A commit whose spec is gone.
+    """
+    settings = read_json(store / "settings.json")
+    database = duckdb.connect(config={"preserve_insertion_order": "false"})
+    _load_wanted(database, sequences)
+    _load_specs(database, store)
+    _choose_specs(database, store, settings)
+    for job in _write_specs(database, store, settings, sizes, _todo(database)):
+        database.execute("INSERT INTO chosen VALUES (?, 3, 0)", [job])
+    table = _jobs_table(database, store, settings)
+    with atomic(jobs_tsv) as part:
+        table.to_csv(part, sep="\t", index=False)
+    return table
+
+
+def read_jobs(jobs_tsv: Path) -> pd.DataFrame:
+    """The table that `plan` wrote."""
+    return pd.read_csv(jobs_tsv, sep="\t", dtype={"job": str, "datasets": str}, keep_default_na=False)
+
+
+def cut(costs: np.ndarray, cap: float) -> np.ndarray:
+    """Greedy cuts of consecutive items into runs that each cost at most `cap`; one item alone may cost more.
+
+    Returns
+    -------
+    The bounds of the runs, from 0 to len(costs).
+    """
+    total = np.concatenate([[0.0], np.cumsum(costs, dtype=np.float64)])
+    bounds = [0]
+    while bounds[-1] < len(costs):
+        start = bounds[-1]
+        stop = int(np.searchsorted(total, total[start] + cap * (1 + 1e-12), side="right")) - 1
+        bounds.append(max(stop, start + 1))
+    return np.array(bounds)
+
+
+def forecast_seconds(lengths: np.ndarray, settings: dict) -> np.ndarray:
+    """Seconds that sequences of these lengths are expected to take on the store's device."""
+    shape = ModelConfig(settings["num_layers"], settings["embed_dim"], settings["attention_heads"])
+    return shape.flops(lengths.astype(np.float64)) / ASSUMED_FLOPS[settings["device"]]
+
+
+def spec_path(store: Path, job: str) -> Path:
+    return store / "plan" / "jobs" / f"{job}.parquet"
+
+
+def commit_path(store: Path, job: str) -> Path:
+    return store / "jobs" / f"{job}.json"
+
+
+def _load_wanted(database: duckdb.DuckDBPyConnection, sequences: dict[str, Path]) -> None:
+    """wanted_by(dataset, digest) and wanted(digest, length, sequence)."""
+    database.execute("CREATE TABLE input_files (path VARCHAR, dataset VARCHAR)")
+    database.executemany("INSERT INTO input_files VALUES (?, ?)", [[str(p), name] for name, p in sequences.items()])
+    paths = [str(path) for path in sequences.values()]
+    database.execute("SET VARIABLE paths = ?", [paths])
+    database.execute(
+        "CREATE VIEW inputs AS SELECT dataset, digest, length, sequence"
+        " FROM read_parquet(getvariable('paths'), filename = true) JOIN input_files ON filename = path"
+    )
+    database.execute("CREATE TABLE wanted AS SELECT digest, any_value(length) AS length FROM inputs GROUP BY digest")
+
+
+def _load_specs(database: duckdb.DuckDBPyConnection, store: Path) -> None:
+    """specs(job, shard, digest, length) of every spec there is, and commits(job, finished) of the committed ones."""
+    commits = {entry.name.removesuffix(".json"): entry.stat().st_mtime_ns for entry in _scan(store / "jobs", ".json")}
+    specs = {entry.name.removesuffix(".parquet"): entry.path for entry in _scan(store / "plan" / "jobs", ".parquet")}
+    if lost := sorted(commits.keys() - specs.keys()):
+        raise LengthwiseError(
+            f"{spec_path(store, lost[0])} is gone, and {commit_path(store, lost[0])} needs it: "
+            "restore it, or remove that commit so that its sequences are embedded again"
+        )
+    database.execute("CREATE TABLE commits (job VARCHAR, finished BIGINT)")
+    database.execute("CREATE TABLE specs (job VARCHAR, shard VARCHAR, digest BLOB, length INTEGER)")
+    if commits:
+        database.executemany("INSERT INTO commits VALUES (?, ?)", [list(item) for item in commits.items()])
+    if specs:
+        database.execute("SET VARIABLE specs = ?", [list(specs.values())])
+        database.execute(
+            "INSERT INTO specs SELECT parse_filename(filename, true), shard, digest, length"
+            " FROM read_parquet(getvariable('specs'), filename = true)"
+        )
+
+
+def _choose_specs(database: duckdb.DuckDBPyConnection, store: Path, settings: dict) -> None:
+    """chosen(job, rank, finished): the specs that count, the best (lowest rank) first where two hold one sequence.
+
+    Committed ones count; an unfinished one does if all of it is wanted and nothing else holds any of it. Of the others, the
+    shards that were finished are taken over by a new job, which has nothing left to compute.
+    """
+    database.execute("CREATE TABLE chosen (job VARCHAR, rank INTEGER, finished BIGINT)")
+    database.execute("INSERT INTO chosen SELECT job, 1, finished FROM commits")
+    database.execute("CREATE TABLE held AS SELECT DISTINCT digest FROM specs WHERE job IN (SELECT job FROM chosen)")
+    unfinished = database.execute(
+        "SELECT job, bool_and(digest IN (SELECT digest FROM wanted) AND digest NOT IN (SELECT digest FROM held))"
+        " FROM specs WHERE job NOT IN (SELECT job FROM commits) GROUP BY job ORDER BY job"
+    ).fetchall()
+    ignored = []
+    for job, fits in unfinished:
+        overlap = (
+            fits
+            and database.execute(
+                "SELECT count(*) FROM specs SEMI JOIN held USING (digest) WHERE job = ?", [job]
+            ).fetchone()
+        )
+        if fits and overlap == (0,):
+            _hold(database, job, rank=2)
+        else:
+            ignored.append(job)
+    salvaged = []
+    for job in ignored:
+        shards = database.execute("SELECT DISTINCT shard FROM specs WHERE job = ? ORDER BY shard", [job]).fetchall()
+        for (shard,) in shards:
+            if not shard_path(store, shard).exists():
+                continue
+            new = database.execute(
+                "SELECT count(*) FROM specs SEMI JOIN wanted USING (digest) ANTI JOIN held USING (digest)"
+                " WHERE job = ? AND shard = ?",
+                [job, shard],
+            ).fetchone()
+            if new != (0,):
+                database.execute("INSERT INTO held SELECT digest FROM specs WHERE job = ? AND shard = ?", [job, shard])
+                salvaged.append((job, shard))
+    if salvaged:
+        rows = [
+            pq.read_table(spec_path(store, job), filters=[("shard", "=", shard)]).cast(SPEC) for job, shard in salvaged
+        ]
+        name = job_name([shard for _, shard in salvaged])
+        _write_spec(spec_path(store, name), pa.concat_tables(rows))
+        database.execute("INSERT INTO chosen VALUES (?, 2, 0)", [name])
+        database.execute(
+            "INSERT INTO specs SELECT ?, shard, digest, length FROM read_parquet(?)",
+            [name, str(spec_path(store, name))],
+        )
+
+
+def _hold(database: duckdb.DuckDBPyConnection, job: str, rank: int) -> None:
+    database.execute("INSERT INTO chosen VALUES (?, ?, 0)", [job, rank])
+    database.execute("INSERT INTO held SELECT digest FROM specs WHERE job = ?", [job])
+
+
+def _todo(database: duckdb.DuckDBPyConnection) -> np.ndarray:
+    """todo(digest, length), and its lengths in the order of the work: by length, then digest."""
+    database.execute("CREATE TABLE todo AS SELECT digest, length FROM wanted ANTI JOIN held USING (digest)")
+    return database.execute("SELECT length FROM todo ORDER BY length, digest").fetchnumpy()["length"]
+
+
+def _write_specs(
+    database: duckdb.DuckDBPyConnection, store: Path, settings: dict, sizes: Sizes, lengths: np.ndarray
+) -> list[str]:
+    """Cut what is to do into shards and jobs, write one spec per job, and return the jobs' names."""
+    if not len(lengths):
+        return []
+    seconds = forecast_seconds(lengths, settings)
+    shard_cost = np.maximum(
+        seconds / min(SHARD_SECONDS, sizes.job_seconds), bytes_per_sequence(lengths, settings) / sizes.shard_bytes
+    )
+    shards = cut(shard_cost, 1.0)  # bounds of shards, in sequences
+    jobs = shards[cut(np.add.reduceat(seconds, shards[:-1]), sizes.job_seconds)]  # bounds of jobs, in sequences
+    rows = _Rows(
+        database.execute(
+            "SELECT digest, length, sequence FROM todo JOIN"
+            " (SELECT digest, any_value(sequence) AS sequence FROM inputs GROUP BY digest) USING (digest)"
+            " ORDER BY length, digest"
+        ).to_arrow_reader(100_000)
+    )
+    names = []
+    for start, stop in zip(jobs[:-1], jobs[1:], strict=True):
+        work = rows.take(stop - start)
+        inner = shards[(shards >= start) & (shards <= stop)] - start
+        spec = _spec_table(work, inner, settings)
+        name = job_name(dict.fromkeys(spec.column("shard").to_pylist()))
+        _write_spec(spec_path(store, name), spec)
+        database.register("new_spec", spec)
+        database.execute("INSERT INTO specs SELECT ?, shard, digest, length FROM new_spec", [name])
+        database.unregister("new_spec")
+        names.append(name)
+    return names
+
+
+class _Rows:
+    """Takes any number of rows at a time from a reader of record batches."""
+
+    def __init__(self, reader: pa.RecordBatchReader):
+        self.reader = reader
+        self.rest = reader.schema.empty_table()
+
+    def take(self, n: int) -> pa.Table:
+        parts = [self.rest]
+        have = len(self.rest)
+        while have < n:
+            batch = pa.table(self.reader.read_next_batch())
+            parts.append(batch)
+            have += len(batch)
+        table = pa.concat_tables(parts)
+        self.rest = table.slice(n)
+        return table.slice(0, n)
+
+
+def _spec_table(work: pa.Table, shards: np.ndarray, settings: dict) -> pa.Table:
+    """The spec of one job; `shards` are the bounds of its shards in rows of `work`."""
+    digests = work.column("digest").to_pylist()
+    lengths = work.column("length").to_numpy()
+    names, row_starts = [], []
+    for start, stop in zip(shards[:-1], shards[1:], strict=True):
+        names += [shard_name(settings["fingerprint"], digests[start:stop])] * (stop - start)
+        row_starts.append(np.concatenate([[0], np.cumsum(lengths[start : stop - 1], dtype=np.int64)]))
+    columns = [names, np.concatenate(row_starts), digests, lengths, work.column("sequence").to_pylist()]
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, SPEC, strict=True)], schema=SPEC)
+
+
+def job_name(shards) -> str:
+    """A job is named by its shards, in order."""
+    return hashlib.sha256("".join(shards).encode()).hexdigest()[:16]
+
+
+def _write_spec(path: Path, spec: pa.Table) -> None:
+    if not path.exists():
+        with atomic(path) as part:
+            pq.write_table(spec, part, compression="zstd")
+
+
+def _jobs_table(database: duckdb.DuckDBPyConnection, store: Path, settings: dict) -> pd.DataFrame:
+    """One row for each job that some dataset stands on; the first committed job that holds a sequence gives it."""
+    database.execute(
+        "CREATE TABLE given AS SELECT digest, arg_min(job, (rank, finished, job)) AS job"
+        " FROM specs JOIN chosen USING (job) SEMI JOIN wanted USING (digest) GROUP BY digest"
+    )
+    table = database.execute(
+        "WITH users AS (SELECT job, string_agg(DISTINCT dataset, ',' ORDER BY dataset) AS datasets"
+        "   FROM inputs JOIN given USING (digest) GROUP BY job),"
+        " sizes AS (SELECT job, count(DISTINCT shard) AS shards, count(*) AS sequences, sum(length)::BIGINT AS residues,"
+        "   list(length) AS lengths FROM specs GROUP BY job)"
+        " SELECT job, datasets, shards, sequences, residues, lengths FROM users JOIN sizes USING (job) ORDER BY job"
+    ).df()
+    lengths = [np.asarray(values) for values in table.pop("lengths")]
+    table["forecast_bytes"] = [int(bytes_per_sequence(values, settings).sum()) for values in lengths]
+    table["forecast_seconds"] = [round(float(forecast_seconds(values, settings).sum()), 3) for values in lengths]
+    return table[JOBS_COLUMNS]
+
+
+def _scan(folder: Path, ending: str) -> list[os.DirEntry]:
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if entry.name.endswith(ending) and not entry.name.startswith(".")]

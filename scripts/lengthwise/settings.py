@@ -1,0 +1,153 @@
+"""A store's settings: what makes two embeddings comparable, resolved once and then guarded."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from lengthwise.errors import LengthwiseError
+from lengthwise.files import read_json, sha256, write_json
+
+SCHEMA = 1
+# Raised when the engine's numbers change by more than rounding: stores of different numerics do not mix.
+NUMERICS = 1
+COMPARABLE = ("weights_sha256", "layers", "precision", "storage_dtype", "outputs", "numerics")
+OUTPUTS = ("residue", "mean", "bos")
+
+
+def resolve_layers(layers: list[int], num_layers: int) -> list[int]:
+    """Absolute, ascending layer indices.
+
+    Raises
+    ------
+    LengthwiseError
+        A layer that the model does not have.
+    """
+    for layer in layers:
+        if not -num_layers - 1 <= layer <= num_layers:
+            raise LengthwiseError(
+                f"config: layers: {layer} does not exist; the model has layers 0 to {num_layers}, or {-num_layers - 1} to -1"
+            )
+    return sorted({layer % (num_layers + 1) for layer in layers})
+
+
+def make(config: dict, weights: dict, cuda: bool) -> dict:
+    """The settings of a new store.
+
+    Parameters
+    ----------
+    config
+        The checked config.
+    weights
+        The receipt of `lengthwise.weights.fetch`.
+    cuda
+        Whether `device: auto` means cuda: a GPU is visible, or jobs go to a cluster.
+    """
+    device = config["device"] if config["device"] != "auto" else "cuda" if cuda else "cpu"
+    precision = config["precision"]
+    if precision == "auto":
+        precision = "float16" if device == "cuda" else "float32"
+    settings = {
+        "schema": SCHEMA,
+        "model": config["model"],
+        "weights_sha256": weights["sha256"],
+        "layers": resolve_layers(config["layers"], weights["num_layers"]),
+        "precision": precision,
+        "storage_dtype": config["storage_dtype"],
+        "outputs": [output for output in OUTPUTS if output in config["outputs"]],
+        "numerics": NUMERICS,
+        "device": device,
+        "num_layers": weights["num_layers"],
+        "embed_dim": weights["embed_dim"],
+        "attention_heads": weights["attention_heads"],
+        "random_weights": weights["random_weights"],
+    }
+    return {**settings, "fingerprint": fingerprint(settings)}
+
+
+def fingerprint(settings: dict) -> str:
+    """SHA-256, in hex, of what makes two embeddings comparable."""
+    comparable = {key: settings[key] for key in COMPARABLE}
+    return hashlib.sha256(json.dumps(comparable, sort_keys=True).encode()).hexdigest()
+
+
+def load(store: Path) -> dict | None:
+    """A store's settings, or None where there is no store yet.
+
+    Raises
+    ------
+    LengthwiseError
+        The file is damaged or of a newer version.
+    """
+    path = Path(store) / "settings.json"
+    if not path.exists():
+        return None
+    try:
+        settings = read_json(path)
+        schema, recorded, computed = settings["schema"], settings["fingerprint"], fingerprint(settings)
+    except (ValueError, KeyError, TypeError) as error:
+        raise LengthwiseError(f"{path}: damaged ({error}); restore it, or use another 'results'") from error
+    if schema > SCHEMA:
+        raise LengthwiseError(f"{path}: written by a newer Lengthwise (schema {schema}); update this one")
+    if recorded != computed:
+        raise LengthwiseError(f"{path}: was edited by hand; restore it, or use another 'results'")
+    return settings
+
+
+def guard(store: Path, config: dict, weights: dict | None = None) -> dict | None:
+    """Refuse a config that does not fit an existing store; the store's settings, or None where there is no store yet.
+
+    Cheap enough to run whenever the Snakefile is parsed: a checkpoint given by path is hashed again only when its size or
+    time changed since it was recorded.
+
+    Raises
+    ------
+    LengthwiseError
+        With the difference and the ways out.
+    """
+    stored = load(store)
+    if stored is None:
+        return None
+    asked = {**stored, "numerics": NUMERICS, "storage_dtype": config["storage_dtype"]}
+    asked["layers"] = resolve_layers(config["layers"], stored["num_layers"])
+    asked["outputs"] = [output for output in OUTPUTS if output in config["outputs"]]
+    if config["precision"] != "auto":
+        asked["precision"] = config["precision"]
+    if weights is not None:
+        asked["weights_sha256"] = weights["sha256"]
+    elif config["model"].endswith(".pt"):
+        asked["weights_sha256"] = _current_sha256(store, config["model"])
+    differences = [
+        f"{key} is {_shown(stored[key])} there and {_shown(asked[key])} in the config"
+        for key in COMPARABLE
+        if stored[key] != asked[key]
+    ]
+    if differences:
+        raise LengthwiseError(
+            f"the store {store} holds embeddings that these settings would not match: {'; '.join(differences)}. "
+            "Set the config back, or give another 'results' (or 'model')"
+        )
+    return stored
+
+
+def create_or_check(store: Path, config: dict, weights: dict, cuda: bool) -> dict:
+    """The store's settings, written if the store is new, and compared with the config and the weights if it is not."""
+    stored = guard(store, config, weights)
+    if stored is None:
+        stored = make(config, weights, cuda)
+        write_json(Path(store) / "settings.json", stored)
+    return stored
+
+
+def _current_sha256(store: Path, model: str) -> str:
+    receipt = read_json(Path(store) / "weights.json") if (Path(store) / "weights.json").exists() else {}
+    now = os.stat(model)
+    if (receipt.get("bytes"), receipt.get("mtime_ns")) == (now.st_size, now.st_mtime_ns):
+        return receipt["sha256"]
+    return sha256(Path(model))
+
+
+def _shown(value) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(map(str, value)) + "]"
+    return str(value)[:12] + "..." if len(str(value)) == 64 else str(value)

@@ -1,0 +1,276 @@
+"""Shards: immutable safetensors files of many sequences' embeddings, whose rename is their commit.
+
+Tensors, in this order: `layer_<n>` [R, D] in the storage type (when residues are an output), `mean_<n>` and `bos_<n>`
+float32 [n, D] (when they are outputs), `offsets` int64 [n + 1], `crc32c` uint32 [n], `digests` uint8 [n, 24],
+`status` uint8 [n]. R counts the residues of all sequences, end to end, without BOS and EOS. `crc32c` covers a sequence's
+rows of every `layer_<n>` in ascending order, then its `mean_<n>`, then its `bos_<n>`.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+
+from lengthwise.errors import LengthwiseError
+from lengthwise.files import fsync_folder
+
+STATUS_GOOD, STATUS_NON_FINITE, STATUS_DOES_NOT_FIT = 0, 1, 2
+STATUS_REASONS = {
+    STATUS_NON_FINITE: "non_finite: the forward pass or the storage type overflowed; try precision or storage_dtype float32",
+    STATUS_DOES_NOT_FIT: "does_not_fit: the device's memory does not hold this sequence alone",
+}
+
+_DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U32": np.uint32, "U8": np.uint8}
+_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+_ALIGNMENT = 4096
+_MAX_HEADER = 1 << 20
+
+
+def shard_name(fingerprint: str, digests: Iterable[bytes]) -> str:
+    """32 hex digits of sha256(settings fingerprint + digests in order)."""
+    return hashlib.sha256(fingerprint.encode() + b"".join(digests)).hexdigest()[:32]
+
+
+def shard_path(store: Path, shard: str) -> Path:
+    return Path(store) / "shards" / shard[:2] / f"{shard}.safetensors"
+
+
+def metrics_path(store: Path, shard: str) -> Path:
+    return Path(store) / "metrics" / f"{shard}.parquet"
+
+
+def bytes_per_sequence(lengths: np.ndarray, settings: dict) -> np.ndarray:
+    """Bytes that sequences of these lengths take in a shard, its header aside."""
+    layers, d = len(settings["layers"]), settings["embed_dim"]
+    itemsize = np.dtype(settings["storage_dtype"]).itemsize
+    per_residue = layers * d * itemsize if "residue" in settings["outputs"] else 0
+    pooled = sum(4 * d * layers for output in settings["outputs"] if output != "residue")
+    return lengths.astype(np.int64) * per_residue + pooled + 8 + 4 + 24 + 1
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor's place in a file."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int  # byte in the file
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def layout(lengths: np.ndarray, settings: dict) -> tuple[bytes, dict[str, Tensor]]:
+    """The header of a shard, padded so that the data begin at a multiple of 4,096, and the places of its tensors."""
+    n, rows, d = len(lengths), int(lengths.sum()), settings["embed_dim"]
+    planned: list[tuple[str, np.dtype, tuple[int, ...]]] = []
+    for output in ("residue", "mean", "bos"):
+        if output in settings["outputs"]:
+            for layer in settings["layers"]:
+                if output == "residue":
+                    planned.append((f"layer_{layer}", np.dtype(settings["storage_dtype"]), (rows, d)))
+                else:
+                    planned.append((f"{output}_{layer}", np.dtype(np.float32), (n, d)))
+    planned += [
+        ("offsets", np.dtype(np.int64), (n + 1,)),
+        ("crc32c", np.dtype(np.uint32), (n,)),
+        ("digests", np.dtype(np.uint8), (n, 24)),
+        ("status", np.dtype(np.uint8), (n,)),
+    ]
+    entries, place = {"__metadata__": {"format": "pt", "fingerprint": settings["fingerprint"]}}, 0
+    for name, dtype, shape in planned:
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [place, place + size]}
+        place += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    tensors = {
+        name: Tensor(dtype, shape, 8 + len(text) + entries[name]["data_offsets"][0]) for name, dtype, shape in planned
+    }
+    return len(text).to_bytes(8, "little") + text, tensors
+
+
+class ShardWriter:
+    """Writes one shard in place, rows as batches finish, and commits it by a rename.
+
+    Use as a context manager; `commit` makes the shard, leaving without it makes nothing. A second writer of the same shard
+    waits for the first, and then finds `already_there`.
+    """
+
+    def __init__(self, store: Path, shard: str, digests: list[bytes], lengths: np.ndarray, settings: dict):
+        self.path = shard_path(store, shard)
+        self.part = self.path.with_name(f".{shard}.tmp")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.settings = settings
+        self.descriptor = _lock(self.part)
+        self.already_there = self.path.exists()
+        if self.already_there:
+            return
+        header, self.tensors = layout(lengths, settings)
+        self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        self.crc32c = np.zeros(len(lengths), np.uint32)
+        self.status = np.zeros(len(lengths), np.uint8)
+        self.digests = digests
+        self.size = max(tensor.start + tensor.nbytes for tensor in self.tensors.values())
+        os.ftruncate(self.descriptor, 0)
+        try:
+            os.posix_fallocate(self.descriptor, 0, self.size)  # a full disk shows now, not after an hour of work
+        except OSError as error:
+            self._abandon()
+            raise LengthwiseError(
+                f"{self.path.parent}: cannot reserve {self.size:,} bytes for a shard: {error.strerror}; free some space "
+                "and run again"
+            ) from error
+        os.pwrite(self.descriptor, header, 0)
+
+    def write(self, first: int, arrays: dict[str, np.ndarray], lengths: list[int], status: np.ndarray) -> None:
+        """Write the sequences `first`, `first` + 1, ... of one batch.
+
+        Parameters
+        ----------
+        first
+            Number of the batch's first sequence in the shard.
+        arrays
+            ``layer_<n>`` [rows, D], ``mean_<n>`` and ``bos_<n>`` [n, D], in the shard's types.
+        lengths
+            Residues of each sequence of the batch.
+        status
+            [n] uint8, see `STATUS_REASONS`.
+        """
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        crc = [google_crc32c.Checksum() for _ in lengths]
+        for name in self.tensors:  # in the order that crc32c is defined by
+            if name not in arrays:
+                continue
+            array, tensor = np.ascontiguousarray(arrays[name]), self.tensors[name]
+            by_residue = name.startswith("layer_")
+            row = self.offsets[first] if by_residue else first
+            _pwrite_all(self.descriptor, array, tensor.start + row * array.strides[0])
+            for i, checksum in enumerate(crc):
+                part = array[bounds[i] : bounds[i + 1]] if by_residue else array[i : i + 1]
+                checksum.update(part.tobytes())
+        here = slice(first, first + len(lengths))
+        self.crc32c[here] = [int.from_bytes(checksum.digest(), "big") for checksum in crc]
+        self.status[here] = status
+
+    def commit(self) -> None:
+        """Make the shard: fsync, then the rename."""
+        digests = np.frombuffer(b"".join(self.digests), np.uint8)
+        tails = {"offsets": self.offsets, "crc32c": self.crc32c, "digests": digests, "status": self.status}
+        for name, array in tails.items():
+            _pwrite_all(self.descriptor, array, self.tensors[name].start)
+        os.fsync(self.descriptor)
+        os.rename(self.part, self.path)
+        fsync_folder(self.path.parent)
+
+    def _abandon(self) -> None:
+        self.part.unlink(missing_ok=True)
+        os.close(self.descriptor)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *_):
+        self._abandon()
+
+
+class Shard:
+    """One shard, opened for reading; arrays are memory-mapped copy-on-write.
+
+    Raises
+    ------
+    LengthwiseError
+        The file is missing, truncated or no shard.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        try:
+            with open(self.path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                self.metadata, self.tensors = _read_header(self.path, file, size)
+        except FileNotFoundError as error:
+            raise LengthwiseError(
+                f"{self.path}: the shard is missing; restore it, or remove its job's commit"
+            ) from error
+        self._maps: dict[str, np.ndarray] = {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """A tensor as an array over the file, without a copy; writing to it does not reach the file."""
+        if name not in self._maps:
+            tensor = self.tensors[name]
+            if tensor.nbytes:
+                self._maps[name] = np.memmap(self.path, tensor.dtype, "c", tensor.start, tensor.shape)
+            else:
+                self._maps[name] = np.empty(tensor.shape, tensor.dtype)
+        return self._maps[name]
+
+    @property
+    def data_names(self) -> list[str]:
+        """The tensors that crc32c covers, in its order."""
+        return [name for name in self.tensors if name.split("_")[0] in ("layer", "mean", "bos")]
+
+    def damaged(self) -> list[int]:
+        """Numbers of the sequences whose bytes do not have their checksum."""
+        offsets, bad = self["offsets"], []
+        for i, expected in enumerate(self["crc32c"]):
+            checksum = google_crc32c.Checksum()
+            for name in self.data_names:
+                rows = slice(offsets[i], offsets[i + 1]) if name.startswith("layer_") else slice(i, i + 1)
+                checksum.update(self[name][rows].tobytes())
+            if int.from_bytes(checksum.digest(), "big") != int(expected):
+                bad.append(i)
+        return bad
+
+
+def _read_header(path: Path, file, size: int) -> tuple[dict, dict[str, Tensor]]:
+    def refuse(what: str) -> LengthwiseError:
+        return LengthwiseError(f"{path}: damaged shard: {what}; remove it and its job's commit, and run again")
+
+    length = int.from_bytes(file.read(8), "little")
+    if not 0 < length <= min(_MAX_HEADER, size - 8):
+        raise refuse(f"its header claims {length:,} bytes in a file of {size:,}")
+    try:
+        entries = json.loads(file.read(length))
+        metadata = entries.pop("__metadata__", {})
+        tensors, expected = {}, 0
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            start, stop = entry["data_offsets"]
+            tensor = Tensor(np.dtype(_DTYPES[entry["dtype"]]), tuple(map(int, entry["shape"])), 8 + length + start)
+            if start != expected or stop - start != tensor.nbytes or min(tensor.shape, default=0) < 0:
+                raise refuse(f"the place of {name} in it is wrong")
+            tensors[name], expected = tensor, stop
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise refuse(f"its header is unreadable ({error})") from error
+    if missing := {"offsets", "crc32c", "digests", "status"} - tensors.keys():
+        raise refuse(f"it has no {sorted(missing)[0]}")
+    if size != 8 + length + expected:
+        raise refuse(f"it has {size:,} bytes and should have {8 + length + expected:,}")
+    return metadata, tensors
+
+
+def _lock(part: Path) -> int:
+    """Open and lock the temporary file; another process that writes it is waited for."""
+    while True:
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            if os.fstat(descriptor).st_ino == os.stat(part).st_ino:
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # the one waited for renamed or removed it
+
+
+def _pwrite_all(descriptor: int, array: np.ndarray, place: int) -> None:
+    view = memoryview(np.ascontiguousarray(array)).cast("B") if array.nbytes else memoryview(b"")
+    while len(view):
+        written = os.pwrite(descriptor, view, place)
+        view, place = view[written:], place + written
