@@ -134,10 +134,10 @@ def write_random(path: Path, config: ModelConfig, seed: int = 0) -> None:
 
 def reference_model(path: Path):
     """fair-esm's own ESM2 with a checkpoint's weights, in float32 on the CPU: the judge, not the engine."""
-    from esm.model.esm2 import ESM2 as ReferenceESM2
+    from esm.model import esm2
 
     config, state, _ = read(path)
-    model = ReferenceESM2(config.num_layers, config.embed_dim, config.attention_heads)
+    model = esm2.ESM2(config.num_layers, config.embed_dim, config.attention_heads)
     model.load_state_dict(state, strict=False)  # the contact head's weights come in a file of their own
     return model.eval()
 

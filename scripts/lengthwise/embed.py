@@ -1,6 +1,7 @@
 """Embed: walk the shards of one job, and commit it."""
 
 import logging
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -23,7 +24,9 @@ PROGRESS_SECONDS = 10.0
 log = logging.getLogger("lengthwise")
 
 
-def embed_job(store: Path, spec: Path, commit: Path, batch_tokens: int | str = "auto", threads: int = 1) -> dict:
+def embed_job(
+    store: Path, spec: Path, commit: Path, device: str = "auto", batch_tokens: int | str = "auto", threads: int = 1
+) -> dict:
     """Make every shard of a job that is not there yet, then write the job's commit.
 
     Parameters
@@ -34,10 +37,12 @@ def embed_job(store: Path, spec: Path, commit: Path, batch_tokens: int | str = "
         The job's work order, as `lengthwise.plan` wrote it.
     commit
         The JSON file to write last: shards, versions, device, timings.
+    device
+        cuda, cpu, or auto: the store's own.
     batch_tokens
         Tokens of a forward pass, or auto.
     threads
-        CPU threads for torch.
+        CPU threads for torch, at most as many as this process has cores.
 
     Returns
     -------
@@ -49,8 +54,8 @@ def embed_job(store: Path, spec: Path, commit: Path, batch_tokens: int | str = "
         No such device or weights, or no space.
     """
     settings, weights = read_json(store / "settings.json"), read_json(store / "weights.json")
-    torch.set_num_threads(threads)
-    device = resolve_device(settings["device"])
+    torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))  # more threads than cores only wait
+    device = resolve_device(settings["device"] if device == "auto" else device)
     if not Path(weights["path"]).exists():
         raise LengthwiseError(f"{weights['path']} is gone; run snakemake --forcerun fetch_model, or put it back")
     if batch_tokens == "auto":
@@ -83,7 +88,7 @@ def embed_job(store: Path, spec: Path, commit: Path, batch_tokens: int | str = "
         "device": device_name(device),
         "precision": settings["precision"],
         "batch_tokens": batch_tokens,
-        "threads": threads,
+        "threads": torch.get_num_threads(),
         "versions": versions(),
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -17,11 +17,11 @@ from lengthwise.checkpoint import load_model
 from lengthwise.errors import LengthwiseError
 from lengthwise.memory import MemoryMeter
 from lengthwise.model import Packing
+from lengthwise.status import DOES_NOT_FIT, GOOD, NON_FINITE
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Tokens per batch where `batch_tokens` is auto. On the CPU: the activations of a layer of the 8M model stay in the cache.
 AUTO_BATCH_TOKENS = {"cpu": 2_048, "cuda": 32_768}
-GOOD, NON_FINITE, DOES_NOT_FIT = 0, 1, 2
 
 
 @dataclass(frozen=True)

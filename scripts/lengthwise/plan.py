@@ -129,8 +129,8 @@ def _load_wanted(database: duckdb.DuckDBPyConnection, sequences: dict[str, Path]
 def _load_specs(database: duckdb.DuckDBPyConnection, store: Path) -> None:
     """specs(job, shard, digest, length) of every spec there is, and commits(job, finished) of the committed ones."""
     commits = {entry.name.removesuffix(".json"): entry.stat().st_mtime_ns for entry in _scan(store / "jobs", ".json")}
-    specs = {entry.name.removesuffix(".parquet"): entry.path for entry in _scan(store / "plan" / "jobs", ".parquet")}
-    if lost := sorted(commits.keys() - specs.keys()):
+    specs = {entry.name.removesuffix(".parquet") for entry in _scan(store / "plan" / "jobs", ".parquet")}
+    if lost := sorted(commits.keys() - specs):
         raise LengthwiseError(
             f"{spec_path(store, lost[0])} is gone, and {commit_path(store, lost[0])} needs it: "
             "restore it, or remove that commit so that its sequences are embedded again"
@@ -139,12 +139,7 @@ def _load_specs(database: duckdb.DuckDBPyConnection, store: Path) -> None:
     database.execute("CREATE TABLE specs (job VARCHAR, shard VARCHAR, digest BLOB, length INTEGER)")
     if commits:
         database.executemany("INSERT INTO commits VALUES (?, ?)", [list(item) for item in commits.items()])
-    if specs:
-        database.execute("SET VARIABLE specs = ?", [list(specs.values())])
-        database.execute(
-            "INSERT INTO specs SELECT parse_filename(filename, true), shard, digest, length"
-            " FROM read_parquet(getvariable('specs'), filename = true)"
-        )
+    _add_specs(database, store, sorted(specs))
 
 
 def _choose_specs(database: duckdb.DuckDBPyConnection, store: Path, settings: dict) -> None:
@@ -193,10 +188,7 @@ def _choose_specs(database: duckdb.DuckDBPyConnection, store: Path, settings: di
         name = job_name([shard for _, shard in salvaged])
         _write_spec(spec_path(store, name), pa.concat_tables(rows))
         database.execute("INSERT INTO chosen VALUES (?, 2, 0)", [name])
-        database.execute(
-            "INSERT INTO specs SELECT ?, shard, digest, length FROM read_parquet(?)",
-            [name, str(spec_path(store, name))],
-        )
+        _add_specs(database, store, [name])
 
 
 def _hold(database: duckdb.DuckDBPyConnection, job: str, rank: int) -> None:
@@ -223,7 +215,7 @@ def _write_specs(
     shards = cut(shard_cost, 1.0)  # bounds of shards, in sequences
     jobs = shards[cut(np.add.reduceat(seconds, shards[:-1]), sizes.job_seconds)]  # bounds of jobs, in sequences
     rows = _Rows(
-        database.execute(
+        database.sql(
             "SELECT digest, length, sequence FROM todo JOIN"
             " (SELECT digest, any_value(sequence) AS sequence FROM inputs GROUP BY digest) USING (digest)"
             " ORDER BY length, digest"
@@ -236,11 +228,19 @@ def _write_specs(
         spec = _spec_table(work, inner, settings)
         name = job_name(dict.fromkeys(spec.column("shard").to_pylist()))
         _write_spec(spec_path(store, name), spec)
-        database.register("new_spec", spec)
-        database.execute("INSERT INTO specs SELECT ?, shard, digest, length FROM new_spec", [name])
-        database.unregister("new_spec")
         names.append(name)
+    del rows  # its result must be closed before the next statement
+    _add_specs(database, store, names)
     return names
+
+
+def _add_specs(database: duckdb.DuckDBPyConnection, store: Path, jobs: list[str]) -> None:
+    if jobs:
+        database.execute(
+            "INSERT INTO specs SELECT parse_filename(filename, true), shard, digest, length"
+            " FROM read_parquet(?, filename = true)",
+            [[str(spec_path(store, job)) for job in jobs]],
+        )
 
 
 class _Rows:

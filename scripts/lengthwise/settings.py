@@ -31,7 +31,7 @@ def resolve_layers(layers: list[int], num_layers: int) -> list[int]:
     return sorted({layer % (num_layers + 1) for layer in layers})
 
 
-def make(config: dict, weights: dict, cuda: bool) -> dict:
+def make(config: dict, weights: dict, auto_device: str) -> dict:
     """The settings of a new store.
 
     Parameters
@@ -40,10 +40,10 @@ def make(config: dict, weights: dict, cuda: bool) -> dict:
         The checked config.
     weights
         The receipt of `lengthwise.weights.fetch`.
-    cuda
-        Whether `device: auto` means cuda: a GPU is visible, or jobs go to a cluster.
+    auto_device
+        What `device: auto` means, see `lengthwise.device.auto_device`.
     """
-    device = config["device"] if config["device"] != "auto" else "cuda" if cuda else "cpu"
+    device = config["device"] if config["device"] != "auto" else auto_device
     precision = config["precision"]
     if precision == "auto":
         precision = "float16" if device == "cuda" else "float32"
@@ -130,11 +130,11 @@ def guard(store: Path, config: dict, weights: dict | None = None) -> dict | None
     return stored
 
 
-def create_or_check(store: Path, config: dict, weights: dict, cuda: bool) -> dict:
+def create_or_check(store: Path, config: dict, weights: dict, auto_device: str) -> dict:
     """The store's settings, written if the store is new, and compared with the config and the weights if it is not."""
     stored = guard(store, config, weights)
     if stored is None:
-        stored = make(config, weights, cuda)
+        stored = make(config, weights, auto_device)
         write_json(Path(store) / "settings.json", stored)
     return stored
 

@@ -20,12 +20,6 @@ import numpy as np
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import fsync_folder
 
-STATUS_GOOD, STATUS_NON_FINITE, STATUS_DOES_NOT_FIT = 0, 1, 2
-STATUS_REASONS = {
-    STATUS_NON_FINITE: "non_finite: the forward pass or the storage type overflowed; try precision or storage_dtype float32",
-    STATUS_DOES_NOT_FIT: "does_not_fit: the device's memory does not hold this sequence alone",
-}
-
 _DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U32": np.uint32, "U8": np.uint8}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _ALIGNMENT = 4096
@@ -110,7 +104,7 @@ class ShardWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.settings = settings
         self.descriptor = _lock(self.part)
-        self.already_there = self.path.exists()
+        self.already_there = _is_made(self.path, digests)
         if self.already_there:
             return
         header, self.tensors = layout(lengths, settings)
@@ -142,7 +136,7 @@ class ShardWriter:
         lengths
             Residues of each sequence of the batch.
         status
-            [n] uint8, see `STATUS_REASONS`.
+            [n] uint8, see `lengthwise.status`.
         """
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         crc = [google_crc32c.Checksum() for _ in lengths]
@@ -254,6 +248,16 @@ def _read_header(path: Path, file, size: int) -> tuple[dict, dict[str, Tensor]]:
     if size != 8 + length + expected:
         raise refuse(f"it has {size:,} bytes and should have {8 + length + expected:,}")
     return metadata, tensors
+
+
+def _is_made(path: Path, digests: list[bytes]) -> bool:
+    """Whether a whole shard of these sequences is there; what is there but damaged is made again."""
+    if not path.exists():
+        return False
+    try:
+        return Shard(path)["digests"].tobytes() == b"".join(digests)
+    except LengthwiseError:
+        return False
 
 
 def _lock(part: Path) -> int:

@@ -1,0 +1,18 @@
+"""Check that every record of one dataset has its embedding, and write the dataset's index and manifest."""
+
+from pathlib import Path
+
+from lengthwise.logs import log, reporting
+
+with reporting(snakemake.log[0], snakemake.scriptdir):
+    from lengthwise.assemble import assemble
+
+    manifest = assemble(
+        Path(snakemake.params.store),
+        snakemake.wildcards.dataset,
+        [Path(commit).stem for commit in snakemake.input.commits],
+        Path(snakemake.output.index),
+        Path(snakemake.output.rejected),
+        Path(snakemake.output.manifest),
+    )
+    log.info("%s: complete, %s records", snakemake.wildcards.dataset, f"{manifest['records']:,}")

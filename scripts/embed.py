@@ -1,0 +1,25 @@
+"""Embed one job's sequences."""
+
+from pathlib import Path
+
+from lengthwise.logs import log, reporting
+
+with reporting(snakemake.log[0], snakemake.scriptdir):
+    from lengthwise.embed import embed_job
+
+    commit = embed_job(
+        Path(snakemake.params.store),
+        Path(snakemake.input.spec),
+        Path(snakemake.output.commit),
+        device=snakemake.config["device"],
+        batch_tokens=snakemake.config["batch_tokens"],
+        threads=snakemake.threads,
+    )
+    log.info(
+        "job %s: %d shards, %d of them made now, in %.1f s on %s",
+        commit["job"],
+        len(commit["shards"]),
+        len(commit["made"]),
+        commit["embed_seconds"],
+        commit["device"],
+    )

@@ -1,0 +1,16 @@
+"""Have the model's checkpoint at hand, and make or check the store's settings."""
+
+from pathlib import Path
+
+from lengthwise.logs import reporting
+
+with reporting(snakemake.log[0], snakemake.scriptdir):
+    from lengthwise.device import auto_device
+    from lengthwise.files import write_json
+    from lengthwise.settings import create_or_check
+    from lengthwise.weights import fetch
+
+    receipt = fetch(snakemake.params.model, snakemake.params.folder)
+    auto = auto_device(bool(snakemake.resources.on_cluster))
+    create_or_check(Path(snakemake.params.store), snakemake.config, receipt, auto)
+    write_json(Path(snakemake.output.weights), receipt)

@@ -1,0 +1,145 @@
+"""Assemble: join a dataset's records to the rows of its shards, check that none is missing, and only then say so."""
+
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lengthwise._version import __version__
+from lengthwise.errors import LengthwiseError
+from lengthwise.files import atomic, read_json, write_json
+from lengthwise.plan import commit_path, spec_path
+from lengthwise.status import REASONS
+from lengthwise.store import Shard, shard_path
+
+SCHEMA = 1
+
+
+def assemble(store: Path, dataset: str, jobs: list[str], index: Path, rejected: Path, manifest: Path) -> dict:
+    """Write a dataset's index, its rejected records, and its manifest last.
+
+    Parameters
+    ----------
+    store
+        The store.
+    dataset
+        The dataset's name.
+    jobs
+        The committed jobs that it stands on.
+    index, rejected, manifest
+        The files to write.
+
+    Returns
+    -------
+    The manifest.
+
+    Raises
+    ------
+    LengthwiseError
+        A record is not accounted for, or a shard lacks what its job promised.
+    """
+    settings, summary = read_json(store / "settings.json"), read_json(store / "inputs" / dataset / "summary.json")
+    places = _places(store, jobs)
+    database = duckdb.connect()
+    database.register("places", places)
+    database.execute(
+        "CREATE TABLE place AS SELECT digest, min_by(struct_pack(shard, sequence_no, row_start, verdict), shard) AS spot"
+        " FROM places GROUP BY digest"
+    )
+    database.execute("CREATE TABLE reasons (verdict UTINYINT, why VARCHAR)")
+    database.executemany("INSERT INTO reasons VALUES (?, ?)", [list(item) for item in REASONS.items()])
+    rows = database.execute(
+        "SELECT record_no, id, description, digest, length,"
+        "   CASE WHEN why IS NULL THEN status ELSE 'rejected' END AS status, coalesce(why, reason) AS reason, changes,"
+        "   spot.shard AS shard, spot.sequence_no AS sequence_no, spot.row_start AS row_start"
+        " FROM read_parquet(?) LEFT JOIN place USING (digest) LEFT JOIN reasons ON spot.verdict = reasons.verdict"
+        " ORDER BY record_no",
+        [str(store / "inputs" / dataset / "records.parquet")],
+    ).to_arrow_table()
+    counts = _check(dataset, rows, summary)
+    shards = sorted(set(rows.column("shard").to_pylist()) - {None})
+    with atomic(index) as part:
+        pq.write_table(rows, part, compression="zstd")
+    with atomic(rejected) as part:
+        _write_rejected(rows, part)
+    commits = [read_json(commit_path(store, job)) for job in jobs]
+    result = {
+        "schema": SCHEMA,
+        "dataset": dataset,
+        "model": settings["model"],
+        "random_weights": settings["random_weights"],
+        **{key: summary[key] for key in ("input", "input_bytes", "input_sha256", "records")},
+        **counts,
+        "residues": summary["residues"],
+        "settings": settings,
+        "jobs": jobs,
+        "shards": {shard: shard_path(store, shard).stat().st_size for shard in shards},
+        "devices": sorted({commit["device"] for commit in commits}),
+        "versions": commits[0]["versions"] if commits else {"lengthwise": __version__},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_json(manifest, result)
+    return result
+
+
+def _places(store: Path, jobs: list[str]) -> pa.Table:
+    """(digest, shard, sequence_no, row_start, verdict) of every sequence of these jobs, checked against the shards."""
+    tables = []
+    for job in jobs:
+        spec = pq.read_table(spec_path(store, job), columns=["shard", "row_start", "digest"])
+        names = spec.column("shard").to_pylist()
+        start = 0
+        while start < len(names):
+            stop = start + names.count(names[start])
+            rows = spec.slice(start, stop - start)
+            shard = Shard(shard_path(store, names[start]))
+            if shard["digests"].tobytes() != b"".join(rows.column("digest").to_pylist()):
+                raise LengthwiseError(
+                    f"{shard.path}: holds other sequences than {job} promised; remove it and run again"
+                )
+            tables.append(
+                rows.append_column("sequence_no", pa.array(range(len(rows)), pa.int32())).append_column(
+                    "verdict", pa.array(shard["status"])
+                )
+            )
+            start = stop
+    if tables:
+        return pa.concat_tables(tables)
+    return pa.schema(
+        [
+            ("shard", "string"),
+            ("row_start", "int64"),
+            ("digest", pa.binary(24)),
+            ("sequence_no", "int32"),
+            ("verdict", "uint8"),
+        ]
+    ).empty_table()
+
+
+def _check(dataset: str, rows: pa.Table, summary: dict) -> dict:
+    """Every record has one fate, and every one that is not rejected has its rows; returns the counts."""
+    status, shards = rows.column("status").to_pylist(), rows.column("shard").to_pylist()
+    counts = Counter(status)
+    if len(rows) != summary["records"] or sum(counts[s] for s in ("accepted", "duplicate", "rejected")) != len(rows):
+        raise LengthwiseError(
+            f"dataset {dataset}: {summary['records']} records were read and {len(rows)} are accounted for ({dict(counts)})"
+        )
+    missing = [i for i, (s, shard) in enumerate(zip(status, shards, strict=True)) if s != "rejected" and shard is None]
+    if missing:
+        record_id = rows.column("id")[missing[0]].as_py()
+        raise LengthwiseError(
+            f"dataset {dataset}: {len(missing)} records have no embedding, {record_id!r} the first; "
+            "run snakemake --forcerun plan"
+        )
+    reasons = Counter(reason.split(":")[0] for reason in rows.column("reason").to_pylist() if reason)
+    return {**{s: counts[s] for s in ("accepted", "duplicate", "rejected")}, "reasons": dict(reasons)}
+
+
+def _write_rejected(rows: pa.Table, path: Path) -> None:
+    """The rejected records as a table for people."""
+    table = rows.select(["record_no", "id", "length", "reason", "status"]).to_pandas()
+    table = table[table.pop("status") == "rejected"]
+    table.to_csv(path, sep="\t", index=False)

@@ -1,0 +1,63 @@
+"""What a rule says: to the terminal and its log, and of a failure one line."""
+
+import logging
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lengthwise
+from lengthwise.errors import LengthwiseError
+
+FAILED = "lengthwise: error: "
+
+log = logging.getLogger("lengthwise")
+
+
+@contextmanager
+def reporting(log_file: str, scripts: str) -> Iterator[None]:
+    """Run a rule's work: log to the terminal and to `log_file`; a failure becomes one line, with exit code 1.
+
+    A failure that is nobody's mistake but the program's has its traceback in the log.
+
+    Parameters
+    ----------
+    log_file
+        The rule's log.
+    scripts
+        The folder of the rule's script: the package must be the one beside it.
+    """
+    Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+    handlers = [logging.StreamHandler(sys.stderr), logging.FileHandler(log_file, mode="w")]
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        _require_own_package(scripts)
+        yield
+    except Exception as error:
+        line = str(error)
+        if not isinstance(error, LengthwiseError):
+            line = f"unexpected {type(error).__name__}: {line.splitlines()[0] if line else ''} (details in {log_file})"
+        with open(log_file, "a") as file:
+            if not isinstance(error, LengthwiseError):
+                file.write(traceback.format_exc())
+            file.write(f"{FAILED}{line}\n")
+        print(f"{FAILED}{line}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    finally:
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.flush()
+
+
+def _require_own_package(scripts: str) -> None:
+    """Another installed version would win over the one beside the workflow, because `scripts` comes last in the path."""
+    imported, own = Path(lengthwise.__file__).resolve().parent, Path(scripts).resolve() / "lengthwise"
+    if imported != own:
+        raise LengthwiseError(
+            f"the workflow's package is {own}, but Python imports {imported}: run pip install -e . in the workflow's folder, "
+            "or pip uninstall lengthwise"
+        )

@@ -1,0 +1,17 @@
+"""Turn batch metrics and the scaling study into tables, figures and a page."""
+
+from pathlib import Path
+
+from lengthwise.logs import reporting
+
+with reporting(snakemake.log[0], snakemake.scriptdir):
+    from lengthwise.report import summarize
+
+    manifests = dict(zip(snakemake.params.datasets, map(Path, snakemake.input.manifests), strict=True))
+    summarize(
+        Path(snakemake.params.store),
+        Path(snakemake.input.jobs),
+        manifests,
+        Path(snakemake.input.scaling),
+        Path(snakemake.output.page).parent,
+    )

@@ -1,0 +1,124 @@
+"""The checked config, the store's paths, and the functions that rules name.
+
+In: the config. Out: DATASETS, STORE and the functions below.
+"""
+
+import atexit
+import csv
+import functools
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(workflow.basedir).parent / "scripts"))
+
+import lengthwise.config
+from lengthwise.closing import failure_lines_of, success_lines_of
+from lengthwise.device import auto_device, refuse_missing_gpu
+from lengthwise.errors import LengthwiseError
+from lengthwise.settings import guard, load
+
+STARTED = time.time()
+
+try:
+    config.update(lengthwise.config.validate(config, Path(workflow.basedir) / "schemas" / "config.schema.yaml"))
+    DATASETS = lengthwise.config.datasets(config["inputs"])
+    STORE = str(Path(config["results"]) / lengthwise.config.store_name(config["model"]))
+    guard(Path(STORE), config)
+except LengthwiseError as error:
+    sys.exit(f"lengthwise: error: {error}")  # one line; an exception would show the Snakefile's own lines too
+
+MANIFEST = f"{STORE}/datasets/{{dataset}}/manifest.json"
+JOBS = f"{STORE}/plan/jobs.tsv"
+
+
+wildcard_constraints:
+    dataset="[A-Za-z0-9._-]+",
+    job="[0-9a-f]{16}",
+
+
+def fasta_of(wildcards):
+    return DATASETS[wildcards.dataset]
+
+
+def fasta_state(wildcards):
+    """Size and time, so that a file replaced by an older one is noticed."""
+    state = os.stat(DATASETS[wildcards.dataset])
+    return f"{state.st_size} bytes, {state.st_mtime_ns} ns"
+
+
+def checkpoint_given(wildcards):
+    """The checkpoint, where the config names one by path."""
+    return ancient(config["model"]) if config["model"].endswith(".pt") else []
+
+
+@functools.lru_cache(maxsize=2)
+def jobs_by_dataset(size, mtime_ns):
+    """{dataset: its commits} of the plan with this size and time; under "" all of them."""
+    with open(JOBS) as table:
+        rows = list(csv.DictReader(table, delimiter="\t"))
+    commits = {"": [f"{STORE}/jobs/{row['job']}.json" for row in rows]}
+    for row, commit in zip(rows, commits[""]):
+        for dataset in row["datasets"].split(","):
+            commits.setdefault(dataset, []).append(commit)
+    return commits
+
+
+def planned_commits(dataset):
+    checkpoints.plan.get()
+    state = os.stat(JOBS)
+    return jobs_by_dataset(state.st_size, state.st_mtime_ns).get(dataset, [])
+
+
+def commits_of_all(wildcards):
+    return planned_commits("")
+
+
+def commits_of_dataset(wildcards):
+    return planned_commits(wildcards.dataset)
+
+
+def on_cluster(wildcards):
+    return int(bool(workflow.non_local_exec))
+
+
+def uses_gpu():
+    """The config's device; auto means what the store was made for."""
+    if config["device"] != "auto":
+        return config["device"] == "cuda"
+    settings = load(Path(STORE))
+    return (settings["device"] if settings else auto_device(workflow.non_local_exec)) == "cuda"
+
+
+def gpus(wildcards):
+    return int(uses_gpu())
+
+
+def model_threads(wildcards):
+    """All cores where the CPU computes; a few beside a GPU."""
+    if uses_gpu():
+        return 4
+    return workflow.cores or 8
+
+
+def require_device():
+    """Before any job: a run on this machine needs the device that was asked for."""
+    if not workflow.non_local_exec and workflow.is_main_process and uses_gpu():
+        try:
+            refuse_missing_gpu()
+        except LengthwiseError as error:
+            sys.exit(f"lengthwise: error: {error}")
+
+
+def success_lines():
+    return success_lines_of(Path(STORE), list(DATASETS), time.time() - STARTED)
+
+
+def failure_lines():
+    return failure_lines_of(Path(STORE), STARTED)
+
+
+def say_at_the_end(lines):
+    """Print after Snakemake's own closing lines."""
+    atexit.register(print, *lines, sep="\n", file=sys.stderr)

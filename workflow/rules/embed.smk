@@ -1,0 +1,64 @@
+"""Plan, embed, assemble.
+
+In: sequences of all datasets. Out: jobs.tsv, a commit per job (its shards lie in shards/), an index and a manifest per dataset.
+Specs and weights are ancient: their names are their content. jobs.tsv is ancient to all that stands on it, so that
+planning again reruns nothing by itself.
+"""
+
+
+checkpoint plan:
+    input:
+        weights=ancient(f"{STORE}/weights.json"),
+        sequences=expand(f"{STORE}/inputs/{{dataset}}/sequences.parquet", dataset=DATASETS),
+    output:
+        jobs=JOBS,
+    log:
+        f"{STORE}/logs/plan.log",
+    params:
+        store=STORE,
+        datasets=list(DATASETS),
+    conda:
+        "../../envs/lengthwise.yaml"
+    threads: 1
+    script:
+        "../../scripts/plan.py"
+
+
+rule embed:
+    input:
+        spec=ancient(f"{STORE}/plan/jobs/{{job}}.parquet"),
+        weights=ancient(f"{STORE}/weights.json"),
+        plan=ancient(JOBS),
+    output:
+        commit=f"{STORE}/jobs/{{job}}.json",
+    log:
+        f"{STORE}/logs/embed/{{job}}.log",
+    params:
+        store=STORE,
+    conda:
+        "../../envs/lengthwise.yaml"
+    threads: model_threads
+    resources:
+        gpu=gpus,
+    script:
+        "../../scripts/embed.py"
+
+
+rule assemble:
+    input:
+        records=f"{STORE}/inputs/{{dataset}}/records.parquet",
+        commits=commits_of_dataset,
+        plan=ancient(JOBS),
+    output:
+        index=f"{STORE}/datasets/{{dataset}}/index.parquet",
+        rejected=f"{STORE}/datasets/{{dataset}}/rejected.tsv",
+        manifest=MANIFEST,
+    log:
+        f"{STORE}/logs/assemble/{{dataset}}.log",
+    params:
+        store=STORE,
+    conda:
+        "../../envs/lengthwise.yaml"
+    threads: 1
+    script:
+        "../../scripts/assemble.py"

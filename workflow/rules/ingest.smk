@@ -1,0 +1,23 @@
+"""Ingest: one FASTA file at a time.
+
+In: a FASTA file. Out: a table of all its records, a table of its distinct sequences, and counts.
+"""
+
+
+rule ingest:
+    input:
+        fasta=fasta_of,
+    output:
+        records=f"{STORE}/inputs/{{dataset}}/records.parquet",
+        sequences=f"{STORE}/inputs/{{dataset}}/sequences.parquet",
+        summary=f"{STORE}/inputs/{{dataset}}/summary.json",
+    log:
+        f"{STORE}/logs/ingest/{{dataset}}.log",
+    params:
+        fasta=fasta_state,
+        long_sequences=config["long_sequences"],
+    conda:
+        "../../envs/lengthwise.yaml"
+    threads: 1
+    script:
+        "../../scripts/ingest.py"
