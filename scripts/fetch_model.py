@@ -10,7 +10,13 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
     from lengthwise.settings import create_or_check
     from lengthwise.weights import fetch
 
-    receipt = fetch(snakemake.params.model, snakemake.params.folder)
+    receipt = fetch(
+        snakemake.params.model,
+        snakemake.params.folder,
+        snakemake.config["weights_url"],
+        snakemake.params.model_sha256,
+        snakemake.params.contact_regression,
+    )
     auto = auto_device(bool(snakemake.resources.on_cluster))
     create_or_check(Path(snakemake.params.store), snakemake.config, receipt, auto)
     write_json(Path(snakemake.output.weights), receipt)

@@ -5,6 +5,9 @@ from pathlib import Path
 from lengthwise.logs import log, reporting
 
 with reporting(snakemake.log[0], snakemake.scriptdir):
+    import pyarrow.parquet as pq
+
+    from lengthwise.logs import duration
     from lengthwise.plan import Sizes, commit_path, plan
 
     store = Path(snakemake.params.store)
@@ -12,12 +15,14 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
     sequences = dict(zip(snakemake.params.datasets, map(Path, snakemake.input.sequences), strict=True))
     jobs = plan(store, sequences, sizes, Path(snakemake.output.jobs))
     new = jobs[[not commit_path(store, job).exists() for job in jobs["job"]]]
+    wanted = sum(pq.read_metadata(path).num_rows for path in sequences.values())
     log.info(
-        "%s jobs in all; to run: %s, of %s sequences, %s residues, about %.1f minutes of the device and %.2f GB",
-        len(jobs),
-        len(new),
+        "%s sequences in %s datasets; to embed: %s sequences, %s residues in %s jobs, forecast %s and %.2f GB",
+        f"{wanted:,}",
+        f"{len(sequences):,}",
         f"{new['sequences'].sum():,}",
         f"{new['residues'].sum():,}",
-        new["forecast_seconds"].sum() / 60,
+        f"{len(new):,}",
+        duration(new["forecast_seconds"].sum()),
         new["forecast_bytes"].sum() / 1e9,
     )

@@ -5,9 +5,8 @@ from pathlib import Path
 from lengthwise.logs import reporting
 
 with reporting(snakemake.log[0], snakemake.scriptdir):
-    from lengthwise.scaling import scaling
-
     from lengthwise.files import read_json
+    from lengthwise.scaling import scaling
 
     settings = read_json(Path(snakemake.params.store) / "settings.json")
     receipt = read_json(Path(snakemake.input.weights))

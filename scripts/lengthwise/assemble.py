@@ -51,13 +51,13 @@ def assemble(store: Path, dataset: str, jobs: list[str], index: Path, rejected: 
     )
     database.execute("CREATE TABLE reasons (verdict UTINYINT, why VARCHAR)")
     database.executemany("INSERT INTO reasons VALUES (?, ?)", [list(item) for item in REASONS.items()])
-    rows = database.execute(
+    rows = database.sql(
         "SELECT record_no, id, description, digest, length,"
         "   CASE WHEN why IS NULL THEN status ELSE 'rejected' END AS status, coalesce(why, reason) AS reason, changes,"
         "   spot.shard AS shard, spot.sequence_no AS sequence_no, spot.row_start AS row_start"
         " FROM read_parquet(?) LEFT JOIN place USING (digest) LEFT JOIN reasons ON spot.verdict = reasons.verdict"
         " ORDER BY record_no",
-        [str(store / "inputs" / dataset / "records.parquet")],
+        params=[str(store / "inputs" / dataset / "records.parquet")],
     ).to_arrow_table()
     counts = _check(dataset, rows, summary)
     shards = sorted(set(rows.column("shard").to_pylist()) - {None})

@@ -6,24 +6,37 @@ from lengthwise.files import read_json
 from lengthwise.logs import FAILED
 
 
-def success_lines_of(store: Path, datasets: list[str], seconds: float) -> list[str]:
-    """What a finished run did; the last line warns of random weights."""
+def success_lines_of(store: Path, datasets: list[str], commits: list[str], since: float, seconds: float) -> list[str]:
+    """What a finished run did, in five lines, and a warning of random weights as the last.
+
+    Parameters
+    ----------
+    store
+        The store.
+    datasets
+        Names of the configured datasets.
+    commits
+        Paths of the commits of all jobs that they stand on.
+    since
+        When the run began, in seconds of the epoch.
+    seconds
+        How long it took.
+    """
     paths = [store / "datasets" / name / "manifest.json" for name in datasets]
     if not all(path.exists() for path in paths):
-        return []  # something less than a whole dataset was asked for
+        return []  # something less than whole datasets was asked for
     manifests = [read_json(path) for path in paths]
-    total = {
-        key: sum(m[key] for m in manifests) for key in ("records", "accepted", "duplicate", "rejected", "residues")
-    }
+    total = {key: sum(m[key] for m in manifests) for key in ("records", "accepted", "duplicate", "rejected")}
+    here = f"{store}/datasets/" + (datasets[0] if len(datasets) == 1 else "")
+    rejected = f"; why: {here}{'/' if len(datasets) == 1 else '*/'}rejected.tsv" if total["rejected"] else ""
     lines = [
         "",
         f"Records     {total['records']:,} = {total['accepted']:,} accepted + {total['duplicate']:,} duplicate"
-        f" + {total['rejected']:,} rejected, in {len(manifests)} dataset{'s' * (len(manifests) != 1)};"
-        f" {total['residues']:,} residues",
-        f"Embeddings  {store}/datasets/" + (datasets[0] if len(datasets) == 1 else ""),
+        f" + {total['rejected']:,} rejected{rejected}",
+        f"Embeddings  {here}",
+        f"Time        {seconds:.0f} s; {_made(commits, since)}",
         f"Report      {store}/report/index.html",
-        f"Time        {seconds:.0f} s",
-        f'Read them   lengthwise.open("{store}/datasets/{datasets[0]}")',
+        f"Next        python -c 'import lengthwise; print(lengthwise.open(\"{store}/datasets/{datasets[0]}\").records)'",
     ]
     if any(manifest["random_weights"] for manifest in manifests):
         lines.append(
@@ -39,6 +52,14 @@ def failure_lines_of(store: Path, since: float) -> list[str]:
     for log in sorted((store / "logs").rglob("*.log")):
         if log.stat().st_mtime >= since:
             reasons += [line for line in log.read_text(errors="replace").splitlines() if line.startswith(FAILED)]
-    if not reasons:
-        return ["", "The run failed; Snakemake's lines above say where. Run the same command again to go on."]
-    return ["", *dict.fromkeys(reasons)]
+    advice = "Finished shards are kept: when that is mended, run the same command again."
+    return ["", *(dict.fromkeys(reasons) or ["The run failed; Snakemake's lines above say where."]), advice]
+
+
+def _made(commits: list[str], since: float) -> str:
+    """What this run's jobs embedded, and how fast."""
+    made = [read_json(Path(path)) for path in commits if Path(path).exists() and Path(path).stat().st_mtime >= since]
+    residues, seconds = (sum(commit[key] for commit in made) for key in ("made_residues", "embed_seconds"))
+    if not residues:
+        return "nothing was left to embed"
+    return f"{residues:,} residues embedded in {len(made):,} job{'s' * (len(made) != 1)}, {residues / seconds:,.0f} residues/s"

@@ -1,7 +1,6 @@
 """Embed: walk the shards of one job, and commit it."""
 
 import logging
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -13,9 +12,10 @@ import pyarrow.parquet as pq
 import torch
 
 from lengthwise._version import __version__
-from lengthwise.engine import AUTO_BATCH_TOKENS, Engine, Output, cut_batches, resolve_device
+from lengthwise.engine import AUTO_BATCH_TOKENS, Engine, Output, cut_batches, resolve_device, set_threads
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import read_json, write_json
+from lengthwise.logs import duration
 from lengthwise.metrics import write_metrics
 from lengthwise.store import ShardWriter, metrics_path, shard_path
 
@@ -54,7 +54,7 @@ def embed_job(
         No such device or weights, or no space.
     """
     settings, weights = read_json(store / "settings.json"), read_json(store / "weights.json")
-    torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))  # more threads than cores only wait
+    set_threads(threads)
     device = resolve_device(settings["device"] if device == "auto" else device)
     if not Path(weights["path"]).exists():
         raise LengthwiseError(f"{weights['path']} is gone; run snakemake --forcerun fetch_model, or put it back")
@@ -85,6 +85,7 @@ def embed_job(
         "made": made,
         "sequences": sum(len(lengths) for _, _, lengths, _ in shards),
         "residues": sum(int(lengths.sum()) for _, _, lengths, _ in shards),
+        "made_residues": progress.done if progress else 0,
         "device": device_name(device),
         "precision": settings["precision"],
         "batch_tokens": batch_tokens,
@@ -141,7 +142,7 @@ class Progress:
                 f"{self.total:,}",
                 100 * self.done / self.total,
                 f"{rate:,.0f}",
-                _duration((self.total - self.done) / rate),
+                duration((self.total - self.done) / rate),
             )
         elapsed, self.previous = now - self.previous, now
         return elapsed * 1000
@@ -200,9 +201,3 @@ def _fill(engine, writer, job, shard, lengths, sequences, batch_tokens, progress
             }
         )
     return rows
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

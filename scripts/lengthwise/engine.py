@@ -3,6 +3,7 @@
 It needs torch, numpy, safetensors and fair-esm only, and knows nothing of files but the checkpoint.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,6 +59,11 @@ def resolve_device(device: str) -> torch.device:
         build = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no GPU"
         raise LengthwiseError(f"device: cuda, but {build}; see the README on CUDA builds, or use device: cpu")
     return torch.device(device)
+
+
+def set_threads(threads: int) -> None:
+    """CPU threads for torch, at most as many as this process has cores: more only wait for each other."""
+    torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
 
 
 def cut_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[tuple[int, int]]:

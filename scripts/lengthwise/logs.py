@@ -37,6 +37,9 @@ def reporting(log_file: str, scripts: str) -> Iterator[None]:
     try:
         _require_own_package(scripts)
         yield
+    except KeyboardInterrupt:
+        print("lengthwise: interrupted; finished shards are kept", file=sys.stderr, flush=True)
+        sys.exit(130)
     except Exception as error:
         line = str(error)
         if not isinstance(error, LengthwiseError):
@@ -51,6 +54,13 @@ def reporting(log_file: str, scripts: str) -> Iterator[None]:
         for handler in handlers:
             log.removeHandler(handler)
             handler.flush()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3 min 05 s, 2 h 07 min."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
 def _require_own_package(scripts: str) -> None:

@@ -5,6 +5,7 @@ new FASTA adds specs for its new sequences only.
 """
 
 import hashlib
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,7 +223,7 @@ def _write_specs(
         ).to_arrow_reader(100_000)
     )
     names = []
-    for start, stop in zip(jobs[:-1], jobs[1:], strict=True):
+    for start, stop in itertools.pairwise(jobs):
         work = rows.take(stop - start)
         inner = shards[(shards >= start) & (shards <= stop)] - start
         spec = _spec_table(work, inner, settings)
@@ -267,7 +268,7 @@ def _spec_table(work: pa.Table, shards: np.ndarray, settings: dict) -> pa.Table:
     digests = work.column("digest").to_pylist()
     lengths = work.column("length").to_numpy()
     names, row_starts = [], []
-    for start, stop in zip(shards[:-1], shards[1:], strict=True):
+    for start, stop in itertools.pairwise(shards):
         names += [shard_name(settings["fingerprint"], digests[start:stop])] * (stop - start)
         row_starts.append(np.concatenate([[0], np.cumsum(lengths[start : stop - 1], dtype=np.int64)]))
     columns = [names, np.concatenate(row_starts), digests, lengths, work.column("sequence").to_pylist()]

@@ -17,6 +17,7 @@ import lengthwise.config
 from lengthwise.closing import failure_lines_of, success_lines_of
 from lengthwise.device import auto_device, refuse_missing_gpu
 from lengthwise.errors import LengthwiseError
+from lengthwise.recovery import withdraw_broken_commits
 from lengthwise.settings import guard, load
 
 STARTED = time.time()
@@ -26,6 +27,9 @@ try:
     DATASETS = lengthwise.config.datasets(config["inputs"])
     STORE = str(Path(config["results"]) / lengthwise.config.store_name(config["model"]))
     guard(Path(STORE), config)
+    if workflow.is_main_process:
+        for line in withdraw_broken_commits(Path(STORE)):
+            print(line, file=sys.stderr)
 except LengthwiseError as error:
     sys.exit(f"lengthwise: error: {error}")  # one line; an exception would show the Snakefile's own lines too
 
@@ -66,16 +70,17 @@ def jobs_by_dataset(size, mtime_ns):
 
 
 def planned_commits(dataset):
-    checkpoints.plan.get()
     state = os.stat(JOBS)
     return jobs_by_dataset(state.st_size, state.st_mtime_ns).get(dataset, [])
 
 
 def commits_of_all(wildcards):
+    checkpoints.plan.get()
     return planned_commits("")
 
 
 def commits_of_dataset(wildcards):
+    checkpoints.plan.get()
     return planned_commits(wildcards.dataset)
 
 
@@ -112,7 +117,8 @@ def require_device():
 
 
 def success_lines():
-    return success_lines_of(Path(STORE), list(DATASETS), time.time() - STARTED)
+    commits = planned_commits("") if os.path.exists(JOBS) else []
+    return success_lines_of(Path(STORE), list(DATASETS), commits, STARTED, time.time() - STARTED)
 
 
 def failure_lines():

@@ -14,12 +14,12 @@ checkpoint plan:
         jobs=JOBS,
     log:
         f"{STORE}/logs/plan.log",
-    params:
-        store=STORE,
-        datasets=list(DATASETS),
     conda:
         "../../envs/lengthwise.yaml"
     threads: 1
+    params:
+        store=subpath(output.jobs, ancestor=2),
+        datasets=list(DATASETS),
     script:
         "../../scripts/plan.py"
 
@@ -33,13 +33,13 @@ rule embed:
         commit=f"{STORE}/jobs/{{job}}.json",
     log:
         f"{STORE}/logs/embed/{{job}}.log",
-    params:
-        store=STORE,
     conda:
         "../../envs/lengthwise.yaml"
     threads: model_threads
     resources:
         gpu=gpus,
+    params:
+        store=subpath(output.commit, ancestor=2),
     script:
         "../../scripts/embed.py"
 
@@ -55,10 +55,10 @@ rule assemble:
         manifest=MANIFEST,
     log:
         f"{STORE}/logs/assemble/{{dataset}}.log",
-    params:
-        store=STORE,
     conda:
         "../../envs/lengthwise.yaml"
     threads: 1
+    params:
+        store=subpath(output.manifest, ancestor=3),
     script:
         "../../scripts/assemble.py"

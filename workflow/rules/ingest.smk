@@ -13,11 +13,11 @@ rule ingest:
         summary=f"{STORE}/inputs/{{dataset}}/summary.json",
     log:
         f"{STORE}/logs/ingest/{{dataset}}.log",
-    params:
-        fasta=fasta_state,
-        long_sequences=config["long_sequences"],
     conda:
         "../../envs/lengthwise.yaml"
     threads: 1
+    params:
+        fasta=fasta_state,
+        long_sequences=config["long_sequences"],
     script:
         "../../scripts/ingest.py"

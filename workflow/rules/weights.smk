@@ -12,14 +12,16 @@ rule fetch_model:
         weights=f"{STORE}/weights.json",
     log:
         f"{STORE}/logs/fetch_model.log",
-    params:
-        model=config["model"],
-        folder=config["weights"],
-        store=STORE,
     conda:
         "../../envs/lengthwise.yaml"
     threads: 1
     resources:
         on_cluster=on_cluster,
+    params:
+        model=config["model"],
+        folder=config["weights"],
+        model_sha256=config["model_sha256"],
+        contact_regression=config["contact_regression"],
+        store=subpath(output.weights, parent=True),
     script:
         "../../scripts/fetch_model.py"

@@ -1,0 +1,198 @@
+"""Shared by all tests: a tiny checkpoint, random proteins, and small stores made by the package's own functions."""
+
+import random
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lengthwise import alphabet
+from lengthwise import config as config_module
+from lengthwise import settings as settings_module
+from lengthwise.assemble import assemble
+from lengthwise.checkpoint import write_random
+from lengthwise.embed import embed_job
+from lengthwise.errors import LengthwiseError
+from lengthwise.fasta import ingest
+from lengthwise.files import write_json
+from lengthwise.model import ModelConfig
+from lengthwise.plan import Sizes, commit_path, plan, spec_path
+from lengthwise.reading import Dataset
+from lengthwise.store import Shard, shard_path
+from lengthwise.weights import fetch
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ModelConfig(2, 32, 2)
+
+
+class SmallStore:
+    """A store of the tiny model, taken through the workflow's steps one call at a time."""
+
+    def __init__(self, folder: Path, checkpoint: Path, **config):
+        self.folder, self.path = folder, folder / "results" / "tiny"
+        config = {"inputs": ["any.fasta"], "model": str(checkpoint), "device": "cpu", **config}
+        self.config = config_module.validate(config, ROOT / "workflow" / "schemas" / "config.schema.yaml")
+        self.receipt = fetch(self.config["model"], "no weights are fetched from here")
+        self.settings = settings_module.create_or_check(self.path, self.config, self.receipt, "cpu")
+        write_json(self.path / "weights.json", self.receipt)
+        self.datasets: list[str] = []
+
+    @property
+    def jobs_tsv(self) -> Path:
+        return self.path / "plan" / "jobs.tsv"
+
+    def inputs(self, dataset: str) -> Path:
+        return self.path / "inputs" / dataset
+
+    def ingest(self, dataset: str, proteins: Mapping[str, str], **options) -> dict:
+        fasta = self.folder / f"{dataset}.fasta"
+        fasta.write_text("".join(f">{record_id}\n{sequence}\n" for record_id, sequence in proteins.items()))
+        names = ("records.parquet", "sequences.parquet", "summary.json")
+        if dataset not in self.datasets:
+            self.datasets.append(dataset)
+        return ingest(fasta, *(self.inputs(dataset) / name for name in names), **options)
+
+    def plan(self, *datasets: str, job_seconds: float = 1200.0, shard_bytes: int = 1 << 30) -> pd.DataFrame:
+        sequences = {name: self.inputs(name) / "sequences.parquet" for name in datasets or self.datasets}
+        self.jobs = plan(self.path, sequences, Sizes(job_seconds, shard_bytes), self.jobs_tsv)
+        return self.jobs
+
+    def spec(self, job: str) -> pd.DataFrame:
+        return pd.read_parquet(spec_path(self.path, job))
+
+    def embed(self, job: str, **options) -> dict:
+        return embed_job(self.path, spec_path(self.path, job), commit_path(self.path, job), **options)
+
+    def embed_all(self, **options) -> list[dict]:
+        jobs = [job for job in self.jobs["job"] if not commit_path(self.path, job).exists()]
+        return [self.embed(job, **options) for job in jobs]
+
+    def jobs_of(self, dataset: str) -> list[str]:
+        return [
+            job
+            for job, users in zip(self.jobs["job"], self.jobs["datasets"], strict=True)
+            if dataset in users.split(",")
+        ]
+
+    def assemble(self, dataset: str) -> dict:
+        folder = self.path / "datasets" / dataset
+        names = ("index.parquet", "rejected.tsv", "manifest.json")
+        return assemble(self.path, dataset, self.jobs_of(dataset), *(folder / name for name in names))
+
+    def run(self, **sizes) -> None:
+        """Plan, embed and assemble everything ingested."""
+        self.plan(**sizes)
+        self.embed_all()
+        for dataset in self.datasets:
+            self.assemble(dataset)
+
+    def open(self, dataset: str) -> Dataset:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*RANDOM WEIGHTS")
+            return Dataset(self.path / "datasets" / dataset)
+
+    def shard_files(self) -> list[Path]:
+        return sorted((self.path / "shards").rglob("*.safetensors"))
+
+    def rows(self) -> dict[tuple[bytes, str], bytes]:
+        """The bytes of every stored tensor of every sequence, whatever shard it is in."""
+        found = {}
+        for path in self.shard_files():
+            shard = Shard(path)
+            offsets = shard["offsets"]
+            for i, digest in enumerate(shard["digests"]):
+                for name in shard.data_names:
+                    rows = slice(offsets[i], offsets[i + 1]) if name.startswith("layer_") else slice(i, i + 1)
+                    found[digest.tobytes(), name] = shard[name][rows].tobytes()
+        return found
+
+    def shard_path(self, shard: str) -> Path:
+        return shard_path(self.path, shard)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """Two layers, 32 wide, two heads, random weights."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
+    write_random(path, TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_store(tmp_path_factory, tiny_checkpoint):
+    """Makes stores, each in a folder of its own; keywords are config keys."""
+
+    def make(checkpoint: Path = tiny_checkpoint, folder: Path | None = None, **config) -> SmallStore:
+        return SmallStore(folder or tmp_path_factory.mktemp("store"), checkpoint, **config)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_proteins():
+    """Makes {id: sequence} of n distinct random sequences; the same arguments give the same ones."""
+
+    def make(n: int, shortest: int = 5, longest: int = 60, seed: int = 0, prefix: str = "p") -> dict[str, str]:
+        source = random.Random(f"{seed} {n} {prefix}")
+        letters = alphabet.RESIDUES.decode()
+        made: dict[str, str] = {}
+        while len(made) < n:
+            sequence = "".join(source.choices(letters, k=source.randint(shortest, longest)))
+            if sequence not in made.values():
+                made[f"{prefix}{len(made)}"] = sequence
+        return made
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def refused():
+    """Expects a LengthwiseError of one line that has all these words in it."""
+
+    @contextmanager
+    def expect(*words: str):
+        with pytest.raises(LengthwiseError) as caught:
+            yield caught
+        line = str(caught.value)
+        assert "\n" not in line
+        assert [word for word in words if word not in line] == [], line
+
+    return expect
+
+
+@pytest.fixture(scope="session")
+def files_in():
+    """All files under a folder, temporary ones included."""
+
+    def scan(folder: Path) -> list[Path]:
+        return sorted(path for path in folder.rglob("*") if path.is_file())
+
+    return scan
+
+
+@pytest.fixture(scope="session")
+def digest_of():
+    """The digest of a sequence given as text."""
+    return lambda sequence: alphabet.digest(sequence.encode())
+
+
+@pytest.fixture
+def random_rows():
+    """Makes the arrays of a shard's data tensors."""
+    rng = np.random.default_rng(7)
+
+    def make(lengths, settings: dict) -> dict[str, np.ndarray]:
+        d, arrays = settings["embed_dim"], {}
+        for layer in settings["layers"]:
+            if "residue" in settings["outputs"]:
+                arrays[f"layer_{layer}"] = rng.standard_normal((sum(lengths), d)).astype(settings["storage_dtype"])
+            for output in ("mean", "bos"):
+                if output in settings["outputs"]:
+                    arrays[f"{output}_{layer}"] = rng.standard_normal((len(lengths), d)).astype(np.float32)
+        return arrays
+
+    return make

@@ -1,0 +1,249 @@
+"""The config: the shipped one is valid, the documentation is complete, every mistake is one line that names its key."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lengthwise import config
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMA_PATH = ROOT / "workflow" / "schemas" / "config.schema.yaml"
+SCHEMA = yaml.safe_load(SCHEMA_PATH.read_text())
+README = ROOT / "config" / "README.md"
+
+
+def validate(**values) -> dict:
+    return config.validate({"inputs": ["in.fasta"], **values}, SCHEMA_PATH)
+
+
+def properties(schema: dict, prefix: str = "") -> Iterator[tuple[str, dict]]:
+    for key, sub in schema.get("properties", {}).items():
+        yield prefix + key, sub
+        yield from properties(sub, f"{prefix}{key}.")
+
+
+KEYS = dict(properties(SCHEMA))
+
+
+def test_the_shipped_config_is_valid_and_its_inputs_are_there(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    shipped = config.validate(yaml.safe_load(Path("config/config.yaml").read_text()), SCHEMA_PATH)
+    assert config.datasets(shipped["inputs"]) == {"example": "config/example.fasta"}
+
+
+@pytest.mark.parametrize("key", [key for key, sub in KEYS.items() if "default" in sub])
+def test_a_key_left_out_has_the_default_of_the_schema(key):
+    value, expected = validate(), KEYS[key]["default"]
+    for step in key.split("."):
+        value = value[step]
+    nested = {sub: KEYS[f"{key}.{sub}"]["default"] for sub in KEYS[key].get("properties", {})}
+    assert value == (nested or expected)
+
+
+def test_every_key_but_inputs_has_a_default():
+    assert [key for key, sub in KEYS.items() if "default" not in sub] == ["inputs"]
+
+
+def test_defaults_fill_in_beside_what_is_given_and_the_given_config_stays():
+    given = {"inputs": ["in.fasta"], "long_sequences": {"policy": "skip"}}
+    before = json.dumps(given)
+    assert config.validate(given, SCHEMA_PATH)["long_sequences"] == {"policy": "skip", "max_residues": 1022}
+    assert json.dumps(given) == before
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_is_described_in_the_schema(key):
+    assert len(KEYS[key].get("description", "")) > 20
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_is_explained_in_the_readme(key):
+    assert f"`{key.split('.')[-1]}`" in README.read_text()
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if "." not in key])
+def test_a_key_with_two_letters_swapped_is_named_and_the_right_one_suggested(refused, key):
+    mistyped = key[1] + key[0] + key[2:]
+    with refused("unknown key", repr(mistyped), f"did you mean {key!r}?"):
+        validate(**{mistyped: 1})
+
+
+def test_an_unknown_key_like_no_other_lists_those_there_are(refused):
+    with refused("unknown key 'zzz'", *(key for key in KEYS if "." not in key)) as caught:
+        validate(zzz=1)
+    assert "did you mean" not in str(caught.value)
+
+
+def test_an_unknown_nested_key_is_named_with_its_place(refused):
+    with refused("unknown key 'long_sequences.polcy'", "did you mean 'policy'?"):
+        validate(long_sequences={"polcy": "full"})
+
+
+def test_a_config_without_inputs_names_the_missing_key(refused):
+    with refused("'inputs' is missing"):
+        config.validate({}, SCHEMA_PATH)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("inputs", 5),
+        ("inputs", "in.fasta"),
+        ("inputs", None),
+        ("inputs", []),
+        ("inputs", {}),
+        ("inputs", [5]),
+        ("inputs", [""]),
+        ("inputs", {"a": 5}),
+        ("model", 8),
+        ("model", "esm2_t6_8M"),
+        ("model", "no/such/file.pt"),
+        ("model", None),
+        ("results", 1),
+        ("results", ""),
+        ("results", "{model}"),
+        ("weights", ["w"]),
+        ("weights", ""),
+        ("device", "gpu"),
+        ("device", 0),
+        ("precision", "fp16"),
+        ("precision", 16),
+        ("storage_dtype", "bfloat16"),
+        ("storage_dtype", None),
+        ("layers", -1),
+        ("layers", "last"),
+        ("layers", []),
+        ("layers", ["-1"]),
+        ("layers", [1.5]),
+        ("layers", [True]),
+        ("layers", [1, 1]),
+        ("outputs", "residue"),
+        ("outputs", []),
+        ("outputs", ["mean", "mean"]),
+        ("outputs", ["median"]),
+        ("batch_tokens", "many"),
+        ("batch_tokens", 2.5),
+        ("batch_tokens", 15),
+        ("job_minutes", "20"),
+        ("job_minutes", 0),
+        ("shard_bytes", "1G"),
+        ("shard_bytes", 65_535),
+        ("long_sequences", "skip"),
+        ("long_sequences", None),
+        ("long_sequences.policy", "split"),
+        ("long_sequences.max_residues", 0),
+        ("long_sequences.max_residues", "1022"),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_is_one_line_that_names_its_key(refused, key, value):
+    for step in reversed(key.split(".")):
+        value = {step: value}
+    with refused("config: ", key):
+        validate(**value)
+
+
+@pytest.mark.parametrize("content", [None, [], "inputs", 5])
+def test_a_file_that_is_no_mapping_is_one_line(refused, content):
+    with refused("config: ", "'object'"):
+        config.validate(content, SCHEMA_PATH)
+
+
+def test_a_model_nearly_spelled_is_suggested(refused):
+    with refused("did you mean 'esm2_t6_8M_UR50D'?"):
+        validate(model="esm2_t6_8m_UR50D")
+
+
+@pytest.mark.parametrize("model", ["demo", *config.MODEL_NAMES])
+def test_every_model_has_a_store_of_its_name(model):
+    assert config.store_name(validate(model=model)["model"]) == model
+
+
+def test_a_checkpoint_given_by_path_has_a_store_of_its_stem(tiny_checkpoint):
+    assert config.store_name(validate(model=str(tiny_checkpoint))["model"]) == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("a.fasta", "a"),
+        ("in/a.fa", "a"),
+        ("in/a.faa.gz", "a"),
+        ("A.FASTA.GZ", "A"),
+        ("a.pep.bgz", "a"),
+        ("a.fasta.zst", "a"),
+        ("UP000005640_9606.fasta.gz", "UP000005640_9606"),
+        ("v1.2.fasta", "v1.2"),
+        ("a.fasta.fasta", "a.fasta"),
+        ("proteins", "proteins"),
+        ("a.txt", "a.txt"),
+        ("My proteins (new).fasta", "My_proteins__new_"),
+        ("größe.fasta", "gr__e"),
+        ("sp|P1.fasta", "sp_P1"),
+        (".hidden.fasta", "hidden"),
+        ("-rf.fasta", "rf"),
+        (".fasta", "_"),
+        ("...fasta", "_"),
+    ],
+)
+def test_a_dataset_is_named_by_the_stem_of_its_file(path, name):
+    assert config.dataset_name(path) == name
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder of FASTA files, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for path in ("a.fasta", "b.fasta.gz", "in/c.fa", "in/deep/d.fa", "other/a.faa", "odd[1].fasta"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("inputs", "found"),
+    [
+        (["a.fasta", "b.fasta.gz"], {"a": "a.fasta", "b": "b.fasta.gz"}),
+        (["[ab].fasta*"], {"a": "a.fasta", "b": "b.fasta.gz"}),
+        (["in/*"], {"c": "in/c.fa"}),
+        (["in/**/*.fa"], {"c": "in/c.fa", "d": "in/deep/d.fa"}),
+        (["a.fasta", "a.fasta", "./a.fasta"], {"a": "a.fasta"}),
+        (["odd[1].fasta"], {"odd_1_": "odd[1].fasta"}),
+        ({"x": "a.fasta", "y": "other/a.faa"}, {"x": "a.fasta", "y": "other/a.faa"}),
+    ],
+    ids=str,
+)
+def test_inputs_become_datasets(here, inputs, found):
+    assert config.datasets(inputs) == found
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (["none.fasta"], ["no file 'none.fasta'"]),
+        ({"x": "none.fasta"}, ["no file 'none.fasta'"]),
+        (["*.faa"], ["no file matches '*.faa'"]),
+        (["in"], ["'in' is a folder", "in/*.fasta"]),
+        (["in/"], ["'in/' is a folder", "'in/*.fasta'"]),
+        (["a.fasta", "other/a.faa"], ["a.fasta", "other/a.faa", "'a'"]),
+        (["**/a.*"], ["a.fasta", "other/a.faa", "'a'"]),
+        ({"my proteins": "a.fasta"}, ["'my proteins'"]),
+        ({"../up": "a.fasta"}, ["'../up'"]),
+        ({"": "a.fasta"}, ["''"]),
+    ],
+    ids=str,
+)
+def test_inputs_that_cannot_be_had_are_one_line(here, refused, inputs, words):
+    with refused("config: inputs: ", *words):
+        config.datasets(inputs)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=TypeError, reason="dataset_name(2024) raises TypeError: YAML keys may be numbers"
+)
+def test_a_number_as_the_name_of_a_dataset_is_one_line(here, refused):
+    with refused("config: inputs", "2024"):
+        config.datasets(validate(inputs={2024: "a.fasta"})["inputs"])

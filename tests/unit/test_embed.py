@@ -1,0 +1,377 @@
+"""Embedding a job: killed and resumed, out of memory, beyond the range of its types; the rows and the metrics of each."""
+
+import json
+import time
+
+import duckdb
+import numpy as np
+import pytest
+import torch
+
+from lengthwise import embed
+from lengthwise.engine import Engine, cut_batches
+from lengthwise.plan import commit_path
+from lengthwise.status import DOES_NOT_FIT, GOOD, NON_FINITE
+from lengthwise.store import Shard, ShardWriter, metrics_path
+
+# Float32 sums in another order, relative to the RMS: see test_model.
+FLOAT32_TOLERANCE = 2e-5
+# DESIGN.md, summarize.
+COLUMNS = """
+    job shard batch n_sequences n_residues n_tokens min_length mean_length max_length wall_ms device_ms
+    peak_allocated_bytes peak_reserved_bytes peak_rss_bytes oom_splits device precision
+"""
+
+
+@pytest.fixture
+def new(small_store, random_proteins):
+    """Makes a store of one planned job of several shards."""
+
+    def make(proteins=None, shard_bytes: int = 8_000, **config):
+        store = small_store(**config)
+        store.ingest("a", proteins or random_proteins(60))
+        (job,) = store.plan(shard_bytes=shard_bytes)["job"]
+        return store, job
+
+    return make
+
+
+def metrics(store) -> list[dict]:
+    files = str(store.path / "metrics" / "*.parquet")
+    query = "SELECT * FROM read_parquet(?) ORDER BY shard, batch"
+    return duckdb.sql(query, params=[files]).to_arrow_table().to_pylist()
+
+
+def statuses(store) -> dict[bytes, int]:
+    found = {}
+    for path in store.shard_files():
+        shard = Shard(path)
+        found |= {digest.tobytes(): int(s) for digest, s in zip(shard["digests"], shard["status"], strict=True)}
+    return found
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def kill_after(monkeypatch):
+    """Lets so many batches through and then raises Killed."""
+
+    def patch(batches: int) -> None:
+        original, count = Engine.embed, 0
+
+        def counted(self, sequences):
+            nonlocal count
+            count += 1
+            if count > batches:
+                raise Killed
+            return original(self, sequences)
+
+        monkeypatch.setattr(Engine, "embed", counted)
+
+    return patch
+
+
+@pytest.fixture
+def memory_for(monkeypatch):
+    """A device that holds so many sequences of so many residues in one pass, and no more."""
+
+    def patch(sequences: int = 1_000_000, residues: int = 1_000_000) -> None:
+        original = Engine._embed
+
+        def limited(self, batch):
+            if len(batch) > sequences or max(map(len, batch)) > residues:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return original(self, batch)
+
+        monkeypatch.setattr(Engine, "_embed", limited)
+
+    return patch
+
+
+def test_a_commit_says_what_was_made(new):
+    store, job = new()
+    commit = store.embed(job)
+    spec = store.spec(job)
+    assert json.loads(commit_path(store.path, job).read_text()) == commit
+    assert commit["shards"] == commit["made"] == spec["shard"].drop_duplicates().tolist()
+    assert (commit["job"], commit["sequences"], commit["residues"]) == (job, len(spec), spec["length"].sum())
+    assert commit["versions"]["torch"] == torch.__version__
+    assert commit["load_seconds"] > 0
+
+
+def test_metrics_have_the_columns_of_the_design_and_count_every_residue(new):
+    store, job = new()
+    store.embed(job, batch_tokens=128)
+    rows, spec = metrics(store), store.spec(job)
+    assert all(list(row) == COLUMNS.split() for row in rows)
+    assert len(rows) > spec["shard"].nunique()
+    assert sum(row["n_sequences"] for row in rows) == len(spec)
+    assert sum(row["n_residues"] for row in rows) == spec["length"].sum()
+    for row in rows:
+        assert row["n_tokens"] == row["n_residues"] + 2 * row["n_sequences"]
+        assert row["min_length"] <= row["mean_length"] <= row["max_length"]
+        assert row["mean_length"] == pytest.approx(row["n_residues"] / row["n_sequences"])
+        assert row["n_tokens"] <= 128 or row["n_sequences"] == 1
+        assert (row["job"], row["precision"], row["oom_splits"]) == (job, "float32", 0)
+        assert 0 < row["device_ms"] <= row["wall_ms"]
+
+
+def test_what_the_cpu_does_not_have_is_null_and_never_zero(new):
+    store, job = new()
+    store.embed(job)
+    for row in metrics(store):
+        assert row["peak_allocated_bytes"] is row["peak_reserved_bytes"] is None
+        assert row["peak_rss_bytes"] is None or row["peak_rss_bytes"] > 1 << 20
+
+
+def test_the_batches_of_a_job_add_up_to_its_time_without_the_models_load(new, monkeypatch):
+    original = ShardWriter.write
+
+    def slow(self, *arguments):
+        time.sleep(0.06)  # writing, which counts too
+        original(self, *arguments)
+
+    monkeypatch.setattr(ShardWriter, "write", slow)
+    store, job = new()
+    began = time.perf_counter()
+    commit = store.embed(job, batch_tokens=256)
+    elapsed = time.perf_counter() - began - commit["load_seconds"]
+    summed = sum(row["wall_ms"] for row in metrics(store)) / 1000
+    assert summed == pytest.approx(commit["embed_seconds"], abs=0.002)  # rounded to milliseconds
+    assert 0.6 < summed < elapsed
+    # The rest is the last shard's commit, and opening the spec and the first shard.
+    assert elapsed - summed <= max(0.1 * elapsed, 0.05)
+
+
+@pytest.mark.parametrize("batches", [0, 1, 5, 9])
+def test_a_killed_job_resumes_to_the_same_rows(new, kill_after, monkeypatch, batches, files_in):
+    undisturbed, job = new()
+    undisturbed.embed(job, batch_tokens=128)
+    store, same_job = new()
+    assert same_job == job
+    kill_after(batches)
+    with pytest.raises(Killed):
+        store.embed(job, batch_tokens=128)
+    monkeypatch.undo()
+    finished = {path: path.stat().st_mtime_ns for path in store.shard_files()}
+    assert not commit_path(store.path, job).exists()
+    assert [path for path in files_in(store.path) if path.name.startswith(".")] == []
+    commit = store.embed(job, batch_tokens=128)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert len(commit["made"]) == len(commit["shards"]) - len(finished)
+    assert store.rows() == undisturbed.rows()
+    assert [path.read_bytes() for path in store.shard_files()] == [
+        path.read_bytes() for path in undisturbed.shard_files()
+    ]
+
+
+def test_kills_fall_between_and_within_shards(new, kill_after):
+    store, job = new()
+    kill_after(5)
+    with pytest.raises(Killed):
+        store.embed(job, batch_tokens=128)
+    assert 0 < len(store.shard_files()) < store.spec(job)["shard"].nunique()
+
+
+def test_embedding_a_finished_job_again_makes_nothing_and_loads_no_model(new, monkeypatch):
+    store, job = new()
+    store.embed(job)
+    before = {path: path.stat().st_mtime_ns for path in store.shard_files()}
+    monkeypatch.setattr(embed, "_engine", lambda *_: pytest.fail("the model was loaded"))
+    commit = store.embed(job)
+    assert (commit["made"], commit["load_seconds"], commit["embed_seconds"]) == ([], 0, 0)
+    assert {path: path.stat().st_mtime_ns for path in store.shard_files()} == before
+
+
+def test_metrics_of_a_shard_are_there_before_the_shard(new, monkeypatch):
+    store, job = new()
+    original, seen = ShardWriter.commit, []
+
+    def watched(self):
+        seen.append(metrics_path(store.path, self.path.stem).exists() and not self.path.exists())
+        original(self)
+
+    monkeypatch.setattr(ShardWriter, "commit", watched)
+    store.embed(job)
+    assert seen == [True] * store.spec(job)["shard"].nunique()
+
+
+def test_a_damaged_shard_is_made_again(new):
+    store, job = new()
+    store.embed(job)
+    rows = store.rows()
+    path = store.shard_files()[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    assert store.embed(job)["made"] == [path.stem]
+    assert store.rows() == rows
+
+
+@pytest.mark.xfail(
+    strict=True, raises=ZeroDivisionError, reason="what is left counts no shard whose file exists, damaged or not"
+)
+def test_making_a_damaged_shard_again_says_how_far_it_is(new, monkeypatch):
+    monkeypatch.setattr(embed, "PROGRESS_SECONDS", 0)  # as if a batch took ten seconds
+    store, job = new()
+    store.embed(job)
+    path = store.shard_files()[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    assert store.embed(job)["made"] == [path.stem]
+
+
+@pytest.mark.parametrize("held", [1, 2, 3, 7])
+def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_the_rows_stay(new, random_proteins, memory_for, held):
+    proteins = random_proteins(32, shortest=32, longest=63)  # one batch: one bin of lengths, 8 tokens short of 2,048
+    config = {"storage_dtype": "float32", "outputs": ["residue", "mean", "bos"]}
+    whole, job = new(proteins, shard_bytes=1 << 30, **config)
+    whole.embed(job)
+    store, _ = new(proteins, shard_bytes=1 << 30, **config)
+    memory_for(sequences=held)
+    store.embed(job)
+    (row,) = metrics(store)
+    pieces = 32  # halves of 32 are powers of two
+    while pieces > held:
+        pieces //= 2
+    assert row["oom_splits"] == 32 // pieces - 1
+    assert set(statuses(store).values()) == {GOOD}
+    expected, found = whole.rows(), store.rows()
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        ours, theirs = np.frombuffer(value, np.float32), np.frombuffer(expected[key], np.float32)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=FLOAT32_TOLERANCE * max(1.0, np.sqrt(np.mean(theirs**2))))
+
+
+def test_a_sequence_that_does_not_fit_alone_is_rejected_with_the_reason_and_the_others_stay(
+    new, random_proteins, memory_for, digest_of
+):
+    proteins = random_proteins(20, shortest=33, longest=50) | {"huge": "MKVLA" * 12}
+    proteins["twin"] = proteins["huge"]
+    store, job = new(proteins, shard_bytes=1 << 30)
+    memory_for(residues=50)
+    store.embed(job)
+    found = statuses(store)
+    assert found.pop(digest_of(proteins["huge"])) == DOES_NOT_FIT
+    assert set(found.values()) == {GOOD}
+    manifest = store.assemble("a")
+    assert [manifest[key] for key in ("records", "accepted", "duplicate", "rejected")] == [22, 20, 0, 2]
+    assert manifest["reasons"] == {"does_not_fit": 2}
+    rejected = duckdb.execute(
+        "SELECT id, reason FROM read_csv(?, delim = '\t', header = true)", [str(store.path / "datasets/a/rejected.tsv")]
+    ).fetchall()
+    assert [name for name, _ in rejected] == ["huge", "twin"]
+    assert all(reason.startswith("does_not_fit: ") for _, reason in rejected)
+    ds = store.open("a")
+    assert ds.verify() == 21
+    assert np.isfinite(ds.pooled()).all()
+    for name in ("huge", "twin"):
+        with pytest.raises(KeyError, match=f"{name}.*does_not_fit"):
+            ds[name]
+
+
+@pytest.fixture
+def spoiled_checkpoint(tiny_checkpoint, tmp_path):
+    """The tiny checkpoint with one value for all of tryptophan's embedding."""
+
+    def make(value: float):
+        data = torch.load(tiny_checkpoint, weights_only=False)
+        data["model"]["encoder.sentence_encoder.embed_tokens.weight"][22] = value  # W
+        torch.save(data, tmp_path / "spoiled.pt")
+        return tmp_path / "spoiled.pt"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("value", "config", "good"),
+    [
+        pytest.param(1e5, {"layers": [0]}, False, id="beyond-float16-storage"),
+        pytest.param(1e5, {"layers": [0], "storage_dtype": "float32"}, True, id="within-float32-storage"),
+        pytest.param(1e5, {"layers": [0], "outputs": ["mean"]}, True, id="means-are-float32"),
+        pytest.param(
+            1e5, {"layers": [0], "precision": "float16", "storage_dtype": "float32"}, False, id="float16-compute"
+        ),
+        pytest.param(float("inf"), {"storage_dtype": "float32"}, False, id="infinite-weight"),
+        pytest.param(float("nan"), {"storage_dtype": "float32", "outputs": ["mean", "bos"]}, False, id="nan-weight"),
+    ],
+)
+def test_what_overflows_is_nan_in_the_sequences_concerned_alone(
+    new, random_proteins, spoiled_checkpoint, digest_of, value, config, good
+):
+    proteins = random_proteins(40, shortest=30, longest=31)
+    store, _ = new(proteins, shard_bytes=1 << 30, checkpoint=spoiled_checkpoint(value), **config)
+    clean, _ = new(proteins, shard_bytes=1 << 30, **config)
+    for each in (store, clean):
+        each.embed(each.jobs["job"].iloc[0])
+    concerned = {digest_of(sequence) for sequence in proteins.values() if "W" in sequence}
+    assert 0 < len(concerned) < len(proteins)
+    expected = NON_FINITE if not good else GOOD
+    assert statuses(store) == {digest_of(s): expected if digest_of(s) in concerned else GOOD for s in proteins.values()}
+    rows, untouched = store.rows(), clean.rows()
+    for (digest, name), value_bytes in rows.items():
+        dtype = np.dtype(config.get("storage_dtype", "float16") if name.startswith("layer_") else np.float32)
+        values = np.frombuffer(value_bytes, dtype)
+        if digest not in concerned:
+            np.testing.assert_array_equal(values, np.frombuffer(untouched[digest, name], dtype))
+        elif good:
+            assert np.isfinite(values).all()
+        else:
+            assert np.isnan(values).all()
+    assert [Shard(path).damaged() for path in store.shard_files()] == [[]]
+    manifest = store.assemble("a")
+    assert manifest["reasons"] == ({} if good else {"non_finite": len(concerned)})
+    assert manifest["accepted"] == len(proteins) - (0 if good else len(concerned))
+
+
+def test_a_dataset_misses_no_record_silently(new, refused):
+    store, job = new()
+    store.embed(job)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(store), "jobs_of", lambda *_: [])
+        with refused("dataset a", "60 records have no embedding", "'p0'"):
+            store.assemble("a")
+    assert not (store.path / "datasets" / "a" / "manifest.json").exists()
+
+
+def test_a_shard_of_other_sequences_than_promised_is_refused(new, refused):
+    store, job = new()
+    store.embed(job)
+    one, other = store.shard_files()[:2]
+    one.write_bytes(other.read_bytes())
+    with refused(one.name, "other sequences", job):
+        store.assemble("a")
+
+
+def test_weights_that_are_gone_are_one_line(new, refused, tiny_checkpoint, tmp_path):
+    copy = tmp_path / "copy.pt"
+    copy.write_bytes(tiny_checkpoint.read_bytes())
+    store, job = new(checkpoint=copy)
+    copy.unlink()
+    with refused("copy.pt is gone"):
+        store.embed(job)
+    assert store.shard_files() == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line_and_nothing_falls_back(new, refused):
+    store, job = new()
+    with refused("device: cuda"):
+        store.embed(job, device="cuda")
+    assert store.shard_files() == []
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_batches_cover_every_sequence_once_within_the_budget_and_one_bin(seed):
+    rng = np.random.default_rng(seed)
+    lengths, budget = np.sort(rng.integers(1, 2000, size=200)), int(rng.integers(16, 4096))
+    bounds = list(cut_batches(lengths, budget))
+    assert [start for start, _ in bounds] == [0, *(stop for _, stop in bounds[:-1])]
+    assert bounds[-1][1] == len(lengths)
+    for start, stop in bounds:
+        batch = lengths[start:stop]
+        assert (batch + 2).sum() <= budget or len(batch) == 1
+        assert np.floor(np.log2(batch[0])) == np.floor(np.log2(batch[-1]))
+
+
+def test_no_sequences_make_no_batch():
+    assert list(cut_batches(np.array([], int), 100)) == []

@@ -1,0 +1,110 @@
+"""A user's folder, and snakemake commands in it."""
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from lengthwise import alphabet, checkpoint
+from lengthwise.model import ModelConfig
+from lengthwise.store import Shard
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Run:
+    """How a snakemake command ended."""
+
+    code: int
+    output: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that tell a user why."""
+        return [line for line in self.output.splitlines() if line.startswith("lengthwise: error: ")]
+
+    @property
+    def rules(self) -> Counter:
+        """How many jobs of each rule ran."""
+        return Counter(re.findall(r"^(?:local)?(?:rule|checkpoint) (\w+):$", self.output, re.MULTILINE))
+
+
+class Project:
+    """A folder with a config and inputs, on which a checkout's workflow runs."""
+
+    def __init__(self, folder: Path, checkout: Path = ROOT):
+        self.folder, self.checkout = folder, checkout
+
+    @classmethod
+    def with_example(cls, folder: Path) -> "Project":
+        (folder / "config").mkdir(parents=True)
+        shutil.copy(ROOT / "config" / "example.fasta", folder / "config")
+        shutil.copy(ROOT / "config" / "config.yaml", folder / "config")
+        return cls(folder)
+
+    @classmethod
+    def with_tiny_model(cls, folder: Path, **inputs: list[bytes]) -> "Project":
+        """A model of two layers and 32 channels, and one FASTA in a globbed folder for each list of sequences."""
+        (folder / "config").mkdir(parents=True)
+        (folder / "in").mkdir()
+        project = cls(folder)
+        checkpoint.write_random(folder / "tiny.pt", ModelConfig(2, 32, 2))
+        for name, sequences in inputs.items():
+            project.write_fasta(name, sequences)
+        project.configure(inputs=["in/*.fasta"], model="tiny.pt")
+        return project
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "results" / "tiny"
+
+    def write_fasta(self, name: str, sequences: list[bytes]) -> None:
+        records = (f">{name}_{i}\n{sequence.decode()}\n" for i, sequence in enumerate(sequences))
+        (self.folder / "in" / f"{name}.fasta").write_text("".join(records))
+
+    def configure(self, **config) -> None:
+        config = {"inputs": ["config/example.fasta"], "model": "demo"} | config
+        (self.folder / "config" / "config.yaml").write_text(yaml.safe_dump(config))
+
+    def command(self, *arguments: str) -> list[str]:
+        command = [sys.executable, "-m", "snakemake", *arguments, "--cores", "4", "--resources", "gpu=1"]
+        return [*command, "--snakefile", str(self.checkout / "workflow" / "Snakefile"), "--directory", str(self.folder)]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | {"PYTHONPATH": str(self.checkout / "scripts")}
+
+    def snakemake(self, *arguments: str, timeout: float = 600) -> Run:
+        done = subprocess.run(
+            self.command(*arguments),
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )
+        return Run(done.returncode, done.stdout + done.stderr)
+
+    def shards(self) -> dict[str, tuple[int, int]]:
+        """{shard: (time of its making, number of its sequences)}."""
+        paths = self.store.glob("shards/*/*.safetensors")
+        return {path.stem: (path.stat().st_mtime_ns, len(Shard(path)["status"])) for path in paths}
+
+    def copy(self, folder: Path) -> "Project":
+        """The same project elsewhere, with the times of its files."""
+        shutil.copytree(self.folder, folder)
+        return Project(folder, self.checkout)
+
+
+def random_sequences(n: int, seed: int, longest: int = 60) -> list[bytes]:
+    rng = random.Random(seed)
+    return [bytes(rng.choices(alphabet.RESIDUES, k=rng.randint(5, longest))) for _ in range(n)]

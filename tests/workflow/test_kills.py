@@ -1,0 +1,272 @@
+"""Faults at any moment: the next run completes, finished shards are kept, and the end is the same."""
+
+import hashlib
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+
+import pytest
+from project import Project, random_sequences
+
+from lengthwise.embed import embed_job
+
+SEQUENCES = random_sequences(600, seed=11, longest=300)
+SETTINGS = {"model": "tiny.pt", "inputs": ["in/*.fasta"], "shard_bytes": 400_000, "batch_tokens": 512}
+DONE = "results/tiny/datasets/a/manifest.json"  # the embeddings; the report has tests of its own
+many = pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+
+
+def contents(project) -> dict[str, str]:
+    """{file: hash of its bytes} of what a run makes for good."""
+    return {
+        str(path.relative_to(project.store)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for pattern in ("shards/*/*", "datasets/*/*.parquet", "datasets/*/*.tsv", "plan/jobs/*")
+        for path in project.store.glob(pattern)
+    }
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """A project with one job of many shards, planned and not begun."""
+    project = Project.with_tiny_model(tmp_path_factory.mktemp("kills") / "project", a=SEQUENCES)
+    project.configure(**SETTINGS)
+    run = project.snakemake("results/tiny/plan/jobs.tsv")
+    assert run.code == 0, run.output
+    return project
+
+
+@pytest.fixture(scope="module")
+def undisturbed(planned, tmp_path_factory):
+    project = planned.copy(tmp_path_factory.mktemp("undisturbed") / "project")
+    run = project.snakemake(DONE)
+    assert run.code == 0, run.output
+    assert len(project.shards()) > 10
+    return contents(project)
+
+
+@pytest.fixture
+def project(planned, tmp_path):
+    return planned.copy(tmp_path / "project")
+
+
+def embed(project):
+    """Embed the project's job in a process of its own, forked from one that has torch loaded."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lengthwise.embed"])
+    (spec,) = project.store.glob("plan/jobs/*.parquet")
+    os.chdir(project.folder)
+    process = context.Process(
+        target=embed_job,
+        args=(project.store, spec, project.store / "jobs" / f"{spec.stem}.json"),
+        kwargs={"batch_tokens": 512},
+    )
+    process.start()
+    return process
+
+
+@pytest.fixture
+def seconds(planned, tmp_path):
+    """How long the job takes when nobody disturbs it."""
+    project = planned.copy(tmp_path / "timed")
+    embed(project).join()  # the first one waits for the server's imports
+    for path in [*project.store.glob("shards/*/*"), *project.store.glob("jobs/*")]:
+        path.unlink()
+    started = time.monotonic()
+    process = embed(project)
+    process.join()
+    assert process.exitcode == 0
+    return time.monotonic() - started
+
+
+@many
+def test_sigkills_of_the_embed_process(project, undisturbed, seconds, kills, monkeypatch):
+    monkeypatch.chdir(project.folder)
+    rng, landed = random.Random(kills), 0
+    finished = {}
+    while landed < kills:
+        process = embed(project)
+        # Early kills, mostly, so that there is something left for all of them; and a new start when it is done.
+        process.join(rng.uniform(0, seconds * min(1.0, 4 / kills)))
+        if process.exitcode is None:
+            process.kill()
+            landed += 1
+        else:
+            assert process.exitcode == 0
+        process.join()
+        after = project.shards()
+        assert finished.items() <= after.items()  # finished shards are kept as they are
+        finished = after
+        if list(project.store.glob("jobs/*.json")):
+            for path in [*project.store.glob("shards/*/*"), *project.store.glob("jobs/*")]:
+                path.unlink()
+            finished = {}
+    run = project.snakemake(DONE)
+    assert run.code == 0, run.output
+    assert finished.items() <= project.shards().items()
+    assert contents(project) == undisturbed
+
+
+def test_one_kill_costs_one_shard_at_most(project, monkeypatch):
+    """Batches that were embedded twice lie in one shard."""
+    monkeypatch.chdir(project.folder)
+    process = embed(project)
+    while len(project.shards()) < 4:
+        time.sleep(0.002)
+        assert process.exitcode is None
+    process.kill()
+    process.join()
+    kept = project.shards()
+    assert project.snakemake(DONE).code == 0
+    after = project.shards()
+    assert len(kept) >= 4
+    assert kept.items() <= after.items()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL] * 5 + [signal.SIGINT, signal.SIGTERM], ids=lambda how: how.name)
+def test_snakemake_itself_is_killed(project, undisturbed, how, request):
+    """A SIGKILL leaves its lock and its jobs behind; Ctrl-C reaches the whole group, SIGTERM Snakemake alone."""
+    rng = random.Random(request.node.name)
+    process = subprocess.Popen(
+        project.command(DONE),
+        cwd=project.folder,
+        env=project.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    time.sleep(rng.uniform(1.5, 7))
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)
+    else:
+        process.send_signal(how)
+    try:
+        output, _ = process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:  # Snakemake hangs on a SIGTERM at times
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+    assert "Traceback" not in output
+    project.snakemake("--unlock")
+    run = project.snakemake(DONE)
+    assert run.code == 0, run.output
+    assert contents(project) == undisturbed
+
+
+def test_a_second_run_by_mistake_is_refused_by_the_lock(project, undisturbed):
+    first = subprocess.Popen(
+        project.command(DONE),
+        cwd=project.folder,
+        env=project.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    while not list((project.folder / ".snakemake" / "locks").glob("*")):
+        time.sleep(0.02)
+        assert first.poll() is None
+    second = project.snakemake(DONE)
+    assert second.code != 0
+    assert "--unlock" in second.output or "locked" in second.output
+    first.communicate()
+    assert first.returncode == 0
+    assert contents(project) == undisturbed
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_one_line_and_then_goes_on(project, undisturbed, small_disk, tmp_path):
+    shards = project.store / "shards"
+    shards.symlink_to(small_disk)
+    run = project.snakemake(DONE)
+    assert run.code != 0
+    assert "Traceback" not in run.output
+    (line,) = set(run.errors)
+    assert "cannot reserve" in line
+    assert "No space left on device" in line
+    kept = project.shards()
+    assert kept
+    assert not list(shards.glob("*/.*.tmp"))
+    elsewhere = tmp_path / "larger"
+    subprocess.run(["cp", "-a", f"{small_disk}/.", elsewhere], check=True)
+    shards.unlink()
+    shards.symlink_to(elsewhere)
+    run = project.snakemake(DONE)
+    assert run.code == 0, run.output
+    assert kept.items() <= project.shards().items()
+    assert contents(project) == undisturbed
+
+
+def test_every_name_is_given_to_bytes_that_are_on_disk(planned, tmp_path, monkeypatch):
+    """A power cut keeps what was fsynced: each file before its rename, each folder after it."""
+    project = planned.copy(tmp_path / "cut")
+    monkeypatch.chdir(project.folder)
+    events = []
+
+    def record(name, function):
+        def wrapper(*arguments, **keywords):
+            first = arguments[0]
+            path = os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else os.path.abspath(first)
+            target = os.path.abspath(arguments[1]) if name == "rename" else ""
+            result = function(*arguments, **keywords)
+            events.append((name, path, target))
+            return result
+
+        return wrapper
+
+    monkeypatch.setattr(os, "fsync", record("fsync", os.fsync))
+    monkeypatch.setattr(os, "rename", record("rename", os.rename))
+    monkeypatch.setattr(os, "replace", record("rename", os.replace))
+    monkeypatch.setattr(os, "pwrite", record("write", os.pwrite))
+    (spec,) = project.store.glob("plan/jobs/*.parquet")
+    embed_job(project.store, spec, project.store / "jobs" / f"{spec.stem}.json")
+    renames = [(i, *event[1:]) for i, event in enumerate(events) if event[0] == "rename"]
+    kinds = Counter(os.path.basename(os.path.dirname(target)) for _, _, target in renames)
+    assert kinds["metrics"] == len(project.shards()) == sum(n for kind, n in kinds.items() if len(kind) == 2)
+    assert kinds["jobs"] == 1
+    for i, part, target in renames:
+        history = [name for name, path, _ in events[:i] if path == part]
+        assert history[-1] == "fsync", target
+        assert ("fsync", os.path.dirname(target), "") in events[i : i + 2], target
+    order = [target.rpartition("/")[2].partition(".")[0] for _, _, target in renames]
+    for shard in project.shards():  # its metrics are in place just before it
+        first = order.index(shard)
+        assert "/metrics/" in renames[first][2]
+        assert order[first + 1] == shard
+
+
+def test_garbage_under_a_temporary_name_does_no_harm(project, undisturbed):
+    for name in undisturbed:
+        if name.startswith("shards/"):
+            folder, _, file = name.rpartition("/")
+            (project.store / folder).mkdir(parents=True, exist_ok=True)
+            (project.store / folder / f".{file.removesuffix('.safetensors')}.tmp").write_bytes(b"garbage" * 100_000)
+    run = project.snakemake(DONE)
+    assert run.code == 0, run.output
+    assert contents(project) == undisturbed
+
+
+def test_a_truncated_shard_is_made_again(project, undisturbed, monkeypatch):
+    monkeypatch.chdir(project.folder)
+    process = embed(project)
+    process.join()
+    shard = next(project.store.glob("shards/*/*.safetensors"))
+    os.truncate(shard, shard.stat().st_size - 1)
+    next(project.store.glob("jobs/*.json")).unlink()
+    run = project.snakemake(DONE)
+    assert run.code == 0, run.output
+    assert contents(project) == undisturbed

@@ -1,0 +1,119 @@
+"""What a user gets to see of a mistake: one line, before any job where that can be, and never a traceback."""
+
+import argparse
+import os
+import pickle
+
+import pytest
+import torch
+import yaml
+
+
+def assert_one_line(run, *words):
+    assert run.code != 0
+    assert "Traceback" not in run.output
+    assert len(set(run.errors)) == 1, run.output
+    for word in words:
+        assert word in run.errors[0]
+
+
+def assert_before_any_job(run):
+    assert "localrule" not in run.output
+    assert "rule ingest" not in run.output
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"inputs": ["nowhere.fasta"]}, ["inputs", "nowhere.fasta"]),
+        ({"inputs": ["config/*.fa.gz"]}, ["inputs", "config/*.fa.gz"]),
+        ({"modle": "demo"}, ["unknown key 'modle'", "did you mean 'model'"]),
+        ({"long_sequences": {"polcy": "skip"}}, ["long_sequences.polcy"]),
+        ({"model": "esm2_t33_650M"}, ["model", "did you mean 'esm2_t33_650M_UR50D'"]),
+        ({"model": "nowhere.pt"}, ["model", "nowhere.pt"]),
+        ({"job_minutes": "many"}, ["job_minutes", "many"]),
+        ({"layers": "last"}, ["layers", "last"]),
+        ({"device": "cuda"}, ["device: cuda", "no GPU"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="expects a machine without a GPU")
+def test_a_mistake_in_the_config_is_one_line_before_any_job(project, config, words):
+    project.configure(**config)
+    run = project.snakemake()
+    assert_one_line(run, *words)
+    assert_before_any_job(run)
+
+
+def test_a_config_that_is_no_yaml_is_snakemakes_own_message(project):
+    (project.folder / "config" / "config.yaml").write_text("inputs: [unclosed\n")
+    run = project.snakemake()
+    assert run.code != 0
+    assert "not valid JSON or YAML" in run.output
+    assert "Traceback" not in run.output
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", ["is empty"]), (b"LOCUS       AB000263\n", ["not FASTA", "LOCUS"]), (b"\x1f\x8b\x08\x00broken", ["gzip"])],
+    ids=["empty", "genbank", "gzip"],
+)
+def test_a_broken_input_is_one_line(project, content, words):
+    (project.folder / "bad.fasta").write_bytes(content)
+    project.configure(inputs=["bad.fasta"])
+    run = project.snakemake()
+    assert_one_line(run, "bad.fasta", *words)
+    assert not (project.folder / "results/demo/inputs/bad/records.parquet").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_input_is_one_line(project):
+    (project.folder / "bad.fasta").write_text(">a\nM\n")
+    (project.folder / "bad.fasta").chmod(0)
+    project.configure(inputs=["bad.fasta"])
+    assert_one_line(project.snakemake(), "bad.fasta", "may not be read")
+
+
+class _Evil:
+    def __reduce__(self):
+        return os.system, ("touch ran-code",)
+
+
+def _write(path, kind):
+    if kind == "garbage":
+        path.write_bytes(b"no checkpoint at all" * 100)
+    elif kind == "esm1":
+        torch.save({"args": argparse.Namespace(arch="roberta_large"), "model": {}}, path)
+    elif kind == "state-dict":
+        torch.save({"esm.embeddings.word_embeddings.weight": torch.zeros(33, 8)}, path)
+    elif kind == "code":
+        torch.save({"cfg": _Evil(), "model": {}}, path)
+    elif kind == "plain-pickle":
+        path.write_bytes(pickle.dumps(_Evil()))
+
+
+@pytest.mark.parametrize("kind", ["garbage", "esm1", "state-dict", "code", "plain-pickle"])
+def test_a_checkpoint_of_a_wrong_kind_is_one_line_and_runs_nothing(project, kind):
+    _write(project.folder / "wrong.pt", kind)
+    project.configure(model="wrong.pt")
+    run = project.snakemake()
+    assert_one_line(run, "wrong.pt")
+    assert not (project.folder / "ran-code").exists()
+    assert not (project.folder / "results/wrong/settings.json").exists()
+
+
+def test_a_layer_that_does_not_exist_is_one_line(project):
+    project.configure(layers=[7])
+    assert_one_line(project.snakemake(), "layers", "7")
+
+
+def test_a_setting_that_would_not_match_the_store_is_one_line_before_any_job(example):
+    project, _ = example
+    before = (project.folder / "config" / "config.yaml").read_text()
+    try:
+        project.configure(**yaml.safe_load(before) | {"precision": "bfloat16"})
+        run = project.snakemake()
+    finally:
+        (project.folder / "config" / "config.yaml").write_text(before)
+    assert_one_line(run, "precision is float32 there and bfloat16 in the config", "results")
+    assert_before_any_job(run)

@@ -1,0 +1,201 @@
+"""The table of reruns: what changes, which rules run then, and how many sequences are embedded."""
+
+import os
+import shutil
+from collections import Counter
+
+import pytest
+import yaml
+from project import ROOT, Project, random_sequences
+
+A = random_sequences(6, seed=1)
+B = [*A[:2], *random_sequences(2, seed=2)]  # half of it is in A
+C = [*B[2:], *random_sequences(2, seed=3)]
+NOTHING: Counter = Counter()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run on a.fasta and b.fasta, made by a checkout of its own."""
+    folder = tmp_path_factory.mktemp("reruns")
+    project = Project.with_tiny_model(folder / "project", a=A, b=B)
+    for part in ("workflow", "scripts", "envs"):
+        shutil.copytree(ROOT / part, folder / "checkout" / part, ignore=shutil.ignore_patterns("__pycache__"))
+    project.checkout = folder / "checkout"
+    run = project.snakemake()
+    assert run.code == 0, run.output
+    return project, run
+
+
+@pytest.fixture
+def project(finished, tmp_path):
+    return finished[0].copy(tmp_path / "project")
+
+
+def rerun(project, *arguments):
+    """(rules that ran, sequences that were embedded, files of other datasets that changed)."""
+    before = project.shards()
+    run = project.snakemake(*arguments)
+    assert run.code == 0, run.output
+    made = {name: entry for name, entry in project.shards().items() if before.get(name) != entry}
+    return run.rules, sum(n for _, n in made.values())
+
+
+def times(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def reconfigure(project, **changes):
+    path = project.folder / "config" / "config.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes))
+
+
+def test_first_run(finished):
+    project, run = finished
+    once = ["fetch_model", "plan", "embed", "scaling", "summarize", "all"]
+    assert run.rules == Counter({**dict.fromkeys(once, 1), "ingest": 2, "assemble": 2})
+    assert sum(n for _, n in project.shards().values()) == 8
+
+
+def test_second_run(project):
+    run = project.snakemake()
+    assert run.rules == NOTHING
+    assert "Nothing to be done" in run.output
+
+
+def test_touched_input(project):
+    os.utime(project.folder / "in/a.fasta")
+    assert rerun(project) == (Counter(["ingest", "plan"]), 0)
+
+
+def test_replaced_by_an_older_file(project):
+    project.write_fasta("b", [*B[:-1], random_sequences(1, seed=9)[0]])
+    os.utime(project.folder / "in/b.fasta", (1e9, 1e9))
+    assert rerun(project) == (Counter(["ingest", "plan", "embed", "assemble", "summarize", "all"]), 1)
+
+
+def test_appended_record(project):
+    project.write_fasta("b", [*B, b"MKTAYIAKQR"])
+    others = times(project.store / "datasets/a")
+    assert rerun(project) == (Counter(["ingest", "plan", "embed", "assemble", "summarize", "all"]), 1)
+    assert times(project.store / "datasets/a") == others
+
+
+def test_new_file_that_shares_half_of_its_sequences(project):
+    project.write_fasta("c", C)
+    others = times(project.store / "datasets")
+    assert rerun(project) == (Counter(["ingest", "plan", "embed", "assemble", "summarize", "all"]), 2)
+    assert others.items() <= times(project.store / "datasets").items()
+
+
+def test_removed_file(project):
+    (project.folder / "in/b.fasta").unlink()
+    others = times(project.store / "datasets")
+    assert rerun(project) == (Counter(["plan", "summarize", "all"]), 0)
+    assert times(project.store / "datasets") == others
+
+
+def test_renamed_file(project):
+    (project.folder / "in/b.fasta").rename(project.folder / "in/d.fasta")
+    assert rerun(project) == (Counter(["ingest", "plan", "assemble", "summarize", "all"]), 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"batch_tokens": 64}, {"job_minutes": 1}, {"shard_bytes": 65536}],
+    ids=lambda change: next(iter(change)),
+)
+def test_how_work_is_cut(project, change):
+    reconfigure(project, **change)
+    assert rerun(project) == (NOTHING, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"precision": "bfloat16"}, {"layers": [1]}, {"storage_dtype": "float32"}, {"outputs": ["mean"]}],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_the_numbers_are_is_refused(project, change):
+    reconfigure(project, **change)
+    before = times(project.store)
+    run = project.snakemake()
+    assert run.code == 1
+    assert run.rules == NOTHING
+    (line,) = run.errors
+    assert next(iter(change)) in line
+    assert "there and" in line
+    assert "results" in line
+    assert times(project.store) == before
+
+
+def test_other_weights_under_the_same_name_are_refused(project):
+    with open(project.folder / "tiny.pt", "ab") as file:
+        file.write(b"\0")
+    run = project.snakemake()
+    assert run.rules == NOTHING
+    assert "weights_sha256" in run.errors[0]
+
+
+def test_the_same_weights_copied_again(project):
+    os.utime(project.folder / "tiny.pt")
+    assert rerun(project) == (NOTHING, 0)
+
+
+@pytest.mark.parametrize("script", ["embed.py", "plan.py", "assemble.py"])
+def test_touched_script(finished, project, script):
+    os.utime(finished[0].checkout / "scripts" / script)
+    assert rerun(project) == (NOTHING, 0)
+
+
+def test_edited_module_of_the_package(finished, project):
+    module = finished[0].checkout / "scripts/lengthwise/embed.py"
+    module.write_text(module.read_text() + "\n# edited\n")
+    assert rerun(project) == (NOTHING, 0)
+
+
+def test_deleted_dot_snakemake(project):
+    shutil.rmtree(project.folder / ".snakemake")
+    assert rerun(project) == (NOTHING, 0)
+
+
+def test_deleted_shard(finished, project):
+    (shard,) = project.store.glob("shards/*/*.safetensors")
+    content = shard.read_bytes()
+    shard.unlink()
+    assert rerun(project) == (Counter({"embed": 1, "assemble": 2, "summarize": 1, "all": 1}), 8)
+    assert shard.read_bytes() == content
+
+
+def test_forcerun_plan(project):
+    assert rerun(project, "--forcerun", "plan") == (Counter(["plan"]), 0)
+
+
+def test_forceall_keeps_the_shards_and_the_settings(project):
+    settings = times(project.store)[project.store / "settings.json"]
+    rules, embedded = rerun(project, "--forceall")
+    assert embedded == 0
+    assert rules["embed"] == 1
+    assert times(project.store)[project.store / "settings.json"] == settings
+
+
+def test_moved_to_another_folder(project, tmp_path):
+    moved = Project(project.folder.rename(tmp_path / "moved"), project.checkout)
+    assert rerun(moved) == (NOTHING, 0)
+
+
+def test_a_wrong_input_that_was_planned_and_removed_costs_nothing(project):
+    project.write_fasta("wrong", random_sequences(5, seed=7))
+    assert project.snakemake("results/tiny/plan/jobs.tsv").code == 0
+    (project.folder / "in/wrong.fasta").unlink()
+    assert rerun(project) == (Counter(["plan"]), 0)
+    assert rerun(project) == (NOTHING, 0)
+
+
+def test_two_hundred_inputs_at_once(project):
+    for number in range(200):
+        project.write_fasta(f"n{number:03}", [A[number % 6], bytes([65]) * (number + 3)])
+    others = times(project.store / "datasets")
+    run = project.snakemake("results/tiny/plan/jobs.tsv", "--dry-run")
+    assert run.code == 0
+    assert run.rules["ingest"] == 200
+    assert times(project.store / "datasets") == others
