@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,11 @@ def read(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], bool]:
         raise LengthwiseError(
             f"{path}: refused, because loading it would run code or it is no torch file ({_first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
         raise LengthwiseError(f"{path}: not a readable torch checkpoint ({_first_line(error)})") from error
     try:
+        if not isinstance(data, dict):
+            raise TypeError("not a dict")
         model = data["cfg"]["model"]
         config = ModelConfig(model.encoder_layers, model.encoder_embed_dim, model.encoder_attention_heads)
         state = {_strip(name): tensor for name, tensor in data["model"].items()}
@@ -51,8 +54,13 @@ def read(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], bool]:
             f"{path}: a torch file, but no ESM-2 checkpoint in fair-esm's layout (it should hold cfg.model and model); "
             "ESM-1, ESM-IF and Hugging Face files do not fit here"
         ) from error
-    if missing := sorted(_expected(config) - state.keys()):
+    expected = _expected(config)
+    if missing := sorted(expected.keys() - state.keys()):
         raise LengthwiseError(f"{path}: the checkpoint lacks {len(missing)} tensors, {missing[0]} the first of them")
+    for name, shape in expected.items():
+        found = getattr(state[name], "shape", None)
+        if found != shape:
+            raise LengthwiseError(f"{path}: the tensor {name} is {found and tuple(found)} and should be {shape}")
     return config, state, hasattr(model, _RANDOM)
 
 
@@ -148,16 +156,20 @@ def _strip(name: str) -> str:
     return name
 
 
-def _expected(config: ModelConfig) -> set[str]:
-    """The tensors that the forward pass needs."""
-    names = {"embed_tokens.weight", "emb_layer_norm_after.weight", "emb_layer_norm_after.bias"}
+def _expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors that the forward pass needs, with their shapes."""
+    d = config.embed_dim
+    shapes = {"embed_tokens.weight": (config.vocabulary_size, d), "emb_layer_norm_after.weight": (d,)}
+    shapes["emb_layer_norm_after.bias"] = (d,)
     for index in range(config.num_layers):
-        for part in ("k_proj", "v_proj", "q_proj", "out_proj"):
-            names |= {f"layers.{index}.self_attn.{part}.{kind}" for kind in ("weight", "bias")}
-        for part in ("self_attn_layer_norm", "final_layer_norm", "fc1", "fc2"):
-            names |= {f"layers.{index}.{part}.{kind}" for kind in ("weight", "bias")}
-        names.add(f"layers.{index}.self_attn.rot_emb.inv_freq")
-    return names
+        layer = f"layers.{index}."
+        linear = {f"self_attn.{part}_proj": (d, d) for part in "kvq"} | {"self_attn.out_proj": (d, d)}
+        linear |= {"fc1": (4 * d, d), "fc2": (d, 4 * d), "self_attn_layer_norm": (d,), "final_layer_norm": (d,)}
+        for part, shape in linear.items():
+            shapes[f"{layer}{part}.weight"] = shape
+            shapes[f"{layer}{part}.bias"] = shape[:1]
+        shapes[f"{layer}self_attn.rot_emb.inv_freq"] = (config.head_dim // 2,)
+    return shapes
 
 
 def _first_line(error: Exception) -> str:

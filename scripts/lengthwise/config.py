@@ -74,9 +74,9 @@ def datasets(inputs: list[str] | dict[str, str]) -> dict[str, str]:
     """
     if isinstance(inputs, dict):
         for name, path in inputs.items():
-            if dataset_name(name) != name:
+            if not isinstance(name, str) or dataset_name(name) != name:
                 raise LengthwiseError(
-                    f"config: inputs: the name {name!r} should be made of A-Z a-z 0-9 . _ - and begin with a letter"
+                    f"config: inputs: the name {name!r} should be made of A-Z a-z 0-9 . _ -, quoted, and begin with a letter"
                 )
             _require_file(path)
         return dict(inputs)

@@ -17,7 +17,7 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.files import read_json, write_json
 from lengthwise.logs import duration
 from lengthwise.metrics import write_metrics
-from lengthwise.store import ShardWriter, metrics_path, shard_path
+from lengthwise.store import ShardWriter, is_made, metrics_path, shard_path
 
 PROGRESS_SECONDS = 10.0
 
@@ -73,7 +73,7 @@ def embed_job(
                 begin = time.perf_counter()
                 engine = _engine(settings, weights, device)
                 load_seconds = time.perf_counter() - begin
-                left = [entry for entry in shards if not shard_path(store, entry[0]).exists()]
+                left = [entry for entry in shards if not is_made(shard_path(store, entry[0]), entry[1])]
                 progress = Progress(job, sum(int(entry[2].sum()) for entry in left))
             rows = _fill(engine, writer, job, shard, lengths, sequences, batch_tokens, progress)
             write_metrics(metrics_path(store, shard), rows)

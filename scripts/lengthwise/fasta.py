@@ -3,6 +3,7 @@
 import gzip
 import io
 import itertools
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,7 +137,7 @@ def read_records(fasta: Path) -> Iterator[tuple[str, bytes]]:
                 )
             for header, sequence in SimpleFastaParser(itertools.chain([first], text)):
                 yield header, sequence.encode("utf-8")
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise LengthwiseError(f"{fasta}: broken gzip ({error}); fetch or compress the file again") from error
     except OSError as error:
         raise LengthwiseError(f"{fasta}: cannot be read: {error.strerror or error}") from error

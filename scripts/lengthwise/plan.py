@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import atomic, read_json
 from lengthwise.model import ModelConfig
-from lengthwise.store import bytes_per_sequence, shard_name, shard_path
+from lengthwise.store import bytes_per_sequence, layout, shard_name, shard_path
 
 SPEC = pa.schema(
     [
@@ -169,19 +169,21 @@ def _choose_specs(database: duckdb.DuckDBPyConnection, store: Path, settings: di
         else:
             ignored.append(job)
     salvaged = []
-    for job in ignored:
-        shards = database.execute("SELECT DISTINCT shard FROM specs WHERE job = ? ORDER BY shard", [job]).fetchall()
-        for (shard,) in shards:
-            if not shard_path(store, shard).exists():
-                continue
-            new = database.execute(
-                "SELECT count(*) FROM specs SEMI JOIN wanted USING (digest) ANTI JOIN held USING (digest)"
-                " WHERE job = ? AND shard = ?",
-                [job, shard],
-            ).fetchone()
-            if new != (0,):
-                database.execute("INSERT INTO held SELECT digest FROM specs WHERE job = ? AND shard = ?", [job, shard])
-                salvaged.append((job, shard))
+    found = database.execute(
+        "SELECT shard, min(job) FROM specs WHERE list_contains(?::VARCHAR[], job) GROUP BY shard ORDER BY shard",
+        [ignored],
+    ).fetchall()
+    for shard, job in found:  # in the order of their names, so that planning again takes over the same ones
+        if not shard_path(store, shard).exists():
+            continue
+        new = database.execute(
+            "SELECT count(*) FROM specs SEMI JOIN wanted USING (digest) ANTI JOIN held USING (digest)"
+            " WHERE job = ? AND shard = ?",
+            [job, shard],
+        ).fetchone()
+        if new != (0,):
+            database.execute("INSERT INTO held SELECT digest FROM specs WHERE job = ? AND shard = ?", [job, shard])
+            salvaged.append((job, shard))
     if salvaged:
         rows = [
             pq.read_table(spec_path(store, job), filters=[("shard", "=", shard)]).cast(SPEC) for job, shard in salvaged
@@ -189,7 +191,8 @@ def _choose_specs(database: duckdb.DuckDBPyConnection, store: Path, settings: di
         name = job_name([shard for _, shard in salvaged])
         _write_spec(spec_path(store, name), pa.concat_tables(rows))
         database.execute("INSERT INTO chosen VALUES (?, 2, 0)", [name])
-        _add_specs(database, store, [name])
+        if name not in ignored:
+            _add_specs(database, store, [name])
 
 
 def _hold(database: duckdb.DuckDBPyConnection, job: str, rank: int) -> None:
@@ -210,8 +213,10 @@ def _write_specs(
     if not len(lengths):
         return []
     seconds = forecast_seconds(lengths, settings)
+    overhead = len(layout(lengths, settings)[0]) + 8  # the header, and the end of the last sequence in offsets
     shard_cost = np.maximum(
-        seconds / min(SHARD_SECONDS, sizes.job_seconds), bytes_per_sequence(lengths, settings) / sizes.shard_bytes
+        seconds / min(SHARD_SECONDS, sizes.job_seconds),
+        bytes_per_sequence(lengths, settings) / (sizes.shard_bytes - overhead),
     )
     shards = cut(shard_cost, 1.0)  # bounds of shards, in sequences
     jobs = shards[cut(np.add.reduceat(seconds, shards[:-1]), sizes.job_seconds)]  # bounds of jobs, in sequences

@@ -38,7 +38,12 @@ class Dataset:
         self.path = Path(path)
         if not (self.path / "manifest.json").exists():
             raise LengthwiseError(f"{path}: no finished dataset here (no manifest.json); run snakemake to make it")
-        self.manifest = read_json(self.path / "manifest.json")
+        try:
+            self.manifest = read_json(self.path / "manifest.json")
+        except ValueError as error:
+            raise LengthwiseError(
+                f"{self.path / 'manifest.json'}: damaged ({error}); remove it and run snakemake again"
+            ) from error
         self.store = self.path.parent.parent
         settings = self.manifest["settings"]
         self.layers: list[int] = settings["layers"]
@@ -95,10 +100,12 @@ class Dataset:
         name = f"{kind}_{self._layer}"
         if kind not in self.manifest["settings"]["outputs"]:
             raise LengthwiseError(f"{self.path}: {kind!r} was not stored; 'outputs' in the config says what is")
+        if kind == "residue":
+            raise LengthwiseError(f"{self.path}: 'residue' is not pooled; read it by id")
         out = np.empty((len(self), self.manifest["settings"]["embed_dim"]), np.float32)
         rows = self._readable.reset_index(drop=True)
         for shard, group in rows.groupby("shard"):
-            out[group.index] = self._shard(shard)[name][group["sequence_no"].to_numpy()]
+            out[group.index] = self._shard(shard)[name][group["sequence_no"].to_numpy(np.int64)]
         return out
 
     def torch(self):

@@ -28,7 +28,7 @@ def resolve_layers(layers: list[int], num_layers: int) -> list[int]:
             raise LengthwiseError(
                 f"config: layers: {layer} does not exist; the model has layers 0 to {num_layers}, or {-num_layers - 1} to -1"
             )
-    return sorted({layer % (num_layers + 1) for layer in layers})
+    return sorted({int(layer) % (num_layers + 1) for layer in layers})
 
 
 def make(config: dict, weights: dict, auto_device: str) -> dict:
@@ -84,11 +84,13 @@ def load(store: Path) -> dict | None:
         return None
     try:
         settings = read_json(path)
-        schema, recorded, computed = settings["schema"], settings["fingerprint"], fingerprint(settings)
+        if settings["schema"] > SCHEMA:
+            raise LengthwiseError(
+                f"{path}: written by a newer Lengthwise (schema {settings['schema']}); update this one"
+            )
+        recorded, computed = settings["fingerprint"], fingerprint(settings)
     except (ValueError, KeyError, TypeError) as error:
         raise LengthwiseError(f"{path}: damaged ({error}); restore it, or use another 'results'") from error
-    if schema > SCHEMA:
-        raise LengthwiseError(f"{path}: written by a newer Lengthwise (schema {schema}); update this one")
     if recorded != computed:
         raise LengthwiseError(f"{path}: was edited by hand; restore it, or use another 'results'")
     return settings

@@ -3,12 +3,13 @@
 Tensors, in this order: `layer_<n>` [R, D] in the storage type (when residues are an output), `mean_<n>` and `bos_<n>`
 float32 [n, D] (when they are outputs), `offsets` int64 [n + 1], `crc32c` uint32 [n], `digests` uint8 [n, 24],
 `status` uint8 [n]. R counts the residues of all sequences, end to end, without BOS and EOS. `crc32c` covers a sequence's
-rows of every `layer_<n>` in ascending order, then its `mean_<n>`, then its `bos_<n>`.
+digest and status, then its rows of every `layer_<n>` in ascending order, then its `mean_<n>`, then its `bos_<n>`.
 """
 
 import fcntl
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def layout(lengths: np.ndarray, settings: dict) -> tuple[bytes, dict[str, Tensor]]:
@@ -104,7 +105,7 @@ class ShardWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.settings = settings
         self.descriptor = _lock(self.part)
-        self.already_there = _is_made(self.path, digests)
+        self.already_there = is_made(self.path, digests)
         if self.already_there:
             return
         header, self.tensors = layout(lengths, settings)
@@ -139,7 +140,7 @@ class ShardWriter:
             [n] uint8, see `lengthwise.status`.
         """
         bounds = np.concatenate([[0], np.cumsum(lengths)])
-        crc = [google_crc32c.Checksum() for _ in lengths]
+        crc = [google_crc32c.Checksum(self.digests[first + i] + bytes([status[i]])) for i in range(len(lengths))]
         for name in self.tensors:  # in the order that crc32c is defined by
             if name not in arrays:
                 continue
@@ -206,6 +207,9 @@ class Shard:
                 self._maps[name] = np.empty(tensor.shape, tensor.dtype)
         return self._maps[name]
 
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_maps": {}}  # a worker maps the file itself
+
     @property
     def data_names(self) -> list[str]:
         """The tensors that crc32c covers, in its order."""
@@ -215,7 +219,7 @@ class Shard:
         """Numbers of the sequences whose bytes do not have their checksum."""
         offsets, bad = self["offsets"], []
         for i, expected in enumerate(self["crc32c"]):
-            checksum = google_crc32c.Checksum()
+            checksum = google_crc32c.Checksum(self["digests"][i].tobytes() + self["status"][i].tobytes())
             for name in self.data_names:
                 rows = slice(offsets[i], offsets[i + 1]) if name.startswith("layer_") else slice(i, i + 1)
                 checksum.update(self[name][rows].tobytes())
@@ -241,16 +245,20 @@ def _read_header(path: Path, file, size: int) -> tuple[dict, dict[str, Tensor]]:
             if start != expected or stop - start != tensor.nbytes or min(tensor.shape, default=0) < 0:
                 raise refuse(f"the place of {name} in it is wrong")
             tensors[name], expected = tensor, stop
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise refuse(f"its header is unreadable ({error})") from error
     if missing := {"offsets", "crc32c", "digests", "status"} - tensors.keys():
         raise refuse(f"it has no {sorted(missing)[0]}")
+    n = math.prod(tensors["status"].shape)
+    shapes = {"offsets": (n + 1,), "crc32c": (n,), "digests": (n, 24), "status": (n,)}
+    if wrong := [name for name, shape in shapes.items() if tensors[name].shape != shape]:
+        raise refuse(f"{wrong[0]} is not for {n} sequences")
     if size != 8 + length + expected:
         raise refuse(f"it has {size:,} bytes and should have {8 + length + expected:,}")
     return metadata, tensors
 
 
-def _is_made(path: Path, digests: list[bytes]) -> bool:
+def is_made(path: Path, digests: list[bytes]) -> bool:
     """Whether a whole shard of these sequences is there; what is there but damaged is made again."""
     if not path.exists():
         return False

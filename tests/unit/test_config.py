@@ -241,9 +241,6 @@ def test_inputs_that_cannot_be_had_are_one_line(here, refused, inputs, words):
         config.datasets(inputs)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=TypeError, reason="dataset_name(2024) raises TypeError: YAML keys may be numbers"
-)
 def test_a_number_as_the_name_of_a_dataset_is_one_line(here, refused):
     with refused("config: inputs", "2024"):
         config.datasets(validate(inputs={2024: "a.fasta"})["inputs"])

@@ -208,9 +208,6 @@ def test_a_damaged_shard_is_made_again(new):
     assert store.rows() == rows
 
 
-@pytest.mark.xfail(
-    strict=True, raises=ZeroDivisionError, reason="what is left counts no shard whose file exists, damaged or not"
-)
 def test_making_a_damaged_shard_again_says_how_far_it_is(new, monkeypatch):
     monkeypatch.setattr(embed, "PROGRESS_SECONDS", 0)  # as if a batch took ten seconds
     store, job = new()

@@ -201,13 +201,6 @@ def test_finished_shards_of_an_ignored_job_are_taken_over(half_done, random_prot
     assert half_done.assemble("a")["accepted"] == 39
 
 
-IDEMPOTENT = pytest.mark.xfail(
-    strict=True,
-    reason="a spec whose name is there already is added to the table of specs a second time, and counts twice",
-)
-
-
-@IDEMPOTENT
 def test_planning_again_after_shards_were_taken_over_writes_the_same_bytes(half_done, random_proteins, digest_of):
     drop_a_finished_sequence(half_done, random_proteins(40), digest_of)
     half_done.plan(shard_bytes=8_000)
@@ -216,7 +209,6 @@ def test_planning_again_after_shards_were_taken_over_writes_the_same_bytes(half_
     assert snapshot(half_done.path / "plan") == before
 
 
-@IDEMPOTENT
 def test_a_job_killed_before_its_commit_is_counted_once_when_it_is_taken_over(store, random_proteins):
     (job,) = store.plan()["job"]
     store.embed(job)
@@ -226,9 +218,6 @@ def test_a_job_killed_before_its_commit_is_counted_once_when_it_is_taken_over(st
     assert (row["job"], row["sequences"]) == (job, 60)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="taken-over shards are in the order of the jobs they were found in, not in their own"
-)
 def test_shards_of_several_ignored_jobs_are_taken_over_the_same_way_twice(store, random_proteins):
     store.plan(**SMALL_JOBS)
     store.embed_all()
@@ -261,7 +250,6 @@ def test_a_shard_holds_no_more_than_shard_bytes_unless_one_sequence_does(store):
     assert [shard for shard, (n, size) in sizes.items() if n > 1 and size > cap] == []
 
 
-@pytest.mark.xfail(strict=True, reason="plan leaves the header (4,096 bytes and more) out of shard_bytes")
 def test_no_shard_file_is_larger_than_shard_bytes(small_store, random_proteins):
     store, cap = small_store(), 65_536
     store.ingest("a", random_proteins(200))

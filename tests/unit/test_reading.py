@@ -53,9 +53,6 @@ def ds(store):
         pytest.param(
             "a",
             id="with-a-rejected-record",
-            marks=pytest.mark.xfail(
-                strict=True, raises=IndexError, reason="nulls make sequence_no a float column, which is no index"
-            ),
         ),
     ]
 )
@@ -216,7 +213,6 @@ def test_a_store_of_means_alone_has_the_means_of_the_full_one(pooled_only, store
     np.testing.assert_array_equal(pooled_only.pooled(), store.open("whole").layer(-1).pooled())
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="pooled() takes any stored output for a pooled one")
 def test_residues_are_no_pooled_output(ds, refused):
     with refused("'residue'"):
         ds.pooled("residue")
@@ -230,7 +226,6 @@ def test_a_loader_with_workers_gives_every_record(ds):
         np.testing.assert_array_equal(rows.numpy(), ds[name])
 
 
-@pytest.mark.xfail(strict=True, reason="a Shard pickles the tensors that it has mapped")
 def test_a_dataset_goes_to_spawned_workers_without_its_rows(ds):
     before = len(pickle.dumps((ds, ds.records, ds.ids)))
     read = sum(ds[name].nbytes for name in ds.ids)
@@ -277,7 +272,6 @@ def test_an_unfinished_dataset_is_one_line(tmp_path, refused):
         lengthwise.open(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="Dataset does not catch what json says of a damaged manifest")
 def test_a_damaged_manifest_is_one_line(tmp_path, refused):
     (tmp_path / "manifest.json").write_text('{"schema": 1, "dat')
     with refused("manifest.json"):

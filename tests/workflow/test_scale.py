@@ -1,0 +1,41 @@
+"""A store of 3,000 jobs: what a run that has nothing to do costs."""
+
+import time
+import warnings
+
+import pytest
+from project import Project, random_sequences
+
+from lengthwise.embed import embed_job
+from lengthwise.plan import commit_path, read_jobs, spec_path
+
+JOBS = 3000
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    project = Project.with_tiny_model(tmp_path_factory.mktemp("large") / "project", a=random_sequences(JOBS, seed=5))
+    # Jobs so short that each holds one protein.
+    project.configure(inputs=["in/*.fasta"], model="tiny.pt", job_minutes=1e-9)
+    run = project.snakemake("results/tiny/plan/jobs.tsv")
+    assert run.code == 0, run.output
+    jobs = read_jobs(project.store / "plan" / "jobs.tsv")["job"]
+    assert len(jobs) == JOBS
+    receipt = project.store / "weights.json"
+    receipt.write_text(receipt.read_text().replace('"tiny.pt"', f'"{project.folder / "tiny.pt"}"'))
+    for job in jobs:  # as Snakemake would, without its second for each
+        embed_job(project.store, spec_path(project.store, job), commit_path(project.store, job))
+    run = project.snakemake()
+    assert run.code == 0, run.output
+    assert run.rules["embed"] == 0
+    return project
+
+
+@pytest.mark.parametrize("arguments", [[], ["--dry-run"]], ids=["run", "dry-run"])
+def test_nothing_to_do_takes_under_30_seconds(large, arguments):
+    started = time.monotonic()
+    run = large.snakemake(*arguments)
+    seconds = time.monotonic() - started
+    assert "Nothing to be done" in run.output
+    warnings.warn(f"{JOBS} jobs, nothing to do{' (dry run)' if arguments else ''}: {seconds:.1f} s", stacklevel=1)
+    assert seconds < 30
