@@ -8,7 +8,8 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
     import pyarrow.parquet as pq
 
     from lengthwise.logs import duration
-    from lengthwise.plan import Sizes, commit_path, plan
+    from lengthwise.plan import Sizes, plan
+    from lengthwise.store import commit_path
 
     store = Path(snakemake.params.store)
     sizes = Sizes(snakemake.config["job_minutes"] * 60, snakemake.config["shard_bytes"])

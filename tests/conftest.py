@@ -19,10 +19,10 @@ from lengthwise.embed import embed_job
 from lengthwise.errors import LengthwiseError
 from lengthwise.fasta import ingest
 from lengthwise.files import write_json
-from lengthwise.model import ModelConfig
-from lengthwise.plan import Sizes, commit_path, plan, spec_path
+from lengthwise.plan import Sizes, plan
 from lengthwise.reading import Dataset
-from lengthwise.store import Shard, shard_path
+from lengthwise.shapes import ModelConfig
+from lengthwise.store import Shard, commit_path, shard_path, spec_path
 from lengthwise.weights import fetch
 
 ROOT = Path(__file__).resolve().parent.parent

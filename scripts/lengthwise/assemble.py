@@ -11,9 +11,8 @@ import pyarrow.parquet as pq
 from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import atomic, read_json, write_json
-from lengthwise.plan import commit_path, spec_path
 from lengthwise.status import REASONS
-from lengthwise.store import Shard, shard_path
+from lengthwise.store import Shard, commit_path, shard_path, spec_path
 
 SCHEMA = 1
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.model import ESM2, MODELS, ModelConfig
+from lengthwise.model import ESM2
+from lengthwise.shapes import MODELS, ModelConfig
 
 DEMO_SHAPE = MODELS["esm2_t6_8M_UR50D"]
 _RANDOM = "lengthwise_random_seed"  # in the cfg of a checkpoint that `write_random` made

@@ -10,17 +10,9 @@ import jsonschema
 import yaml
 
 from lengthwise.errors import LengthwiseError
+from lengthwise.shapes import MODELS
 
 DEMO = "demo"
-MODEL_NAMES = (
-    "esm2_t6_8M_UR50D",
-    "esm2_t12_35M_UR50D",
-    "esm2_t30_150M_UR50D",
-    "esm2_t33_650M_UR50D",
-    "esm2_t36_3B_UR50D",
-    "esm2_t48_15B_UR50D",
-)
-
 _COMPRESSION = re.compile(r"\.(gz|bgz|zst)$", re.IGNORECASE)
 _FASTA = re.compile(r"\.(fasta|fas|fa|faa|fsa|mpfa|pep|seq)$", re.IGNORECASE)
 
@@ -39,10 +31,10 @@ def validate(config: dict, schema_path: Path) -> dict:
         raise LengthwiseError(f"config: {_explain(error)}")
     filled = _with_defaults(config, schema)
     model = filled["model"]
-    if model != DEMO and model not in MODEL_NAMES and not model.endswith(".pt"):
+    if model != DEMO and model not in MODELS and not model.endswith(".pt"):
         raise LengthwiseError(
-            f"config: model: {model!r} is no model;{_did_you_mean(model, [DEMO, *MODEL_NAMES])} "
-            f"give one of {', '.join([DEMO, *MODEL_NAMES])}, or the path of a fair-esm .pt file"
+            f"config: model: {model!r} is no model;{_did_you_mean(model, [DEMO, *MODELS])} "
+            f"give one of {', '.join([DEMO, *MODELS])}, or the path of a fair-esm .pt file"
         )
     if model.endswith(".pt") and not os.path.isfile(model):
         raise LengthwiseError(f"config: model: there is no file {model}")

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lengthwise.shapes import ModelConfig
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # a torch built without it
@@ -21,42 +23,6 @@ except ImportError:  # a torch built without it
 # inference too. The other factor, 1 / (1 - observed mask ratio), is 1: a mask token never comes from a FASTA file.
 TOKEN_DROPOUT_SCALE = 1 - 0.15 * 0.8
 LAYER_NORM_EPS = 1e-5
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of an ESM-2 model."""
-
-    num_layers: int
-    embed_dim: int
-    attention_heads: int
-    vocabulary_size: int = 33
-
-    @property
-    def head_dim(self) -> int:
-        return self.embed_dim // self.attention_heads
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters that the forward pass to the last layer uses."""
-        d = self.embed_dim
-        return self.num_layers * (12 * d * d + 13 * d) + self.vocabulary_size * d + 2 * d
-
-    def flops(self, length: int) -> int:
-        """Floating-point operations for one sequence: 24 d^2 a token in matrix products, 4 d L a token in attention."""
-        d, tokens = self.embed_dim, length + 2
-        return self.num_layers * tokens * (24 * d * d + 4 * d * tokens)
-
-
-# Source: the checkpoints' names and https://github.com/facebookresearch/esm#available-models
-MODELS = {
-    "esm2_t6_8M_UR50D": ModelConfig(6, 320, 20),
-    "esm2_t12_35M_UR50D": ModelConfig(12, 480, 20),
-    "esm2_t30_150M_UR50D": ModelConfig(30, 640, 20),
-    "esm2_t33_650M_UR50D": ModelConfig(33, 1280, 20),
-    "esm2_t36_3B_UR50D": ModelConfig(36, 2560, 40),
-    "esm2_t48_15B_UR50D": ModelConfig(48, 5120, 40),
-}
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import atomic, read_json
-from lengthwise.model import ModelConfig
-from lengthwise.store import bytes_per_sequence, layout, shard_name, shard_path
+from lengthwise.shapes import ModelConfig
+from lengthwise.store import bytes_per_sequence, commit_path, layout, shard_name, shard_path, spec_path
 
 SPEC = pa.schema(
     [
@@ -104,14 +104,6 @@ def forecast_seconds(lengths: np.ndarray, settings: dict) -> np.ndarray:
     """Seconds that sequences of these lengths are expected to take on the store's device."""
     shape = ModelConfig(settings["num_layers"], settings["embed_dim"], settings["attention_heads"])
     return shape.flops(lengths.astype(np.float64)) / ASSUMED_FLOPS[settings["device"]]
-
-
-def spec_path(store: Path, job: str) -> Path:
-    return store / "plan" / "jobs" / f"{job}.parquet"
-
-
-def commit_path(store: Path, job: str) -> Path:
-    return store / "jobs" / f"{job}.json"
 
 
 def _load_wanted(database: duckdb.DuckDBPyConnection, sequences: dict[str, Path]) -> None:

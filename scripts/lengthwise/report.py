@@ -15,9 +15,9 @@ from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import atomic, read_json
 from lengthwise.metrics import read_metrics
-from lengthwise.plan import commit_path, read_jobs
+from lengthwise.plan import read_jobs
 from lengthwise.scaling import FAIR_ESM, LENGTHWISE, OK, read_scaling
-from lengthwise.store import metrics_path
+from lengthwise.store import commit_path, metrics_path
 
 MEASURES = {"allocated": "allocated GPU memory", "resident": "resident memory"}
 STATUS_WORDS = {

@@ -22,7 +22,8 @@ from lengthwise.embed import device_name
 from lengthwise.engine import AUTO_BATCH_TOKENS, DTYPES, resolve_device, set_threads
 from lengthwise.files import atomic
 from lengthwise.memory import MemoryMeter
-from lengthwise.model import ModelConfig, Packing
+from lengthwise.model import Packing
+from lengthwise.shapes import ModelConfig
 
 LENGTHWISE, FAIR_ESM = "lengthwise", "fair-esm"
 OK, SKIPPED_TIME, SKIPPED_MEMORY, OUT_OF_MEMORY = "ok", "skipped_time", "skipped_memory", "out_of_memory"

@@ -40,6 +40,14 @@ def metrics_path(store: Path, shard: str) -> Path:
     return Path(store) / "metrics" / f"{shard}.parquet"
 
 
+def spec_path(store: Path, job: str) -> Path:
+    return store / "plan" / "jobs" / f"{job}.parquet"
+
+
+def commit_path(store: Path, job: str) -> Path:
+    return store / "jobs" / f"{job}.json"
+
+
 def bytes_per_sequence(lengths: np.ndarray, settings: dict) -> np.ndarray:
     """Bytes that sequences of these lengths take in a shard, its header aside."""
     layers, d = len(settings["layers"]), settings["embed_dim"]

@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 import requests
 from filelock import FileLock
 
-from lengthwise.config import DEMO, MODEL_NAMES
+from lengthwise.config import DEMO
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import atomic, fsync_folder, read_json, sha256, write_json
+from lengthwise.shapes import MODELS
 
 # Where fair-esm 2.0.0's own loader takes them from (esm/pretrained.py).
 OFFICIAL_URL = "https://dl.fbaipublicfiles.com/fair-esm"
@@ -67,7 +68,7 @@ def fetch(
             if model == DEMO and not path.exists():
                 with atomic(path) as part:
                     checkpoint.write_random(part, checkpoint.DEMO_SHAPE)
-            elif model in MODEL_NAMES:
+            elif model in MODELS:
                 _have(path, f"{url.rstrip('/')}/models/{path.name}", pinned_sha256)
                 if contact_regression:
                     regression = path.with_name(f"{model}-contact-regression.pt")

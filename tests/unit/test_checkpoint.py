@@ -16,7 +16,7 @@ from esm.pretrained import load_model_and_alphabet_core
 
 from lengthwise import checkpoint
 from lengthwise.errors import LengthwiseError
-from lengthwise.model import ModelConfig
+from lengthwise.shapes import ModelConfig
 
 TINY = ModelConfig(2, 32, 2)
 

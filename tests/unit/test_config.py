@@ -157,7 +157,7 @@ def test_a_model_nearly_spelled_is_suggested(refused):
         validate(model="esm2_t6_8m_UR50D")
 
 
-@pytest.mark.parametrize("model", ["demo", *config.MODEL_NAMES])
+@pytest.mark.parametrize("model", ["demo", *config.MODELS])
 def test_every_model_has_a_store_of_its_name(model):
     assert config.store_name(validate(model=model)["model"]) == model
 

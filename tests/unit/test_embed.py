@@ -10,9 +10,8 @@ import torch
 
 from lengthwise import embed
 from lengthwise.engine import Engine, cut_batches
-from lengthwise.plan import commit_path
 from lengthwise.status import DOES_NOT_FIT, GOOD, NON_FINITE
-from lengthwise.store import Shard, ShardWriter, metrics_path
+from lengthwise.store import Shard, ShardWriter, commit_path, metrics_path
 
 # Float32 sums in another order, relative to the RMS: see test_model.
 FLOAT32_TOLERANCE = 2e-5

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from lengthwise import alphabet, checkpoint
 from lengthwise.engine import Engine, Output
-from lengthwise.model import ModelConfig, Packing
+from lengthwise.model import Packing
+from lengthwise.shapes import ModelConfig
 
 CPU = torch.device("cpu")
 # Float32 sums in another order: measured errors are about 4e-6 of the RMS; a wrong formula is off by 1e-3 and more.

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lengthwise.fasta import SEQUENCES
-from lengthwise.plan import JOBS_COLUMNS, commit_path, cut, forecast_seconds, read_jobs, spec_path
-from lengthwise.store import Shard, bytes_per_sequence
+from lengthwise.plan import JOBS_COLUMNS, cut, forecast_seconds, read_jobs
+from lengthwise.store import Shard, bytes_per_sequence, commit_path, spec_path
 
 # A sequence of 40 residues is forecast to take 40 microseconds with the tiny model, and 2.7 kB in float16.
 SMALL_JOBS = {"job_seconds": 4e-4, "shard_bytes": 8_000}

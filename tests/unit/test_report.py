@@ -10,9 +10,9 @@ import pytest
 from lengthwise import report
 from lengthwise.errors import LengthwiseError
 from lengthwise.metrics import write_metrics
-from lengthwise.plan import JOBS_COLUMNS, commit_path
+from lengthwise.plan import JOBS_COLUMNS
 from lengthwise.scaling import COLUMNS
-from lengthwise.store import metrics_path
+from lengthwise.store import commit_path, metrics_path
 
 SETTINGS = {
     "model": "demo",

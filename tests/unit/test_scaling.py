@@ -5,7 +5,7 @@ import torch
 from lengthwise import checkpoint, scaling
 from lengthwise.errors import LengthwiseError
 from lengthwise.memory import MemoryMeter
-from lengthwise.model import ModelConfig
+from lengthwise.shapes import ModelConfig
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from lengthwise import settings
 from lengthwise.checkpoint import write_random
 from lengthwise.files import read_json, write_json
-from lengthwise.model import ModelConfig
+from lengthwise.shapes import ModelConfig
 from lengthwise.weights import fetch
 
 RECEIPT = {

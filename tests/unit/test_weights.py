@@ -10,7 +10,7 @@ import pytest
 
 from lengthwise import checkpoint, weights
 from lengthwise.errors import LengthwiseError
-from lengthwise.model import ModelConfig
+from lengthwise.shapes import ModelConfig
 
 MODEL = "esm2_t6_8M_UR50D"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from lengthwise import alphabet, checkpoint
-from lengthwise.model import ModelConfig
+from lengthwise.shapes import ModelConfig
 from lengthwise.store import Shard
 
 ROOT = Path(__file__).resolve().parents[2]

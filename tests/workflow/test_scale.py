@@ -7,7 +7,8 @@ import pytest
 from project import Project, random_sequences
 
 from lengthwise.embed import embed_job
-from lengthwise.plan import commit_path, read_jobs, spec_path
+from lengthwise.plan import read_jobs
+from lengthwise.store import commit_path, spec_path
 
 JOBS = 3000
 
