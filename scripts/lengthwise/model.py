@@ -23,6 +23,8 @@ except ImportError:  # a torch built without it
 # inference too. The other factor, 1 / (1 - observed mask ratio), is 1: a mask token never comes from a FASTA file.
 TOKEN_DROPOUT_SCALE = 1 - 0.15 * 0.8
 LAYER_NORM_EPS = 1e-5
+# The batch that oneDNN packs weights for; others run with the same weights.
+PACKED_FOR_TOKENS = 2_048
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,12 @@ class ESM2(nn.Module):
         """
         wanted = set(layers)
         hidden = {}
-        cos, sin = rotary_tables(self.inv_freq, packing)  # [T, 1, 1, C] each, float32
+        turn = rotations(self.inv_freq, packing)  # [T, 1, 1, C / 2] complex64
         x = self.embed_tokens(tokens) * TOKEN_DROPOUT_SCALE  # [T, D]
         if 0 in wanted:
             hidden[0] = x
         for index, layer in enumerate(self.layers[: max(wanted)], start=1):
-            x = layer(x, cos, sin, packing)  # [T, D]
+            x = layer(x, turn, packing)  # [T, D]
             if index in wanted:
                 hidden[index] = x
         if self.config.num_layers in wanted:
@@ -97,32 +99,75 @@ class Layer(nn.Module):
         d = config.embed_dim
         self.heads, self.head_dim = config.attention_heads, config.head_dim
         self.self_attn_layer_norm = nn.LayerNorm(d, eps=LAYER_NORM_EPS)
-        self.qkv = nn.Linear(d, 3 * d)
-        self.out_proj = nn.Linear(d, d)
+        self.qkv = Linear(d, 3 * d)
+        self.out_proj = Linear(d, d)
         self.final_layer_norm = nn.LayerNorm(d, eps=LAYER_NORM_EPS)
-        self.fc1 = nn.Linear(d, 4 * d)
-        self.fc2 = nn.Linear(4 * d, d)
+        self.fc1 = Linear(d, 4 * d)
+        self.fc2 = Linear(4 * d, d)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, packing: Packing) -> Tensor:
+    def forward(self, x: Tensor, turn: Tensor, packing: Packing) -> Tensor:
         qkv = self.qkv(self.self_attn_layer_norm(x)).unflatten(-1, (3, self.heads, self.head_dim))  # [T, 3, H, C]
-        q, k = rotate(qkv[:, :2], cos, sin).unbind(1)  # [T, H, C] each
+        q, k = rotate(qkv[:, :2], turn).unbind(1)  # [T, H, C] each
         attended = attention(q, k, qkv[:, 2], packing)  # [T, H, C]
-        x = x + self.out_proj(attended.flatten(1))  # [T, D]
-        return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))  # [T, D]; GELU in its exact, erf form
+        x = self.out_proj.add_to(x, attended.flatten(1))  # [T, D]
+        return self.fc2.add_to(x, self.fc1.gelu(self.final_layer_norm(x)))  # [T, D]
 
 
-def rotary_tables(inv_freq: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
-    """cos and sin of every token's rotation, [T, 1, 1, C], in float32 whatever the compute type."""
+class Linear(nn.Linear):
+    """A linear layer with what follows it; on CPUs through oneDNN, its weights packed once and the rest fused in.
+
+    Source of the fused operators: torch's own inductor, which calls them in compiled CPU code.
+    """
+
+    packed: Tensor | None = None
+
+    def pack(self) -> None:
+        """Trade the weights for oneDNN's form of them, where this CPU and this torch have it for the compute type."""
+        if self.weight.device.type == "cpu" and _onednn_serves(self.weight.dtype):
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), PACKED_FOR_TOKENS)
+            self.weight = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, in] -> [T, out]."""
+        if self.packed is None:
+            return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU in its exact, erf form of the layer's output."""
+        if self.packed is None:
+            return F.gelu(super().forward(x))
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "gelu", [], "none")
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + the layer's output."""
+        if self.packed is None:
+            return residual + super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise(x, residual, self.packed, self.bias, "add")
+
+
+def _onednn_serves(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    # bfloat16 and float16 where the processor has instructions for them; elsewhere oneDNN would emulate them.
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def rotations(inv_freq: Tensor, packing: Packing) -> Tensor:
+    """Every token's rotation as complex numbers e^(i angle), [T, 1, 1, C / 2], in float32 whatever the compute type."""
     # Half precision would round position 2,049 to 2,048.
     angles = packing.positions.float()[:, None] * inv_freq.float()  # [T, C / 2]
-    angles = torch.cat((angles, angles), dim=-1)[:, None, None]  # [T, 1, 1, C]
-    return angles.cos(), angles.sin()
+    return torch.polar(torch.ones_like(angles), angles)[:, None, None]  # [T, 1, 1, C / 2]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x [T, ., H, C], computed in float32 and returned in x's dtype."""
-    first, second = x.chunk(2, dim=-1)  # [T, ., H, C / 2] each
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotary position embedding of x [T, ., H, C], computed in float32 and returned in x's dtype.
+
+    fair-esm pairs channel i with channel i + C / 2. `lengthwise.checkpoint` has moved each pair's weights next to each
+    other, in queries and keys alike, which leaves their products as they were; so a pair is one complex number here.
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [T, ., H, C / 2]
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)  # [T, ., H, C]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:

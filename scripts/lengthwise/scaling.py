@@ -173,21 +173,23 @@ class Probe:
 
 def _series(load: Callable, weights: Path, device: torch.device, dtype: torch.dtype) -> Iterator[Series]:
     """The three series of an engine; its weights leave memory with the last."""
-    engine, model, forward = load(weights, device, dtype)
-    with torch.no_grad():  # warm-up: libraries set up workspaces that are no part of any point
-        forward(_random_tokens(np.random.Generator(np.random.PCG64(SEED)), 1, LENGTHS[0]).to(device))
     single = tuple((length, 1) for length in LENGTHS)
     tokens = BATCH_TOKENS[device.type]
     full = tuple((length, n) for length in LENGTHS if (n := round(tokens / (length + 2))) > 1)
-    for gradients, points in ((False, full), (False, single), (True, single)):
-        model.requires_grad_(gradients)
-        yield Series(engine, gradients, forward, points)
-    del model, forward
-    _release(device)
+    for gradients, runs in ((False, (full, single)), (True, (single,))):
+        engine, model, forward = load(weights, device, dtype, gradients)
+        with torch.no_grad():  # warm-up: libraries set up workspaces that are no part of any point
+            forward(_random_tokens(np.random.Generator(np.random.PCG64(SEED)), 1, LENGTHS[0]).to(device))
+        for points in runs:
+            yield Series(engine, gradients, forward, points)
+        del model, forward
+        _release(device)
 
 
-def _load_lengthwise(weights: Path, device: torch.device, dtype: torch.dtype) -> tuple[str, nn.Module, Callable]:
-    model = checkpoint.load_model(weights, device, dtype)
+def _load_lengthwise(
+    weights: Path, device: torch.device, dtype: torch.dtype, gradients: bool
+) -> tuple[str, nn.Module, Callable]:
+    model = checkpoint.load_model(weights, device, dtype, pack=not gradients).requires_grad_(gradients)
 
     def forward(tokens: Tensor) -> object:
         packing = Packing.of([tokens.shape[1]] * tokens.shape[0], device)
@@ -196,8 +198,10 @@ def _load_lengthwise(weights: Path, device: torch.device, dtype: torch.dtype) ->
     return LENGTHWISE, model, forward
 
 
-def _load_fair_esm(weights: Path, device: torch.device, dtype: torch.dtype) -> tuple[str, nn.Module, Callable]:
-    model = checkpoint.reference_model(weights).to(device, dtype)
+def _load_fair_esm(
+    weights: Path, device: torch.device, dtype: torch.dtype, gradients: bool
+) -> tuple[str, nn.Module, Callable]:
+    model = checkpoint.reference_model(weights).to(device, dtype).requires_grad_(gradients)
     return FAIR_ESM, model, lambda tokens: model(tokens, repr_layers=[model.num_layers])
 
 
