@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lengthwise.logs import log, reporting
+from lengthwise.logs import count, log, reporting
 
 with reporting(snakemake.log[0], snakemake.scriptdir):
     from lengthwise.embed import embed_job
@@ -16,9 +16,9 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
         threads=snakemake.threads,
     )
     log.info(
-        "job %s: %d shards, %d of them made now, in %.1f s on %s",
+        "job %s: %s, %d made now, in %.1f s on %s",
         commit["job"],
-        len(commit["shards"]),
+        count(len(commit["shards"]), "shard"),
         len(commit["made"]),
         commit["embed_seconds"],
         commit["device"],

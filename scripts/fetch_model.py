@@ -1,5 +1,6 @@
 """Have the model's checkpoint at hand, and make or check the store's settings."""
 
+import os
 from pathlib import Path
 
 from lengthwise.logs import reporting
@@ -17,6 +18,9 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
         snakemake.params.model_sha256,
         snakemake.params.contact_regression,
     )
+    store = Path(snakemake.params.store)
+    if not Path(receipt["path"]).is_absolute():  # from the store on, so that it holds wherever one stands
+        receipt["path"] = os.path.relpath(receipt["path"], store)
     auto = auto_device(bool(snakemake.resources.on_cluster))
-    create_or_check(Path(snakemake.params.store), snakemake.config, receipt, auto)
+    create_or_check(store, snakemake.config, receipt, auto)
     write_json(Path(snakemake.output.weights), receipt)

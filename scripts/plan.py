@@ -7,7 +7,7 @@ from lengthwise.logs import log, reporting
 with reporting(snakemake.log[0], snakemake.scriptdir):
     import pyarrow.parquet as pq
 
-    from lengthwise.logs import duration
+    from lengthwise.logs import count, duration
     from lengthwise.plan import Sizes, plan
     from lengthwise.store import commit_path
 
@@ -18,12 +18,12 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
     new = jobs[[not commit_path(store, job).exists() for job in jobs["job"]]]
     wanted = sum(pq.read_metadata(path).num_rows for path in sequences.values())
     log.info(
-        "%s sequences in %s datasets; to embed: %s sequences, %s residues in %s jobs, forecast %s and %.2f GB",
-        f"{wanted:,}",
-        f"{len(sequences):,}",
-        f"{new['sequences'].sum():,}",
-        f"{new['residues'].sum():,}",
-        f"{len(new):,}",
+        "%s in %s; to embed: %s, %s in %s, forecast %s and %.2f GB",
+        count(wanted, "sequence"),
+        count(len(sequences), "dataset"),
+        count(new["sequences"].sum(), "sequence"),
+        count(new["residues"].sum(), "residue"),
+        count(len(new), "job"),
         duration(new["forecast_seconds"].sum()),
         new["forecast_bytes"].sum() / 1e9,
     )

@@ -5,13 +5,14 @@ from pathlib import Path
 from lengthwise.logs import reporting
 
 with reporting(snakemake.log[0], snakemake.scriptdir):
-    from lengthwise.files import read_json
     from lengthwise.scaling import scaling
+    from lengthwise.settings import require
+    from lengthwise.weights import location
 
-    settings = read_json(Path(snakemake.params.store) / "settings.json")
-    receipt = read_json(Path(snakemake.input.weights))
+    store = Path(snakemake.params.store)
+    settings = require(store)
     scaling(
-        Path(receipt["path"]),
+        location(store)[0],
         settings["device"] if snakemake.config["device"] == "auto" else snakemake.config["device"],
         settings["precision"],
         Path(snakemake.output.table),

@@ -1,12 +1,14 @@
-"""What runs beside the workflow: `python -m lengthwise verify results/demo`."""
+"""What runs beside the workflow: `python -m lengthwise verify results/demo`, `python -m lengthwise benchmark`."""
 
 import argparse
+import os
 import sys
 import warnings
 from pathlib import Path
 
 from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
+from lengthwise.shapes import MODELS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -14,33 +16,86 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lengthwise", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    verify_parser = commands.add_parser("verify", help="check a store's weights, and every byte that its datasets use")
-    verify_parser.add_argument("store", type=Path, help="results/<model>")
-    return verify(parser.parse_args(arguments).store)
+    verifier = commands.add_parser("verify", help="check a store's weights, and every byte that its datasets use")
+    verifier.add_argument("store", type=Path, help="results/<model>")
+    verifier.set_defaults(run=lambda given: verify(given.store))
+    bench = commands.add_parser("benchmark", help="time this engine beside fair-esm, transformers and esm-cpp")
+    bench.add_argument("--model", default="esm2_t6_8M_UR50D", choices=MODELS, help="shape, with random weights")
+    bench.add_argument("--checkpoint", type=Path, help="a fair-esm .pt with real weights, instead of --model")
+    bench.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    bench.add_argument("--fasta", type=Path, help="real sequences; without it, random ones of --length")
+    bench.add_argument("--length", type=int, default=300)
+    bench.add_argument("--residues", type=int, default=100_000, help="how many residues, at most")
+    bench.add_argument("--rounds", type=int, default=5)
+    bench.add_argument("--threads", type=int, default=os.cpu_count())
+    bench.add_argument("--out", type=Path, default=Path("benchmark"), help="folder for the table and the figure")
+    bench.set_defaults(run=run_benchmark)
+    given = parser.parse_args(arguments)
+    try:
+        return given.run(given)
+    except LengthwiseError as error:
+        print(f"lengthwise: error: {error}", file=sys.stderr)
+        return 1
+
+
+def run_benchmark(given: argparse.Namespace) -> int:
+    """Time every engine that is installed; prints the table, and writes it and a figure."""
+    import itertools
+    import tempfile
+
+    import torch
+
+    from lengthwise import benchmark, checkpoint
+    from lengthwise.engine import device_name, resolve_device, set_threads
+
+    device = resolve_device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if given.device == "auto" else given.device
+    )
+    set_threads(given.threads)
+    sequences = benchmark.read_fasta(given.fasta) if given.fasta else []
+    sequences = sequences or benchmark.random_sequences(given.length, given.residues)
+    totals = itertools.accumulate(map(len, sequences))
+    sequences = [sequence for sequence, total in zip(sequences, totals, strict=True) if total <= given.residues]
+    given.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = given.checkpoint or Path(folder) / f"{given.model}.pt"
+        if given.checkpoint is None:
+            checkpoint.write_random(weights, MODELS[given.model])
+        rows = benchmark.benchmark(weights, sequences, device, given.rounds)
+    name = weights.stem
+    title = (
+        f"{name} on {device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"{sum(map(len, sequences)):,} residues in {len(sequences):,} sequences"
+    )
+    print(f"\n{title}\n\n{benchmark.markdown(rows)}")
+    benchmark.write_table(rows, given.out / f"{name}.tsv")
+    benchmark.figure(rows, title, given.out / f"{name}.png")
+    return 0
 
 
 def verify(store: Path) -> int:
     """Check the checkpoint against its receipt, and each dataset's shards; everything that is wrong gets a line."""
     from lengthwise import weights
-    from lengthwise.files import read_json
+    from lengthwise.logs import count
     from lengthwise.reading import Dataset
 
     if not (store / "weights.json").exists():
         print(f"lengthwise: error: {store}: no store here (no weights.json); give results/<model>", file=sys.stderr)
         return 1
-    checks = {"weights": lambda: weights.verify(read_json(store / "weights.json"))}
+    good: set[str] = set()
+    checks = {"weights": lambda: weights.verify(store)}
     for manifest in sorted(store.glob("datasets/*/manifest.json")):
-        checks[f"dataset {manifest.parent.name}"] = lambda folder=manifest.parent: Dataset(folder).verify()
+        checks[f"dataset {manifest.parent.name}"] = lambda folder=manifest.parent: Dataset(folder).verify(good)
     wrong = 0
     for name, check in checks.items():
         try:
             with warnings.catch_warnings(action="ignore"):  # random weights are no damage
-                sequences = check()
+                records = check()
         except LengthwiseError as error:
             print(f"lengthwise: error: {error}", file=sys.stderr)
             wrong += 1
         else:
-            print(f"{name}: good" + (f", {sequences:,} sequences" if sequences is not None else ""))
+            print(f"{name}: good" + (f", {count(records, 'record')}" if records is not None else ""))
     return 1 if wrong else 0
 
 

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import atomic, read_json, write_json
+from lengthwise.settings import require
 from lengthwise.status import REASONS
-from lengthwise.store import Shard, commit_path, shard_path, spec_path
+from lengthwise.store import REMAKE, Shard, commit_path, shard_path, spec_path
 
 SCHEMA = 1
 
@@ -40,8 +41,8 @@ def assemble(store: Path, dataset: str, jobs: list[str], index: Path, rejected: 
     LengthwiseError
         A record is not accounted for, or a shard lacks what its job promised.
     """
-    settings, summary = read_json(store / "settings.json"), read_json(store / "inputs" / dataset / "summary.json")
-    places = _places(store, jobs)
+    settings, summary = require(store), read_json(store / "inputs" / dataset / "summary.json")
+    places = _places(store, jobs, settings["fingerprint"])
     database = duckdb.connect()
     database.register("places", places)
     database.execute(
@@ -84,7 +85,7 @@ def assemble(store: Path, dataset: str, jobs: list[str], index: Path, rejected: 
     return result
 
 
-def _places(store: Path, jobs: list[str]) -> pa.Table:
+def _places(store: Path, jobs: list[str], fingerprint: str) -> pa.Table:
     """(digest, shard, sequence_no, row_start, verdict) of every sequence of these jobs, checked against the shards."""
     tables = []
     for job in jobs:
@@ -95,10 +96,10 @@ def _places(store: Path, jobs: list[str]) -> pa.Table:
             stop = start + names.count(names[start])
             rows = spec.slice(start, stop - start)
             shard = Shard(shard_path(store, names[start]))
+            if shard.metadata.get("fingerprint") != fingerprint:
+                raise LengthwiseError(f"{shard.path}: was made with other settings than this store's; {REMAKE}")
             if shard["digests"].tobytes() != b"".join(rows.column("digest").to_pylist()):
-                raise LengthwiseError(
-                    f"{shard.path}: holds other sequences than {job} promised; remove it and run again"
-                )
+                raise LengthwiseError(f"{shard.path}: holds other sequences than {job} promised; {REMAKE}")
             tables.append(
                 rows.append_column("sequence_no", pa.array(range(len(rows)), pa.int32())).append_column(
                     "verdict", pa.array(shard["status"])

@@ -81,14 +81,14 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype, pack: bool 
     fused = {}
     pairs = _rotary_pairs(config)
     for index in range(config.num_layers):
-        source, target = f"layers.{index}.", f"layers.{index}."
+        layer = f"layers.{index}."
         for kind in ("weight", "bias"):
-            parts = [state[f"{source}self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            parts = [state[f"{layer}self_attn.{part}_proj.{kind}"] for part in "qkv"]
             parts[:2] = [part[pairs] for part in parts[:2]]
-            fused[f"{target}qkv.{kind}"] = torch.cat([part.to(device, dtype) for part in parts])
-            fused[f"{target}out_proj.{kind}"] = state[f"{source}self_attn.out_proj.{kind}"]
+            fused[f"{layer}qkv.{kind}"] = torch.cat([part.to(device, dtype) for part in parts])
+            fused[f"{layer}out_proj.{kind}"] = state[f"{layer}self_attn.out_proj.{kind}"]
             for name in ("self_attn_layer_norm", "final_layer_norm", "fc1", "fc2"):
-                fused[f"{target}{name}.{kind}"] = state[f"{source}{name}.{kind}"]
+                fused[f"{layer}{name}.{kind}"] = state[f"{layer}{name}.{kind}"]
     for name in ("embed_tokens.weight", "emb_layer_norm_after.weight", "emb_layer_norm_after.bias"):
         fused[name] = state[name]
     fused = {name: tensor.to(device, dtype) for name, tensor in fused.items()}

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lengthwise.files import read_json
-from lengthwise.logs import FAILED
+from lengthwise.logs import FAILED, count
 
 
 def success_lines_of(store: Path, datasets: list[str], commits: list[str], since: float, seconds: float) -> list[str]:
@@ -35,7 +35,7 @@ def success_lines_of(store: Path, datasets: list[str], commits: list[str], since
         f" + {total['rejected']:,} rejected{rejected}",
         f"Embeddings  {here}",
         f"Time        {seconds:.0f} s; {_made(commits, since)}",
-        f"Report      {store}/report/index.html",
+        *([f"Report      {page}"] if (page := store / "report" / "index.html").exists() else []),
         f"Next        python -c 'import lengthwise; print(lengthwise.open(\"{store}/datasets/{datasets[0]}\").records)'",
     ]
     if any(manifest["random_weights"] for manifest in manifests):
@@ -52,8 +52,8 @@ def failure_lines_of(store: Path, since: float) -> list[str]:
     for log in sorted((store / "logs").rglob("*.log")):
         if log.stat().st_mtime >= since:
             reasons += [line for line in log.read_text(errors="replace").splitlines() if line.startswith(FAILED)]
-    advice = "Finished shards are kept: when that is mended, run the same command again."
-    return ["", *(dict.fromkeys(reasons) or ["The run failed; Snakemake's lines above say where."]), advice]
+    reasons = list(dict.fromkeys(reasons)) or ["The run stopped before its end; Snakemake's lines above say why."]
+    return ["", *reasons, "What is finished is kept: run the same command again to go on."]
 
 
 def _made(commits: list[str], since: float) -> str:
@@ -62,4 +62,4 @@ def _made(commits: list[str], since: float) -> str:
     residues, seconds = (sum(commit[key] for commit in made) for key in ("made_residues", "embed_seconds"))
     if not residues:
         return "nothing was left to embed"
-    return f"{residues:,} residues embedded in {len(made):,} job{'s' * (len(made) != 1)}, {residues / seconds:,.0f} residues/s"
+    return f"{residues:,} residues embedded in {count(len(made), 'job')}, {residues / seconds:,.0f} residues/s"

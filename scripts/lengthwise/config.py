@@ -2,9 +2,11 @@
 
 import difflib
 import glob
+import ipaddress
 import os
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import jsonschema
 import yaml
@@ -26,6 +28,9 @@ def validate(config: dict, schema_path: Path) -> dict:
         An unknown key, a wrong type or a value out of range: the first of them, named.
     """
     schema = yaml.safe_load(Path(schema_path).read_text())
+    config = _coerce(config, schema)
+    if isinstance(config, dict) and isinstance(config.get("inputs"), str):
+        config["inputs"] = [config["inputs"]]
     errors = jsonschema.Draft202012Validator(schema).iter_errors(config)
     if error := jsonschema.exceptions.best_match(errors):
         raise LengthwiseError(f"config: {_explain(error)}")
@@ -36,6 +41,7 @@ def validate(config: dict, schema_path: Path) -> dict:
             f"config: model: {model!r} is no model;{_did_you_mean(model, [DEMO, *MODELS])} "
             f"give one of {', '.join([DEMO, *MODELS])}, or the path of a fair-esm .pt file"
         )
+    require_secure(filled["weights_url"])
     if model.endswith(".pt") and not os.path.isfile(model):
         raise LengthwiseError(f"config: model: there is no file {model}")
     return filled
@@ -79,9 +85,9 @@ def datasets(inputs: list[str] | dict[str, str]) -> dict[str, str]:
             if not paths:
                 raise LengthwiseError(f"config: inputs: no file matches {pattern!r}")
         else:
-            _require_file(pattern)
             paths = [pattern]
         for path in paths:
+            _require_file(path)
             name = dataset_name(path)
             other = found.setdefault(name, path)
             if os.path.realpath(other) != os.path.realpath(path):
@@ -93,6 +99,8 @@ def datasets(inputs: list[str] | dict[str, str]) -> dict[str, str]:
 
 
 def _require_file(path: str) -> None:
+    if set(path) & set("{}<>"):
+        raise LengthwiseError(f"config: inputs: {path!r}: Snakemake cannot take {{ }} < > in a file's name; rename it")
     if os.path.isdir(path):
         raise LengthwiseError(
             f"config: inputs: {path!r} is a folder; write {path.rstrip('/') + '/*.fasta'!r} for its files"
@@ -101,6 +109,32 @@ def _require_file(path: str) -> None:
         raise LengthwiseError(f"config: inputs: there is no file {path!r}")
     if not os.access(path, os.R_OK):
         raise LengthwiseError(f"config: inputs: {path!r} may not be read by this user")
+
+
+def require_secure(url: str) -> None:
+    """Raise unless a URL is https, or http on this machine."""
+    parts = urlsplit(url)
+    if parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname or "")):
+        return
+    raise LengthwiseError(f"{url}: weights are downloaded over https only (or from this machine); check weights_url")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _coerce(value, schema: dict):
+    """Numbers that Snakemake's --config leaves as text inside lists and mappings."""
+    if isinstance(value, dict):
+        return {key: _coerce(sub, schema.get("properties", {}).get(key, {})) for key, sub in value.items()}
+    if isinstance(value, list):
+        return [_coerce(item, schema.get("items", {})) for item in value]
+    if schema.get("type") == "integer" and isinstance(value, str) and re.fullmatch(r"-?\d+", value):
+        return int(value)
+    return value
 
 
 def _with_defaults(values: dict, schema: dict) -> dict:

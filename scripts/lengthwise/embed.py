@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 import torch
 
 from lengthwise._version import __version__
-from lengthwise.engine import AUTO_BATCH_TOKENS, Engine, Output, cut_batches, resolve_device, set_threads
-from lengthwise.errors import LengthwiseError
-from lengthwise.files import read_json, write_json
+from lengthwise.engine import AUTO_BATCH_TOKENS, Engine, Output, cut_batches, device_name, resolve_device, set_threads
+from lengthwise.files import write_json
 from lengthwise.logs import duration
 from lengthwise.metrics import write_metrics
+from lengthwise.settings import require as require_settings
 from lengthwise.store import ShardWriter, is_made, metrics_path, shard_path
+from lengthwise.weights import require_unchanged
 
 PROGRESS_SECONDS = 10.0
 
@@ -53,11 +54,10 @@ def embed_job(
     LengthwiseError
         No such device or weights, or no space.
     """
-    settings, weights = read_json(store / "settings.json"), read_json(store / "weights.json")
+    settings = require_settings(store)
     set_threads(threads)
     device = resolve_device(settings["device"] if device == "auto" else device)
-    if not Path(weights["path"]).exists():
-        raise LengthwiseError(f"{weights['path']} is gone; run snakemake --forcerun fetch_model, or put it back")
+    checkpoint = require_unchanged(store, settings["weights_sha256"])
     if batch_tokens == "auto":
         batch_tokens = AUTO_BATCH_TOKENS[device.type]
     job, started = spec.stem, datetime.now(UTC)
@@ -71,9 +71,13 @@ def embed_job(
                 continue
             if engine is None:
                 begin = time.perf_counter()
-                engine = _engine(settings, weights, device)
+                engine = _engine(settings, checkpoint, device)
                 load_seconds = time.perf_counter() - begin
-                left = [entry for entry in shards if not is_made(shard_path(store, entry[0]), entry[1])]
+                left = [
+                    entry
+                    for entry in shards
+                    if not is_made(shard_path(store, entry[0]), entry[1], settings["fingerprint"])
+                ]
                 progress = Progress(job, sum(int(entry[2].sum()) for entry in left))
             rows = _fill(engine, writer, job, shard, lengths, sequences, batch_tokens, progress)
             write_metrics(metrics_path(store, shard), rows)
@@ -81,7 +85,7 @@ def embed_job(
             made.append(shard)
     result = {
         "job": job,
-        "shards": [shard for shard, *_ in shards],
+        "shards": {shard: shard_path(store, shard).stat().st_size for shard, *_ in shards},
         "made": made,
         "sequences": sum(len(lengths) for _, _, lengths, _ in shards),
         "residues": sum(int(lengths.sum()) for _, _, lengths, _ in shards),
@@ -98,17 +102,6 @@ def embed_job(
     }
     write_json(commit, result)
     return result
-
-
-def device_name(device: torch.device) -> str:
-    """What people call the device: the GPU's name, or the processor's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str | None]:
@@ -152,9 +145,9 @@ class Progress:
         return self.previous - self.started
 
 
-def _engine(settings: dict, weights: dict, device: torch.device) -> Engine:
+def _engine(settings: dict, checkpoint: Path, device: torch.device) -> Engine:
     output = Output(tuple(settings["layers"]), tuple(settings["outputs"]), settings["storage_dtype"])
-    return Engine(Path(weights["path"]), device, settings["precision"], output)
+    return Engine(checkpoint, device, settings["precision"], output)
 
 
 def _shards(spec: Path) -> Iterator[tuple[str, list[bytes], np.ndarray, list[bytes]]]:

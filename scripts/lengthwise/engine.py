@@ -4,6 +4,7 @@ It needs torch, numpy, safetensors and fair-esm only, and knows nothing of files
 """
 
 import os
+import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,6 +65,17 @@ def resolve_device(device: str) -> torch.device:
 def set_threads(threads: int) -> None:
     """CPU threads for torch, at most as many as this process has cores: more only wait for each other."""
     torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
+
+
+def device_name(device: torch.device) -> str:
+    """What people call the device: the GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def cut_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[tuple[int, int]]:

@@ -33,6 +33,7 @@ ROWS_PER_GROUP = 65_536
 
 TOO_LONG = "too_long"
 
+_SPACE = "\N{SYMBOL FOR SPACE}"
 _MAGIC = {
     b"\x28\xb5\x2f\xfd": "zstd-compressed; decompress it first",
     b"BZh": "bzip2-compressed; decompress it first",
@@ -135,12 +136,18 @@ def read_records(fasta: Path) -> Iterator[tuple[str, bytes]]:
                 raise LengthwiseError(
                     f"{fasta}: not FASTA: the first line is {first.strip()[:40]!r}, and should begin with '>'"
                 )
-            for header, sequence in SimpleFastaParser(itertools.chain([first], text)):
-                yield header, sequence.encode("utf-8")
+            lines = (_spaces_kept(line) for line in itertools.chain([first], text))
+            for header, sequence in SimpleFastaParser(lines):
+                yield header, sequence.replace(_SPACE, " ").encode("utf-8")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise LengthwiseError(f"{fasta}: broken gzip ({error}); fetch or compress the file again") from error
     except OSError as error:
         raise LengthwiseError(f"{fasta}: cannot be read: {error.strerror or error}") from error
+
+
+def _spaces_kept(line: str) -> str:
+    """Biopython drops spaces inside a sequence, and with them every later residue's position: hide them from it."""
+    return line if line.startswith(">") else line.rstrip().replace(" ", _SPACE) + "\n"
 
 
 def _refuse_ambiguous_id(fasta, record_id, record_no, digest, first_of_id):

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lengthwise.errors import LengthwiseError
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -40,8 +42,17 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file."""
-    return json.loads(Path(path).read_text())
+    """Read a JSON file.
+
+    Raises
+    ------
+    LengthwiseError
+        It is damaged.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise LengthwiseError(f"{path}: damaged ({error}); remove it and run snakemake again") from error
 
 
 def sha256(path: Path) -> str:

@@ -56,6 +56,11 @@ def reporting(log_file: str, scripts: str) -> Iterator[None]:
             handler.flush()
 
 
+def count(number: int, noun: str) -> str:
+    """1 job, 2 jobs, 3,000 jobs."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def duration(seconds: float) -> str:
     """Seconds as people say them: 42 s, 3 min 05 s, 2 h 07 min."""
     minutes, seconds = divmod(round(seconds), 60)

@@ -16,10 +16,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lengthwise.errors import LengthwiseError
 from lengthwise.files import atomic, read_json
+from lengthwise.settings import require
 from lengthwise.shapes import ModelConfig
-from lengthwise.store import bytes_per_sequence, commit_path, layout, shard_name, shard_path, spec_path
+from lengthwise.store import Shard, bytes_per_sequence, commit_path, layout, shard_name, shard_path, spec_path
 
 SPEC = pa.schema(
     [
@@ -64,9 +64,9 @@ def plan(store: Path, sequences: dict[str, Path], sizes: Sizes, jobs_tsv: Path) 
     Raises
     ------
     LengthwiseError
-        A commit whose spec is gone.
+        Settings, or a shard of a commit whose spec is gone, are damaged.
     """
-    settings = read_json(store / "settings.json")
+    settings = require(store)
     database = duckdb.connect(config={"preserve_insertion_order": "false"})
     _load_wanted(database, sequences)
     _load_specs(database, store)
@@ -123,11 +123,9 @@ def _load_specs(database: duckdb.DuckDBPyConnection, store: Path) -> None:
     """specs(job, shard, digest, length) of every spec there is, and commits(job, finished) of the committed ones."""
     commits = {entry.name.removesuffix(".json"): entry.stat().st_mtime_ns for entry in _scan(store / "jobs", ".json")}
     specs = {entry.name.removesuffix(".parquet") for entry in _scan(store / "plan" / "jobs", ".parquet")}
-    if lost := sorted(commits.keys() - specs):
-        raise LengthwiseError(
-            f"{spec_path(store, lost[0])} is gone, and {commit_path(store, lost[0])} needs it: "
-            "restore it, or remove that commit so that its sequences are embedded again"
-        )
+    for job in sorted(commits.keys() - specs):
+        _restore_spec(database, store, job)
+        specs.add(job)
     database.execute("CREATE TABLE commits (job VARCHAR, finished BIGINT)")
     database.execute("CREATE TABLE specs (job VARCHAR, shard VARCHAR, digest BLOB, length INTEGER)")
     if commits:
@@ -230,6 +228,22 @@ def _write_specs(
     del rows  # its result must be closed before the next statement
     _add_specs(database, store, names)
     return names
+
+
+def _restore_spec(database: duckdb.DuckDBPyConnection, store: Path, job: str) -> None:
+    """Write the lost spec of a committed job again, from its shards; sequences that no input has any more stay empty."""
+    names, starts, digests, lengths = [], [], [], []
+    for name in read_json(commit_path(store, job))["shards"]:
+        shard = Shard(shard_path(store, name))
+        bounds = shard["offsets"]
+        names += [name] * (len(bounds) - 1)
+        starts += bounds[:-1].tolist()
+        lengths += np.diff(bounds).tolist()
+        digests += [digest.tobytes() for digest in shard["digests"]]
+    known = dict(database.execute("SELECT digest, any_value(sequence) FROM inputs GROUP BY digest").fetchall())
+    columns = [names, starts, digests, lengths, [known.get(digest) for digest in digests]]
+    spec = pa.table([pa.array(c, f.type) for c, f in zip(columns, SPEC, strict=True)], schema=SPEC)
+    _write_spec(spec_path(store, job), spec)
 
 
 def _add_specs(database: duckdb.DuckDBPyConnection, store: Path, jobs: list[str]) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import read_json
 from lengthwise.settings import resolve_layers
-from lengthwise.store import Shard, shard_path
+from lengthwise.store import REMAKE, Shard, shard_path
 
 
 class Dataset:
@@ -38,13 +38,8 @@ class Dataset:
         self.path = Path(path)
         if not (self.path / "manifest.json").exists():
             raise LengthwiseError(f"{path}: no finished dataset here (no manifest.json); run snakemake to make it")
-        try:
-            self.manifest = read_json(self.path / "manifest.json")
-        except ValueError as error:
-            raise LengthwiseError(
-                f"{self.path / 'manifest.json'}: damaged ({error}); remove it and run snakemake again"
-            ) from error
-        self.store = self.path.parent.parent
+        self.manifest = read_json(self.path / "manifest.json")
+        self.store = self.path.resolve().parent.parent
         settings = self.manifest["settings"]
         self.layers: list[int] = settings["layers"]
         self._layer = self.layers[0]
@@ -58,7 +53,12 @@ class Dataset:
     @cached_property
     def records(self) -> pd.DataFrame:
         """Every record of the FASTA file, in its order, with its status and where its rows are."""
-        return pd.read_parquet(self.path / "index.parquet")
+        try:
+            return pd.read_parquet(self.path / "index.parquet")
+        except (OSError, ValueError) as error:
+            raise LengthwiseError(
+                f"{self.path / 'index.parquet'}: missing or damaged; remove it and run snakemake again"
+            ) from error
 
     @cached_property
     def ids(self) -> list[str]:
@@ -112,23 +112,38 @@ class Dataset:
         """A map-style torch Dataset of (id, (L, D) tensor)."""
         return _TorchDataset(self)
 
-    def verify(self) -> int:
-        """Check sizes and checksums of every shard that the dataset uses; returns the number of sequences checked.
+    def verify(self, good: set[str] | None = None) -> int:
+        """Check the index, and sizes and checksums of every shard that the dataset uses; returns its number of records.
+
+        Parameters
+        ----------
+        good
+            Names of shards that were checked already; this adds to them. Datasets share shards.
 
         Raises
         ------
         LengthwiseError
-            A shard is missing or damaged; the first damaged sequence is named.
+            The index or a shard is missing or damaged; the first damaged sequence is named.
         """
-        checked = 0
+        good = set() if good is None else good
+        if len(self.records) != self.manifest["records"]:
+            raise LengthwiseError(
+                f"{self.path / 'index.parquet'}: has {len(self.records)} records, not as the manifest says"
+            )
         for name, size in self.manifest["shards"].items():
+            if name in good:
+                continue
             shard = Shard(shard_path(self.store, name))
             if shard.path.stat().st_size != size:
-                raise LengthwiseError(f"{shard.path}: has another size than the manifest says ({size:,} bytes)")
+                raise LengthwiseError(
+                    f"{shard.path}: has another size than the manifest says ({size:,} bytes); {REMAKE}"
+                )
             if bad := shard.damaged():
-                raise LengthwiseError(f"{shard.path}: {len(bad)} sequences are damaged, number {bad[0]} the first")
-            checked += len(shard["status"])
-        return checked
+                raise LengthwiseError(
+                    f"{shard.path}: {len(bad)} sequences are damaged, number {bad[0]} the first; {REMAKE}"
+                )
+            good.add(name)
+        return len(self.records)
 
     @cached_property
     def _readable(self) -> pd.DataFrame:

@@ -6,26 +6,22 @@ from pathlib import Path
 from lengthwise.files import read_json
 
 
-def withdraw_broken_commits(store: Path) -> list[str]:
-    """Remove each job's commit that names a shard which is no longer there, so that the job makes just that shard again.
-
-    Returns
-    -------
-    A line for each, for people.
-    """
+def broken_commits(store: Path) -> dict[Path, list[str]]:
+    """{commit: its shards that are gone or have another size} of the jobs that must make them again."""
     jobs = store / "jobs"
     if not jobs.is_dir():
-        return []
-    there = {name.partition(".")[0] for folder in _folders(store / "shards") for name in os.listdir(folder)}
-    withdrawn = []
+        return {}
+    sizes = {
+        entry.name.partition(".")[0]: entry.stat().st_size
+        for folder in _folders(store / "shards")
+        for entry in os.scandir(folder)
+    }
+    broken = {}
     for commit in sorted(jobs.glob("*.json")):
-        missing = [shard for shard in read_json(commit)["shards"] if shard not in there]
-        if missing:
-            commit.unlink()
-            withdrawn.append(
-                f"lengthwise: {len(missing)} of job {commit.stem}'s shards are gone ({missing[0]}); they will be made again"
-            )
-    return withdrawn
+        shards = read_json(commit)["shards"]
+        if missing := [shard for shard, size in shards.items() if sizes.get(shard) != size]:
+            broken[commit] = missing
+    return broken
 
 
 def _folders(path: Path) -> list[str]:

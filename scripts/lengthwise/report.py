@@ -17,6 +17,7 @@ from lengthwise.files import atomic, read_json
 from lengthwise.metrics import read_metrics
 from lengthwise.plan import read_jobs
 from lengthwise.scaling import FAIR_ESM, LENGTHWISE, OK, read_scaling
+from lengthwise.settings import require
 from lengthwise.store import commit_path, metrics_path
 
 MEASURES = {"allocated": "allocated GPU memory", "resident": "resident memory"}
@@ -58,7 +59,7 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
     LengthwiseError
         A job is not committed.
     """
-    settings = read_json(store / "settings.json")
+    settings = require(store)
     commits = _read_commits(store, jobs_tsv)
     shards = list(dict.fromkeys(shard for commit in commits for shard in commit["shards"]))
     present = [path for shard in shards if (path := metrics_path(store, shard)).exists()]

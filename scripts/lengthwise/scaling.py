@@ -6,6 +6,7 @@ one length, and this engine runs beside fair-esm's own forward pass, with and wi
 
 import ctypes
 import gc
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from lengthwise import alphabet, checkpoint
-from lengthwise.embed import device_name
-from lengthwise.engine import AUTO_BATCH_TOKENS, DTYPES, resolve_device, set_threads
+from lengthwise.engine import AUTO_BATCH_TOKENS, DTYPES, device_name, resolve_device, set_threads
 from lengthwise.files import atomic
+from lengthwise.logs import count
 from lengthwise.memory import MemoryMeter
 from lengthwise.model import Packing
 from lengthwise.shapes import ModelConfig
+
+log = logging.getLogger("lengthwise")
 
 LENGTHWISE, FAIR_ESM = "lengthwise", "fair-esm"
 OK, SKIPPED_TIME, SKIPPED_MEMORY, OUT_OF_MEMORY = "ok", "skipped_time", "skipped_memory", "out_of_memory"
@@ -108,6 +111,8 @@ def scaling(
     for load in (_load_lengthwise, _load_fair_esm):
         for series in _series(load, weights, place, DTYPES[precision]):
             began = time.perf_counter()
+            gradients, n = "with" if series.gradients else "without", max(n for _, n in series.points)
+            log.info("%s %s gradients, batches of %s at most", series.engine, gradients, count(n, "sequence"))
             rows += [row | fixed for row in _measure_series(series, config, probe, left / series_left)]
             left, series_left = left - (time.perf_counter() - began), series_left - 1
     frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
@@ -211,15 +216,16 @@ def _measure_series(series: Series, config: ModelConfig, probe: Probe, budget: f
     ends = time.perf_counter() + budget
     costs = [n * config.flops(length) for length, n in series.points]
     rows: list[dict] = []
-    # Of the point before: the seconds of the two passes that every point needs, and its memory.
-    seconds_per_flop = bytes_per_square = 0.0
+    # The best rate so far of the two passes that every point needs (one hiccup must not end a series), and the memory of
+    # the point before.
+    seconds_per_flop, bytes_per_square = np.inf, 0.0
     for index, (length, n) in enumerate(series.points):
         cost, square = costs[index], n * length**2
         row = {"engine": series.engine, "gradients": series.gradients, "length": length, "n_sequences": n}
         row |= {"n_tokens": n * (length + 2), "repeats": 0, "status": OK}
         rows.append(row)
         left, available = ends - time.perf_counter(), probe.available_bytes()
-        if cost * seconds_per_flop > left:
+        if left <= 0 or (index and cost * seconds_per_flop > left):
             row["status"] = SKIPPED_TIME
             continue
         if available is not None and square * bytes_per_square > available:
@@ -237,7 +243,7 @@ def _measure_series(series: Series, config: ModelConfig, probe: Probe, budget: f
             _release(probe.device)
             break
         repeated = (row["repeats"] - 1) * row["wall_ms"] / 1000
-        seconds_per_flop = (time.perf_counter() - began - repeated) / cost
+        seconds_per_flop = min(seconds_per_flop, (time.perf_counter() - began - repeated) / cost)
         bytes_per_square = (row["peak_bytes"] or 0) / square
     return rows
 

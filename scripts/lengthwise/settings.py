@@ -16,7 +16,7 @@ OUTPUTS = ("residue", "mean", "bos")
 
 
 def resolve_layers(layers: list[int], num_layers: int) -> list[int]:
-    """Absolute, ascending layer indices.
+    """Absolute layer indices, each once, in the order given.
 
     Raises
     ------
@@ -28,7 +28,7 @@ def resolve_layers(layers: list[int], num_layers: int) -> list[int]:
             raise LengthwiseError(
                 f"config: layers: {layer} does not exist; the model has layers 0 to {num_layers}, or {-num_layers - 1} to -1"
             )
-    return sorted({int(layer) % (num_layers + 1) for layer in layers})
+    return list(dict.fromkeys(int(layer) % (num_layers + 1) for layer in layers))
 
 
 def make(config: dict, weights: dict, auto_device: str) -> dict:
@@ -67,23 +67,28 @@ def make(config: dict, weights: dict, auto_device: str) -> dict:
 
 def fingerprint(settings: dict) -> str:
     """SHA-256, in hex, of what makes two embeddings comparable."""
-    comparable = {key: settings[key] for key in COMPARABLE}
+    comparable = {key: settings[key] for key in COMPARABLE} | {"layers": sorted(settings["layers"])}
     return hashlib.sha256(json.dumps(comparable, sort_keys=True).encode()).hexdigest()
 
 
 def load(store: Path) -> dict | None:
-    """A store's settings, or None where there is no store yet.
+    """A store's settings, or None where there is no store yet; every manifest has a copy, should settings.json be gone.
 
     Raises
     ------
     LengthwiseError
-        The file is damaged or of a newer version.
+        The file is damaged or of a newer version, or gone with all its copies.
     """
-    path = Path(store) / "settings.json"
+    path, store = Path(store) / "settings.json", Path(store)
     if not path.exists():
-        return None
+        path = next(iter(sorted(store.glob("datasets/*/manifest.json"))), None)
+        if path is None:
+            if any(store.glob("jobs/*.json")):
+                raise LengthwiseError(f"{store}/settings.json is gone; put it back, or use another 'results'")
+            return None
     try:
         settings = read_json(path)
+        settings = settings if path.name == "settings.json" else settings["settings"]
         if settings["schema"] > SCHEMA:
             raise LengthwiseError(
                 f"{path}: written by a newer Lengthwise (schema {settings['schema']}); update this one"
@@ -93,6 +98,14 @@ def load(store: Path) -> dict | None:
         raise LengthwiseError(f"{path}: damaged ({error}); restore it, or use another 'results'") from error
     if recorded != computed:
         raise LengthwiseError(f"{path}: was edited by hand; restore it, or use another 'results'")
+    return settings
+
+
+def require(store: Path) -> dict:
+    """A store's settings, which must be there by now."""
+    settings = load(store)
+    if settings is None:
+        raise LengthwiseError(f"{store}/settings.json is gone; run snakemake --forcerun fetch_model")
     return settings
 
 
@@ -122,7 +135,7 @@ def guard(store: Path, config: dict, weights: dict | None = None) -> dict | None
     differences = [
         f"{key} is {_shown(stored[key])} there and {_shown(asked[key])} in the config"
         for key in COMPARABLE
-        if stored[key] != asked[key]
+        if (set(stored[key]) != set(asked[key]) if key == "layers" else stored[key] != asked[key])
     ]
     if differences:
         raise LengthwiseError(
@@ -133,10 +146,10 @@ def guard(store: Path, config: dict, weights: dict | None = None) -> dict | None
 
 
 def create_or_check(store: Path, config: dict, weights: dict, auto_device: str) -> dict:
-    """The store's settings, written if the store is new, and compared with the config and the weights if it is not."""
+    """The store's settings, written if they are not there, and compared with the config and the weights if they are."""
     stored = guard(store, config, weights)
-    if stored is None:
-        stored = make(config, weights, auto_device)
+    stored = stored or make(config, weights, auto_device)
+    if not (Path(store) / "settings.json").exists():
         write_json(Path(store) / "settings.json", stored)
     return stored
 

@@ -16,12 +16,6 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.embed_dim // self.attention_heads
 
-    @property
-    def parameters(self) -> int:
-        """Number of parameters that the forward pass to the last layer uses."""
-        d = self.embed_dim
-        return self.num_layers * (12 * d * d + 13 * d) + self.vocabulary_size * d + 2 * d
-
     def flops(self, length: int) -> int:
         """Floating-point operations for one sequence: 24 d^2 a token in matrix products, 4 d L a token in attention."""
         d, tokens = self.embed_dim, length + 2

@@ -23,6 +23,8 @@ from lengthwise.files import fsync_folder
 
 _DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U32": np.uint32, "U8": np.uint8}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+# What to do about a shard that is not what it should be: a run notices that it is gone.
+REMAKE = "remove it and run snakemake: it will be made again"
 _ALIGNMENT = 4096
 _MAX_HEADER = 1 << 20
 
@@ -76,7 +78,7 @@ def layout(lengths: np.ndarray, settings: dict) -> tuple[bytes, dict[str, Tensor
     planned: list[tuple[str, np.dtype, tuple[int, ...]]] = []
     for output in ("residue", "mean", "bos"):
         if output in settings["outputs"]:
-            for layer in settings["layers"]:
+            for layer in sorted(settings["layers"]):
                 if output == "residue":
                     planned.append((f"layer_{layer}", np.dtype(settings["storage_dtype"]), (rows, d)))
                 else:
@@ -113,7 +115,7 @@ class ShardWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.settings = settings
         self.descriptor = _lock(self.part)
-        self.already_there = is_made(self.path, digests)
+        self.already_there = is_made(self.path, digests, settings["fingerprint"])
         if self.already_there:
             return
         header, self.tensors = layout(lengths, settings)
@@ -238,7 +240,7 @@ class Shard:
 
 def _read_header(path: Path, file, size: int) -> tuple[dict, dict[str, Tensor]]:
     def refuse(what: str) -> LengthwiseError:
-        return LengthwiseError(f"{path}: damaged shard: {what}; remove it and its job's commit, and run again")
+        return LengthwiseError(f"{path}: damaged shard: {what}; {REMAKE}")
 
     length = int.from_bytes(file.read(8), "little")
     if not 0 < length <= min(_MAX_HEADER, size - 8):
@@ -266,13 +268,14 @@ def _read_header(path: Path, file, size: int) -> tuple[dict, dict[str, Tensor]]:
     return metadata, tensors
 
 
-def is_made(path: Path, digests: list[bytes]) -> bool:
-    """Whether a whole shard of these sequences is there; what is there but damaged is made again."""
+def is_made(path: Path, digests: list[bytes], fingerprint: str) -> bool:
+    """Whether a whole shard of these sequences and settings is there; what is there but damaged is made again."""
     if not path.exists():
         return False
     try:
-        return Shard(path)["digests"].tobytes() == b"".join(digests)
-    except LengthwiseError:
+        shard = Shard(path)
+        return shard.metadata["fingerprint"] == fingerprint and shard["digests"].tobytes() == b"".join(digests)
+    except (LengthwiseError, KeyError):
         return False
 
 

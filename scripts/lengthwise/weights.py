@@ -1,18 +1,16 @@
 """Weights: have the configured model's checkpoint on this machine, and record what it is."""
 
-import ipaddress
 import logging
 import os
 import shutil
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import requests
 from filelock import FileLock
 
-from lengthwise.config import DEMO
+from lengthwise.config import DEMO, require_secure
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import atomic, fsync_folder, read_json, sha256, write_json
 from lengthwise.shapes import MODELS
@@ -103,22 +101,59 @@ def known_sha256(path: Path) -> str:
     return sha256(path)
 
 
-def verify(receipt: dict) -> None:
-    """Read a checkpoint again and compare it with its receipt.
+def location(store: Path) -> tuple[Path, dict]:
+    """Where a store's checkpoint is, and its receipt; a path in it that is not absolute begins at the store."""
+    receipt = read_json(store / "weights.json")
+    path = store / receipt["path"]
+    if not path.exists():
+        raise LengthwiseError(f"{path}: the checkpoint is gone; put it back, or run snakemake --forcerun fetch_model")
+    return path, receipt
+
+
+def require_unchanged(store: Path, expected_sha256: str) -> Path:
+    """The store's checkpoint, if it is the one that the store was made with; hashed only if its size or time changed.
+
+    Raises
+    ------
+    LengthwiseError
+        It is gone or another one.
+    """
+    path, receipt = location(store)
+    stat = path.stat()
+    same = (stat.st_size, stat.st_mtime_ns) == (receipt["bytes"], receipt["mtime_ns"])
+    if (receipt["sha256"] if same else sha256(path)) != expected_sha256:
+        raise _other_checkpoint(path, expected_sha256)
+    return path
+
+
+def verify(store: Path) -> None:
+    """Read a store's checkpoint again and compare it with its receipt.
 
     Raises
     ------
     LengthwiseError
         It is gone or has other bytes.
     """
-    path = Path(receipt["path"])
-    if not path.exists():
-        raise LengthwiseError(f"{path}: the checkpoint is gone; put it back, or run snakemake --forcerun fetch_model")
+    path, receipt = location(store)
     if path.stat().st_size != receipt["bytes"] or sha256(path) != receipt["sha256"]:
-        raise LengthwiseError(
-            f"{path}: is not the checkpoint that this store was made with (SHA-256 {receipt['sha256'][:12]}...); "
-            "remove it and run snakemake --forcerun fetch_model, or restore it"
-        )
+        raise _other_checkpoint(path, receipt["sha256"])
+
+
+def note_new_time(store: Path) -> None:
+    """Take up the time of a checkpoint that was touched or copied and has the same bytes, so that it is not hashed again."""
+    if not (store / "weights.json").exists():
+        return
+    path, receipt = location(store)
+    stat = path.stat()
+    if stat.st_mtime_ns != receipt["mtime_ns"] and sha256(path) == receipt["sha256"]:
+        write_json(store / "weights.json", receipt | {"mtime_ns": stat.st_mtime_ns})
+
+
+def _other_checkpoint(path: Path, expected_sha256: str) -> LengthwiseError:
+    return LengthwiseError(
+        f"{path}: is not the checkpoint that this store was made with (SHA-256 {expected_sha256[:12]}...); restore that one, "
+        "or give another 'results'"
+    )
 
 
 def _have(path: Path, url: str, pinned_sha256: str) -> None:
@@ -199,7 +234,7 @@ def _download(url: str, part: Path) -> None:
 def _get(url: str, headers: dict) -> requests.Response:
     """GET, following redirects only to https or loopback."""
     for _ in range(10):
-        _refuse_insecure(url)
+        require_secure(url)
         response = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS, allow_redirects=False)
         if not response.is_redirect:
             return response
@@ -234,22 +269,6 @@ def _require_space(folder: Path, needed: int) -> None:
             f"{folder}: {needed:,} bytes are to be downloaded and {free:,} are free; free some space, or set 'weights' to "
             "another folder"
         )
-
-
-def _refuse_insecure(url: str) -> None:
-    parts = urlsplit(url)
-    if parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname)):
-        return
-    raise LengthwiseError(f"{url}: weights are downloaded over https only (or from this machine); check weights_url")
-
-
-def _is_loopback(host: str | None) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False
 
 
 def _refuse_what_is_no_checkpoint(part: Path, url: str) -> None:

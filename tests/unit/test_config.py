@@ -91,7 +91,6 @@ def test_a_config_without_inputs_names_the_missing_key(refused):
     ("key", "value"),
     [
         ("inputs", 5),
-        ("inputs", "in.fasta"),
         ("inputs", None),
         ("inputs", []),
         ("inputs", {}),
@@ -116,7 +115,7 @@ def test_a_config_without_inputs_names_the_missing_key(refused):
         ("layers", -1),
         ("layers", "last"),
         ("layers", []),
-        ("layers", ["-1"]),
+        ("layers", ["last"]),
         ("layers", [1.5]),
         ("layers", [True]),
         ("layers", [1, 1]),
@@ -135,7 +134,7 @@ def test_a_config_without_inputs_names_the_missing_key(refused):
         ("long_sequences", None),
         ("long_sequences.policy", "split"),
         ("long_sequences.max_residues", 0),
-        ("long_sequences.max_residues", "1022"),
+        ("long_sequences.max_residues", "many"),
     ],
     ids=str,
 )
@@ -244,3 +243,19 @@ def test_inputs_that_cannot_be_had_are_one_line(here, refused, inputs, words):
 def test_a_number_as_the_name_of_a_dataset_is_one_line(here, refused):
     with refused("config: inputs", "2024"):
         config.datasets(validate(inputs={2024: "a.fasta"})["inputs"])
+
+
+def test_what_snakemakes_config_option_leaves_as_text_is_taken():
+    """`--config layers=[-1,0] inputs=a.fasta` gives strings inside of lists."""
+    given = {"inputs": "in.fasta", "layers": ["-1", "0"], "long_sequences": {"policy": "skip", "max_residues": "100"}}
+    taken = config.validate(given, SCHEMA_PATH)
+    assert (taken["inputs"], taken["layers"]) == (["in.fasta"], [-1, 0])
+    assert taken["long_sequences"]["max_residues"] == 100
+
+
+@pytest.mark.parametrize("name", ["a{b}.fasta", "<c>.fasta"])
+def test_names_that_snakemake_cannot_take_are_one_line(tmp_path, refused, name):
+    (tmp_path / name).write_text(">a\nM\n")
+    for inputs in ([str(tmp_path / name)], [str(tmp_path / "*.fasta")], {"a": str(tmp_path / name)}):
+        with refused("config: inputs", name, "rename it"):
+            config.datasets(inputs)

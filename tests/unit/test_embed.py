@@ -94,7 +94,8 @@ def test_a_commit_says_what_was_made(new):
     commit = store.embed(job)
     spec = store.spec(job)
     assert json.loads(commit_path(store.path, job).read_text()) == commit
-    assert commit["shards"] == commit["made"] == spec["shard"].drop_duplicates().tolist()
+    assert list(commit["shards"]) == commit["made"] == spec["shard"].drop_duplicates().tolist()
+    assert commit["shards"] == {shard: store.shard_path(shard).stat().st_size for shard in commit["made"]}
     assert (commit["job"], commit["sequences"], commit["residues"]) == (job, len(spec), spec["length"].sum())
     assert commit["versions"]["torch"] == torch.__version__
     assert commit["load_seconds"] > 0
@@ -258,7 +259,7 @@ def test_a_sequence_that_does_not_fit_alone_is_rejected_with_the_reason_and_the_
     assert [name for name, _ in rejected] == ["huge", "twin"]
     assert all(reason.startswith("does_not_fit: ") for _, reason in rejected)
     ds = store.open("a")
-    assert ds.verify() == 21
+    assert ds.verify() == len(ds.records)
     assert np.isfinite(ds.pooled()).all()
     for name in ("huge", "twin"):
         with pytest.raises(KeyError, match=f"{name}.*does_not_fit"):
@@ -343,7 +344,7 @@ def test_weights_that_are_gone_are_one_line(new, refused, tiny_checkpoint, tmp_p
     copy.write_bytes(tiny_checkpoint.read_bytes())
     store, job = new(checkpoint=copy)
     copy.unlink()
-    with refused("copy.pt is gone"):
+    with refused("copy.pt", "is gone"):
         store.embed(job)
     assert store.shard_files() == []
 
@@ -371,3 +372,14 @@ def test_batches_cover_every_sequence_once_within_the_budget_and_one_bin(seed):
 
 def test_no_sequences_make_no_batch():
     assert list(cut_batches(np.array([], int), 100)) == []
+
+
+def test_weights_that_changed_since_the_store_was_made_are_refused(new, refused, tiny_checkpoint, tmp_path):
+    """The Snakefile was parsed with the right checkpoint; each job looks again."""
+    copy = tmp_path / "copy.pt"
+    copy.write_bytes(tiny_checkpoint.read_bytes())
+    store, job = new(checkpoint=copy)
+    copy.write_bytes(tiny_checkpoint.read_bytes() + b"0")
+    with refused("copy.pt", "is not the checkpoint that this store was made with"):
+        store.embed(job)
+    assert store.shard_files() == []

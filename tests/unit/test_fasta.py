@@ -21,7 +21,7 @@ MIXED = (
     b">three same as the first\nMKVLAWWC\n"
     b">four\nMK-V\n"
     b">five\n\n"
-    b">six\nAC DE\n\nFG\n"
+    b">six\nACDE \n\nFG\n"
     b">two\nMKVX\n"
 )
 
@@ -89,6 +89,12 @@ def test_every_record_has_one_fate_with_its_reason(run):
     assert column(records, "changes") == ["", "uppercased,stop_stripped,j_to_x", "", "", "", "", ""]
     assert column(sequences, "sequence") == [b"MKVLAWWC", b"MKVX", b"ACDEFG"]
     assert [row["digest"] is None for row in records] == [row["status"] == "rejected" for row in records]
+
+
+def test_a_space_inside_a_sequence_rejects_its_record_with_the_position(run):
+    records, sequences, _ = run(b">one\nMKV\nLA WW\n>two\nMKV\n")
+    assert column(records, "reason") == ["invalid_byte: (0x20) at position 6", ""]
+    assert column(sequences, "sequence") == [b"MKV"]
 
 
 def test_a_duplicate_has_the_digest_of_the_record_it_repeats(run):

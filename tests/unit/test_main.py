@@ -18,8 +18,8 @@ def test_a_whole_store_is_good(store, capsys):
     assert main(["verify", str(store.path)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "weights: good",
-        "dataset one: good, 10 sequences",  # of the shards that it uses
-        "dataset two: good, 10 sequences",
+        "dataset one: good, 5 records",
+        "dataset two: good, 5 records",
     ]
 
 

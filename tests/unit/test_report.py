@@ -12,6 +12,7 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.metrics import write_metrics
 from lengthwise.plan import JOBS_COLUMNS
 from lengthwise.scaling import COLUMNS
+from lengthwise.settings import fingerprint
 from lengthwise.store import commit_path, metrics_path
 
 SETTINGS = {
@@ -95,7 +96,9 @@ class Store:
         return self
 
     def summarize(self):
-        (self.folder / "settings.json").write_text(json.dumps(self.settings))
+        complete = {"schema": 1, "numerics": 1, **self.settings}
+        complete["fingerprint"] = fingerprint(complete)
+        (self.folder / "settings.json").write_text(json.dumps(complete))
         jobs, scaling = self.folder / "jobs.tsv", self.folder / "report" / "scaling.tsv"
         pd.DataFrame(self.jobs, columns=JOBS_COLUMNS).to_csv(jobs, sep="\t", index=False)
         scaling.parent.mkdir(exist_ok=True)

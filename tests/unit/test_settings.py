@@ -70,14 +70,14 @@ def test_auto_means_what_the_store_says_from_then_on(store):
     [
         ([-1], [6]),
         ([0], [0]),
-        ([6, 0, 3], [0, 3, 6]),
+        ([6, 0, 3], [6, 0, 3]),
         ([-7], [0]),
-        ([-1, 6, -2], [5, 6]),
+        ([-1, 6, -2], [6, 5]),
         ([-7, -6, -5, -4, -3, -2, -1], [0, 1, 2, 3, 4, 5, 6]),
     ],
     ids=str,
 )
-def test_layers_become_absolute_ascending_and_distinct(layers, resolved):
+def test_layers_become_absolute_and_distinct_in_the_order_given(layers, resolved):
     assert settings.resolve_layers(layers, 6) == resolved
 
 
@@ -90,11 +90,12 @@ def test_a_layer_that_the_model_has_not_is_one_line(refused, layer):
 def test_the_order_of_layers_and_outputs_changes_nothing(tmp_path):
     one = check(tmp_path / "one", layers=[2, -1], outputs=["mean", "residue"])
     other = check(tmp_path / "other", layers=[6, 2], outputs=["residue", "mean"])
-    assert one == other
+    assert one["fingerprint"] == other["fingerprint"]
+    assert check(tmp_path / "one", layers=[6, 2]) == one
 
 
 COMPARABLE_CHANGES = [
-    pytest.param({"layers": [-1, 3]}, ["layers", "[6]", "[3, 6]"], id="layers"),
+    pytest.param({"layers": [-1, 3]}, ["layers", "[6]", "[6, 3]"], id="layers"),
     pytest.param({"precision": "float16"}, ["precision", "float32", "float16"], id="precision"),
     pytest.param({"storage_dtype": "float32"}, ["storage_dtype", "float16", "float32"], id="storage_dtype"),
     pytest.param({"outputs": ["mean"]}, ["outputs", "[residue, mean]", "[mean]"], id="outputs"),

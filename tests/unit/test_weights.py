@@ -222,15 +222,40 @@ def test_the_contact_regression_comes_when_asked_for(server, tmp_path):
     assert (tmp_path / f"{MODEL}-contact-regression.pt").exists()
 
 
-def test_verify_notices_other_bytes_and_a_missing_file(server, tmp_path):
-    receipt = fetch(server, tmp_path)
-    weights.verify(receipt)
-    path = tmp_path / f"{MODEL}.pt"
+@pytest.fixture
+def store(server, tmp_path):
+    """A store whose receipt names a downloaded checkpoint."""
+    store = tmp_path / "results" / MODEL
+    store.mkdir(parents=True)
+    weights.write_json(store / "weights.json", fetch(server, tmp_path / "cache"))
+    return store
+
+
+def test_verify_notices_other_bytes_and_a_missing_file(server, store):
+    weights.verify(store)
+    path = weights.location(store)[0]
     damaged = bytearray(server.content)
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
     with pytest.raises(LengthwiseError, match="is not the checkpoint"):
-        weights.verify(receipt)
+        weights.verify(store)
     path.unlink()
     with pytest.raises(LengthwiseError, match="is gone"):
-        weights.verify(receipt)
+        weights.verify(store)
+
+
+def test_a_checkpoint_that_changed_is_not_embedded_with(server, store):
+    expected = hashlib.sha256(server.content).hexdigest()
+    path = weights.require_unchanged(store, expected)
+    path.touch()  # another time and the same bytes
+    assert weights.require_unchanged(store, expected) == path
+    path.write_bytes(server.content + b"0")
+    with pytest.raises(LengthwiseError, match="is not the checkpoint"):
+        weights.require_unchanged(store, expected)
+
+
+def test_a_touched_checkpoint_is_hashed_once(server, store, monkeypatch):
+    weights.location(store)[0].touch()
+    weights.note_new_time(store)
+    monkeypatch.setattr(weights, "sha256", None)
+    weights.require_unchanged(store, hashlib.sha256(server.content).hexdigest())

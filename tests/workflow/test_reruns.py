@@ -166,6 +166,60 @@ def test_deleted_shard(finished, project):
     assert shard.read_bytes() == content
 
 
+def test_truncated_shard(project):
+    (shard,) = project.store.glob("shards/*/*.safetensors")
+    content = shard.read_bytes()
+    os.truncate(shard, len(content) - 1)
+    assert project.snakemake().rules == Counter({"embed": 1, "assemble": 2, "summarize": 1, "all": 1})
+    assert shard.read_bytes() == content
+
+
+@pytest.mark.parametrize("argument", ["--dry-run", "--unlock"])
+def test_who_only_looks_changes_no_file(project, argument):
+    next(project.store.glob("shards/*/*.safetensors")).unlink()
+    before = times(project.store)
+    run = project.snakemake(argument)
+    assert "a run makes it again" in run.output
+    assert times(project.store) == before
+
+
+def test_deleted_index(project):
+    (project.store / "datasets/a/index.parquet").unlink()
+    assert rerun(project) == (Counter(["assemble", "summarize", "all"]), 0)
+
+
+def test_deleted_plan(project):
+    specs = {path.name for path in project.store.glob("plan/jobs/*")}
+    shutil.rmtree(project.store / "plan")
+    rules, embedded = rerun(project)
+    assert embedded == 0
+    assert rules["embed"] == 0
+    assert {path.name for path in project.store.glob("plan/jobs/*")} == specs
+
+
+def test_deleted_settings_come_back_from_a_manifest(project):
+    settings = (project.store / "settings.json").read_bytes()
+    (project.store / "settings.json").unlink()
+    reconfigure(project, precision="bfloat16")
+    run = project.snakemake("--forcerun", "fetch_model")
+    assert "precision is float32 there" in run.errors[0]
+    reconfigure(project, precision="auto")
+    assert rerun(project, "--forcerun", "fetch_model") == (Counter(["fetch_model"]), 0)
+    assert (project.store / "settings.json").read_bytes() == settings
+
+
+@pytest.mark.parametrize("name", ["settings.json", "weights.json", "jobs/*.json", "datasets/a/manifest.json"])
+def test_a_damaged_file_is_one_line_that_names_it(project, name):
+    (path,) = project.store.glob(name)
+    path.write_text("")
+    os.utime(project.folder / "tiny.pt")
+    run = project.snakemake("--forcerun", "summarize")
+    assert run.code != 0
+    assert "JSONDecodeError" not in run.output
+    assert path.name in run.errors[0]
+    assert "damaged" in run.errors[0]
+
+
 def test_forcerun_plan(project):
     assert rerun(project, "--forcerun", "plan") == (Counter(["plan"]), 0)
 

@@ -17,10 +17,22 @@ import lengthwise.config
 from lengthwise.closing import failure_lines_of, success_lines_of
 from lengthwise.device import auto_device, refuse_missing_gpu
 from lengthwise.errors import LengthwiseError
-from lengthwise.recovery import withdraw_broken_commits
+from lengthwise.recovery import broken_commits
 from lengthwise.settings import guard, load
+from lengthwise.weights import note_new_time
 
 STARTED = time.time()
+
+
+def withdraw(broken):
+    """A job whose shards are gone runs again once its commit is gone too; what only looks, or finds the lock, only says so."""
+    looks_only = {"-n", "--dry-run", "--dryrun", "--unlock", "--lint", "--report", "--summary"} & set(sys.argv)
+    locked = any(Path(".snakemake/locks").glob("*"))
+    for commit, shards in broken.items():
+        print(f"lengthwise: job {commit.stem}: {shards[0]} is gone; a run makes it again", file=sys.stderr)
+        if not (looks_only or locked):
+            commit.unlink()
+
 
 try:
     config.update(lengthwise.config.validate(config, Path(workflow.basedir) / "schemas" / "config.schema.yaml"))
@@ -28,12 +40,12 @@ try:
     STORE = str(Path(config["results"]) / lengthwise.config.store_name(config["model"]))
     guard(Path(STORE), config)
     if workflow.is_main_process:
-        for line in withdraw_broken_commits(Path(STORE)):
-            print(line, file=sys.stderr)
-except LengthwiseError as error:
+        withdraw(broken_commits(Path(STORE)))
+except (LengthwiseError, OSError) as error:
     sys.exit(f"lengthwise: error: {error}")  # one line; an exception would show the Snakefile's own lines too
 
 MANIFEST = f"{STORE}/datasets/{{dataset}}/manifest.json"
+INDEX = f"{STORE}/datasets/{{dataset}}/index.parquet"
 JOBS = f"{STORE}/plan/jobs.tsv"
 
 
@@ -105,6 +117,13 @@ def model_threads(wildcards):
     if uses_gpu():
         return 4
     return workflow.cores or 8
+
+
+def begin():
+    """Before any job."""
+    require_device()
+    if workflow.is_main_process:
+        note_new_time(Path(STORE))
 
 
 def require_device():

@@ -50,7 +50,7 @@ rule assemble:
         commits=commits_of_dataset,
         plan=ancient(JOBS),
     output:
-        index=f"{STORE}/datasets/{{dataset}}/index.parquet",
+        index=INDEX,
         rejected=f"{STORE}/datasets/{{dataset}}/rejected.tsv",
         manifest=MANIFEST,
     log:
