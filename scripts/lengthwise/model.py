@@ -23,6 +23,9 @@ except ImportError:  # a torch built without it
 # inference too. The other factor, 1 / (1 - observed mask ratio), is 1: a mask token never comes from a FASTA file.
 TOKEN_DROPOUT_SCALE = 1 - 0.15 * 0.8
 LAYER_NORM_EPS = 1e-5
+# Longest sequence whose attention scores a CPU writes out in bfloat16, and how many of them at once.
+EXPLICIT_TOKENS = 1_024
+SCORES_IN_CACHE = 1_024 * 1_024
 # The batch that oneDNN packs weights for; others run with the same weights.
 PACKED_FOR_TOKENS = 2_048
 
@@ -116,14 +119,15 @@ class Layer(nn.Module):
 class Linear(nn.Linear):
     """A linear layer with what follows it; on CPUs through oneDNN, its weights packed once and the rest fused in.
 
-    Source of the fused operators: torch's own inductor, which calls them in compiled CPU code.
+    Source of the fused operators: torch's own inductor, which calls them in compiled CPU code. Their overloads are named:
+    left to torch, it would try each in turn, and write out every tensor for an error message that nobody reads.
     """
 
     packed: Tensor | None = None
 
     def pack(self) -> None:
         """Trade the weights for oneDNN's form of them, where this CPU and this torch have it for the compute type."""
-        if self.weight.device.type == "cpu" and _onednn_serves(self.weight.dtype):
+        if self.weight.device.type == "cpu" and onednn_serves(self.weight.dtype):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), PACKED_FOR_TOKENS)
             self.weight = None
 
@@ -131,22 +135,23 @@ class Linear(nn.Linear):
         """x [T, in] -> [T, out]."""
         if self.packed is None:
             return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
 
     def gelu(self, x: Tensor) -> Tensor:
         """GELU in its exact, erf form of the layer's output."""
         if self.packed is None:
             return F.gelu(super().forward(x))
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "gelu", [], "none")
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "gelu", [], "none")
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + the layer's output."""
         if self.packed is None:
             return residual + super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, residual, self.packed, self.bias, "add")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
 
 
-def _onednn_serves(dtype: torch.dtype) -> bool:
+def onednn_serves(dtype: torch.dtype) -> bool:
+    """Whether this CPU computes a type with instructions of its own, through oneDNN."""
     if not torch.backends.mkldnn.is_available():
         return False
     # bfloat16 and float16 where the processor has instructions for them; elsewhere oneDNN would emulate them.
@@ -189,14 +194,32 @@ def uses_varlen(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _attention_by_runs(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    """Neighbours of equal length go through one call of scaled_dot_product_attention."""
+    """Neighbours of equal length go through one call."""
+    attend = F.scaled_dot_product_attention
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and packing.max_length <= EXPLICIT_TOKENS:
+        attend = _explicit_attention
     out = torch.empty_like(q)
     start = 0
     for length, group in groupby(packing.lengths):
         n = sum(1 for _ in group)
         stop = start + n * length
         run = [part[start:stop].unflatten(0, (n, length)).transpose(1, 2) for part in (q, k, v)]  # [n, H, L, C] each
-        attended = F.scaled_dot_product_attention(*run)  # [n, H, L, C]
-        out[start:stop] = attended.transpose(1, 2).flatten(0, 1)  # [n * L, H, C]
+        out[start:stop] = attend(*run).transpose(1, 2).flatten(0, 1)  # [n * L, H, C]
         start = stop
     return out
+
+
+def _explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v of [n, H, L, C], a few heads at a time so that their scores stay in the cache.
+
+    On CPUs torch's fused kernel computes bfloat16 by way of float32; these products use the bfloat16 instructions.
+    """
+    n, heads, length, channels = q.shape
+    q, k, v = ((q * channels**-0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))  # [n * H, L, C] each
+    out = torch.empty_like(q)
+    step = max(1, SCORES_IN_CACHE // length**2)
+    for i in range(0, n * heads, step):
+        scores = torch.bmm(q[i : i + step], k[i : i + step].transpose(1, 2))  # [step, L, L]
+        weights = scores.float().softmax(-1).to(v.dtype)
+        torch.bmm(weights, v[i : i + step], out=out[i : i + step])
+    return out.unflatten(0, (n, heads))  # [n, H, L, C]

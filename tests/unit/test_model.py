@@ -132,3 +132,12 @@ def test_flops_are_those_that_torch_counts_in_fair_esm(any_head):
         model(tokens[None])
     head = 2 * len(tokens) * config.embed_dim * (config.embed_dim + config.vocabulary_size)  # the logits, not ours
     assert counter.get_total_flops() == config.flops(100) + head
+
+
+def test_a_precision_without_instructions_is_warned_of(any_head, caplog):
+    """No CPU that the tests have seen computes float16 through oneDNN's packed products."""
+    Engine(any_head, CPU, "float16", Output((3,), ("residue",), "float32"))
+    assert "no instructions for float16" in caplog.text
+    caplog.clear()
+    Engine(any_head, CPU, "float32", Output((3,), ("residue",), "float32"))
+    assert caplog.text == ""
