@@ -55,7 +55,15 @@ def production(batches: pd.DataFrame, bins: pd.DataFrame, quantity: str, label: 
         figure, axes = _axes("Mean length of the batch's sequences (residues)", label)
         for color, (group, here) in zip(_cycle(GROUP_COLORS), bins.groupby("group"), strict=False):
             points = shown[shown["group"] == group]
-            axes.scatter(points["mean_length"], points[quantity], s=9, color=color, alpha=0.25, linewidths=0)
+            few = len(points) <= 200  # many dots shade into a cloud, few should be seen
+            axes.scatter(
+                points["mean_length"],
+                points[quantity],
+                s=16 if few else 9,
+                color=color,
+                alpha=0.6 if few else 0.25,
+                linewidths=0,
+            )
             quartiles = here[f"{quantity}_q25"], here[f"{quantity}_q75"]
             axes.fill_between(here["median_length"], *quartiles, color=color, alpha=0.2, linewidth=0)
             median = here[f"{quantity}_median"]
