@@ -1,6 +1,8 @@
 """The benchmark: what it says is measured, and its errors are those of the engines."""
 
 import csv
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -60,3 +62,22 @@ def test_a_missing_gpu_is_one_line(capsys):
 def test_fasta_is_read_with_rejected_records_left_out(tmp_path):
     (tmp_path / "in.fasta").write_text(">a\nmkv*\n>b\nM-K\n>c\nWWW\n")
     assert benchmark.read_fasta(tmp_path / "in.fasta") == [b"MKV", b"WWW"]
+
+
+def test_engine_and_benchmark_need_torch_numpy_safetensors_and_fair_esm_only():
+    """So that they run on a GPU machine that has little else."""
+    absent = [
+        "pandas",
+        "pyarrow",
+        "duckdb",
+        "Bio",
+        "requests",
+        "filelock",
+        "jsonschema",
+        "yaml",
+        "google_crc32c",
+        "jinja2",
+    ]
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import lengthwise.__main__, lengthwise.benchmark"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -148,7 +148,7 @@ def test_snakemake_itself_is_killed(project, undisturbed, how, request):
         text=True,
         start_new_session=True,
     )
-    time.sleep(rng.uniform(1.5, 5))
+    time.sleep(rng.uniform(1.0, 4.0))
     assert process.poll() is None, process.stdout.read()
     if how == signal.SIGINT:
         os.killpg(process.pid, how)
