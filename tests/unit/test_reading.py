@@ -316,3 +316,14 @@ def test_a_lost_shard_is_one_line_when_it_is_read(own_store, refused, words):
     for read in (lambda ds: ds["one"], lambda ds: ds.pooled(), lambda ds: ds.verify()):
         with refused(str(path), *words):
             read(own_store.open("a"))
+
+
+def test_the_first_configured_layer_is_the_one_that_reading_gives(small_store, random_proteins):
+    store = small_store(layers=[-1, 0])
+    store.ingest("a", random_proteins(3))
+    store.run()
+    ds = store.open("a")
+    assert ds.layers == [2, 0]
+    assert np.array_equal(ds["p0"], ds.layer(-1)["p0"])
+    assert not np.array_equal(ds["p0"], ds.layer(0)["p0"])
+    assert np.array_equal(ds.pooled(), ds.layer(2).pooled())
