@@ -91,7 +91,8 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype, pack: bool 
                 fused[f"{layer}{name}.{kind}"] = state[f"{layer}{name}.{kind}"]
     for name in ("embed_tokens.weight", "emb_layer_norm_after.weight", "emb_layer_norm_after.bias"):
         fused[name] = state[name]
-    fused = {name: tensor.to(device, dtype) for name, tensor in fused.items()}
+    # Copied even where nothing changes: what stays mapped to the file would change with it.
+    fused = {name: tensor.to(device, dtype, copy=True) for name, tensor in fused.items()}
     frequencies = [state[f"layers.{index}.self_attn.rot_emb.inv_freq"].float() for index in range(config.num_layers)]
     if any(not torch.equal(frequencies[0], other) for other in frequencies):
         raise LengthwiseError(f"{path}: its layers hold different rotary frequencies, which no ESM-2 has")

@@ -13,6 +13,7 @@ import torch
 
 from lengthwise._version import __version__
 from lengthwise.engine import AUTO_BATCH_TOKENS, Engine, Output, cut_batches, device_name, resolve_device, set_threads
+from lengthwise.errors import LengthwiseError
 from lengthwise.files import write_json
 from lengthwise.logs import duration
 from lengthwise.metrics import write_metrics
@@ -62,6 +63,10 @@ def embed_job(
         batch_tokens = AUTO_BATCH_TOKENS[device.type]
     job, started = spec.stem, datetime.now(UTC)
     shards = list(_shards(spec))
+    if any(sequence is None for *_, sequences in shards for sequence in sequences):
+        raise LengthwiseError(
+            f"{spec}: was restored without sequences that no input has; run snakemake --forcerun plan"
+        )
     load_seconds = 0.0
     engine, progress = None, None
     made = []
@@ -72,6 +77,7 @@ def embed_job(
             if engine is None:
                 begin = time.perf_counter()
                 engine = _engine(settings, checkpoint, device)
+                require_unchanged(store, settings["weights_sha256"])  # nor was it exchanged while it was read
                 load_seconds = time.perf_counter() - begin
                 left = [
                     entry

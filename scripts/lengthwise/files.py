@@ -41,8 +41,8 @@ def write_json(path: Path, value: dict) -> None:
         part.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON file.
+def read_json(path: Path, *keys: str) -> dict:
+    """Read a JSON object that has these keys.
 
     Raises
     ------
@@ -50,9 +50,18 @@ def read_json(path: Path) -> dict:
         It is damaged.
     """
     try:
-        return json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text())
     except ValueError as error:
         raise LengthwiseError(f"{path}: damaged ({error}); remove it and run snakemake again") from error
+    if not isinstance(value, dict) or any(key not in value for key in keys):
+        raise LengthwiseError(f"{path}: damaged (it lacks {keys or 'everything'}); remove it and run snakemake again")
+    return value
+
+
+def stamp(path: Path) -> dict[str, int]:
+    """What changes when a file does: its size, and the times of its content and of its name, in nanoseconds."""
+    state = os.stat(path)
+    return {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns, "ctime_ns": state.st_ctime_ns}
 
 
 def sha256(path: Path) -> str:

@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lengthwise.errors import LengthwiseError
 from lengthwise.files import atomic, read_json
 from lengthwise.settings import require
 from lengthwise.shapes import ModelConfig
@@ -247,12 +248,17 @@ def _restore_spec(database: duckdb.DuckDBPyConnection, store: Path, job: str) ->
 
 
 def _add_specs(database: duckdb.DuckDBPyConnection, store: Path, jobs: list[str]) -> None:
-    if jobs:
+    if not jobs:
+        return
+    try:
         database.execute(
             "INSERT INTO specs SELECT parse_filename(filename, true), shard, digest, length"
             " FROM read_parquet(?, filename = true)",
             [[str(spec_path(store, job)) for job in jobs]],
         )
+    except duckdb.Error as error:
+        what = str(error).splitlines()[0]
+        raise LengthwiseError(f"{store}/plan/jobs: a damaged file ({what}); remove that file and run again") from error
 
 
 class _Rows:

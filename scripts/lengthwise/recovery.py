@@ -11,15 +11,12 @@ def broken_commits(store: Path) -> dict[Path, list[str]]:
     jobs = store / "jobs"
     if not jobs.is_dir():
         return {}
-    sizes = {
-        entry.name.partition(".")[0]: entry.stat().st_size
-        for folder in _folders(store / "shards")
-        for entry in os.scandir(folder)
-    }
+    files = (entry for folder in _folders(store / "shards") for entry in os.scandir(folder))
+    sizes = {entry.name: entry.stat().st_size for entry in files}
     broken = {}
     for commit in sorted(jobs.glob("*.json")):
-        shards = read_json(commit)["shards"]
-        if missing := [shard for shard, size in shards.items() if sizes.get(shard) != size]:
+        shards = dict(read_json(commit, "shards")["shards"])
+        if missing := [shard for shard, size in shards.items() if sizes.get(f"{shard}.safetensors") != size]:
             broken[commit] = missing
     return broken
 

@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.files import read_json, sha256, write_json
+from lengthwise.files import read_json, sha256, stamp, write_json
 
 SCHEMA = 1
 # Raised when the engine's numbers change by more than rounding: stores of different numerics do not mix.
@@ -155,9 +154,9 @@ def create_or_check(store: Path, config: dict, weights: dict, auto_device: str) 
 
 
 def _current_sha256(store: Path, model: str) -> str:
-    receipt = read_json(Path(store) / "weights.json") if (Path(store) / "weights.json").exists() else {}
-    now = os.stat(model)
-    if (receipt.get("bytes"), receipt.get("mtime_ns")) == (now.st_size, now.st_mtime_ns):
+    path = Path(store) / "weights.json"
+    receipt = read_json(path, "sha256") if path.exists() else {}
+    if stamp(Path(model)).items() <= receipt.items():
         return receipt["sha256"]
     return sha256(Path(model))
 

@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from lengthwise.config import DEMO, require_secure
 from lengthwise.errors import LengthwiseError
-from lengthwise.files import atomic, fsync_folder, read_json, sha256, write_json
+from lengthwise.files import atomic, fsync_folder, read_json, sha256, stamp, write_json
 from lengthwise.shapes import MODELS
 
 # Where fair-esm 2.0.0's own loader takes them from (esm/pretrained.py).
@@ -72,7 +72,7 @@ def fetch(
                     regression = path.with_name(f"{model}-contact-regression.pt")
                     _have(regression, f"{url.rstrip('/')}/regression/{regression.name}", "")
     shape, _, random = checkpoint.read(path)
-    stat, checksum = os.stat(path), known_sha256(path)
+    checksum = known_sha256(path)
     if pinned_sha256 and checksum != pinned_sha256.lower():
         raise LengthwiseError(
             f"{path}: its SHA-256 is {checksum}, and model_sha256 in the config wants {pinned_sha256}; "
@@ -81,8 +81,7 @@ def fetch(
     return {
         "model": model,
         "path": str(path),
-        "bytes": stat.st_size,
-        "mtime_ns": stat.st_mtime_ns,
+        **stamp(path),
         "sha256": checksum,
         "num_layers": shape.num_layers,
         "embed_dim": shape.embed_dim,
@@ -93,17 +92,17 @@ def fetch(
 
 def known_sha256(path: Path) -> str:
     """The checkpoint's SHA-256: what its download recorded if the file is the same since, else computed."""
-    stat, record = os.stat(path), _record_path(path)
+    record = _record_path(path)
     if record.exists():
-        known = read_json(record)
-        if (known["bytes"], known["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
+        known = read_json(record, "sha256")
+        if stamp(path).items() <= known.items():
             return known["sha256"]
     return sha256(path)
 
 
 def location(store: Path) -> tuple[Path, dict]:
     """Where a store's checkpoint is, and its receipt; a path in it that is not absolute begins at the store."""
-    receipt = read_json(store / "weights.json")
+    receipt = read_json(store / "weights.json", "path", "bytes", "sha256")
     path = store / receipt["path"]
     if not path.exists():
         raise LengthwiseError(f"{path}: the checkpoint is gone; put it back, or run snakemake --forcerun fetch_model")
@@ -119,8 +118,7 @@ def require_unchanged(store: Path, expected_sha256: str) -> Path:
         It is gone or another one.
     """
     path, receipt = location(store)
-    stat = path.stat()
-    same = (stat.st_size, stat.st_mtime_ns) == (receipt["bytes"], receipt["mtime_ns"])
+    same = stamp(path).items() <= receipt.items()
     if (receipt["sha256"] if same else sha256(path)) != expected_sha256:
         raise _other_checkpoint(path, expected_sha256)
     return path
@@ -144,9 +142,9 @@ def note_new_time(store: Path) -> None:
     if not (store / "weights.json").exists():
         return
     path, receipt = location(store)
-    stat = path.stat()
-    if stat.st_mtime_ns != receipt["mtime_ns"] and sha256(path) == receipt["sha256"]:
-        write_json(store / "weights.json", receipt | {"mtime_ns": stat.st_mtime_ns})
+    now = stamp(path)
+    if not now.items() <= receipt.items() and sha256(path) == receipt["sha256"]:
+        write_json(store / "weights.json", receipt | now)
 
 
 def _other_checkpoint(path: Path, expected_sha256: str) -> LengthwiseError:
@@ -188,18 +186,17 @@ def _have(path: Path, url: str, pinned_sha256: str) -> None:
     os.replace(part, path)
     fsync_folder(path.parent)
     _state_path(part).unlink(missing_ok=True)
-    stat = os.stat(path)
+    size = path.stat().st_size
     write_json(
         _record_path(path),
         {
             "url": url,
-            "bytes": stat.st_size,
-            "mtime_ns": stat.st_mtime_ns,
+            **stamp(path),
             "sha256": checksum,
             "downloaded": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     )
-    log.info("%s: %s bytes, SHA-256 %s", path, f"{stat.st_size:,}", checksum)
+    log.info("%s: %s bytes, SHA-256 %s", path, f"{size:,}", checksum)
 
 
 def _download(url: str, part: Path) -> None:

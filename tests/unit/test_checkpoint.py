@@ -274,3 +274,14 @@ def test_a_flipped_byte_in_the_pickle_is_refused_or_harmless(tmp_path, tiny_chec
         config, state, _ = checkpoint.read(path)
         assert config == TINY
         assert state.keys() == checkpoint.read(tiny_checkpoint)[1].keys()
+
+
+def test_a_loaded_model_does_not_change_with_its_file(tmp_path, tiny_checkpoint):
+    """A memory-mapped file that is overwritten in place would change the weights in the middle of a run."""
+    path = tmp_path / "copy.pt"
+    path.write_bytes(tiny_checkpoint.read_bytes())
+    model = checkpoint.load_model(path, torch.device("cpu"), torch.float32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with open(path, "r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -13,10 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir).parent / "scripts"))
 
+import snakemake.cli
+
 import lengthwise.config
 from lengthwise.closing import failure_lines_of, success_lines_of
 from lengthwise.device import auto_device, refuse_missing_gpu
 from lengthwise.errors import LengthwiseError
+from lengthwise.files import write_json
 from lengthwise.recovery import broken_commits
 from lengthwise.settings import guard, load
 from lengthwise.weights import note_new_time
@@ -24,14 +27,33 @@ from lengthwise.weights import note_new_time
 STARTED = time.time()
 
 
-def withdraw(broken):
-    """A job whose shards are gone runs again once its commit is gone too; what only looks, or finds the lock, only says so."""
-    looks_only = {"-n", "--dry-run", "--dryrun", "--unlock", "--lint", "--report", "--summary"} & set(sys.argv)
-    locked = any(Path(".snakemake/locks").glob("*"))
+# What these options of the command line ask for changes no result.
+LOOKS_ONLY = """dryrun unlock touch lint report dag rulegraph filegraph d3dag list_target_rules list_rules summary
+detailed_summary list_changes list_untracked cleanup_metadata delete_all_output delete_temp_output archive""".split()
+
+
+def may_change_files():
+    """Whether this is a run, and the only one: not a look, no other run's lock."""
+    try:
+        given = snakemake.cli.parse_args(sys.argv[1:])[1]
+    except SystemExit:  # called by another program
+        return False
+    return not any(getattr(given, option, None) for option in LOOKS_ONLY) and not any(
+        Path(".snakemake/locks").glob("*")
+    )
+
+
+def put_right(store):
+    """A job whose shards are gone runs again once its commit is gone too; lost settings come back from a manifest."""
+    broken = broken_commits(store)
+    lost = not (store / "settings.json").exists() and load(store)
     for commit, shards in broken.items():
-        print(f"lengthwise: job {commit.stem}: {shards[0]} is gone; a run makes it again", file=sys.stderr)
-        if not (looks_only or locked):
+        print(f"lengthwise: job {commit.stem}: {shards[0]} is gone or cut short; a run makes it again", file=sys.stderr)
+    if (broken or lost) and may_change_files():
+        for commit in broken:
             commit.unlink()
+        if lost:
+            write_json(store / "settings.json", lost)
 
 
 try:
@@ -40,11 +62,12 @@ try:
     STORE = str(Path(config["results"]) / lengthwise.config.store_name(config["model"]))
     guard(Path(STORE), config)
     if workflow.is_main_process:
-        withdraw(broken_commits(Path(STORE)))
+        put_right(Path(STORE))
 except (LengthwiseError, OSError) as error:
     sys.exit(f"lengthwise: error: {error}")  # one line; an exception would show the Snakefile's own lines too
 
 MANIFEST = f"{STORE}/datasets/{{dataset}}/manifest.json"
+WEIGHTS = f"{STORE}/weights.json"
 INDEX = f"{STORE}/datasets/{{dataset}}/index.parquet"
 JOBS = f"{STORE}/plan/jobs.tsv"
 

@@ -8,7 +8,7 @@ planning again reruns nothing by itself.
 
 checkpoint plan:
     input:
-        weights=ancient(f"{STORE}/weights.json"),
+        weights=ancient(WEIGHTS),
         sequences=expand(f"{STORE}/inputs/{{dataset}}/sequences.parquet", dataset=DATASETS),
     output:
         jobs=JOBS,
@@ -27,7 +27,7 @@ checkpoint plan:
 rule embed:
     input:
         spec=ancient(f"{STORE}/plan/jobs/{{job}}.parquet"),
-        weights=ancient(f"{STORE}/weights.json"),
+        weights=ancient(WEIGHTS),
         plan=ancient(JOBS),
     output:
         commit=f"{STORE}/jobs/{{job}}.json",

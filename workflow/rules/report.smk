@@ -8,7 +8,7 @@ FIGURES = ["throughput", "memory", "scaling_throughput", "scaling_memory"]
 
 rule scaling:
     input:
-        weights=ancient(f"{STORE}/weights.json"),
+        weights=ancient(WEIGHTS),
     output:
         table=f"{STORE}/report/scaling.tsv",
     log:

@@ -9,7 +9,7 @@ rule fetch_model:
     input:
         checkpoint=checkpoint_given,
     output:
-        weights=f"{STORE}/weights.json",
+        weights=WEIGHTS,
     log:
         f"{STORE}/logs/fetch_model.log",
     conda:
