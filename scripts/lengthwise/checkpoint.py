@@ -96,7 +96,7 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype, pack: bool 
     frequencies = [state[f"layers.{index}.self_attn.rot_emb.inv_freq"].float() for index in range(config.num_layers)]
     if any(not torch.equal(frequencies[0], other) for other in frequencies):
         raise LengthwiseError(f"{path}: its layers hold different rotary frequencies, which no ESM-2 has")
-    fused["inv_freq"] = frequencies[0].to(device)  # stays float32
+    fused["inv_freq"] = frequencies[0].to(device, copy=True)  # stays float32
     with torch.device("meta"):
         model = ESM2(config)
     model.load_state_dict(fused, assign=True)
