@@ -46,7 +46,8 @@ def assemble(store: Path, dataset: str, jobs: list[str], index: Path, rejected: 
     database = duckdb.connect()
     database.register("places", places)
     database.execute(
-        "CREATE TABLE place AS SELECT digest, min_by(struct_pack(shard, sequence_no, row_start, verdict), shard) AS spot"
+        "CREATE TABLE place AS SELECT digest,"
+        " min_by(struct_pack(shard, sequence_no, row_start, verdict), (verdict, shard)) AS spot"
         " FROM places GROUP BY digest"
     )
     database.execute("CREATE TABLE reasons (verdict UTINYINT, why VARCHAR)")

@@ -262,9 +262,10 @@ def _lengthwise(weights: Path, config: ModelConfig, device: torch.device, precis
 
     def run(sequences: list[bytes]) -> Rows:
         lengths, rows = np.array([len(sequence) for sequence in sequences]), []
-        for start, stop in cut_batches(lengths, AUTO_BATCH_TOKENS[device.type]):
-            array = engine.embed(sequences[start:stop]).arrays[f"layer_{config.num_layers}"]  # [R, D]
-            rows += np.split(array, np.cumsum(lengths[start : stop - 1]))
+        bounds = list(cut_batches(lengths, AUTO_BATCH_TOKENS[device.type]))
+        results = engine.embed(sequences[start:stop] for start, stop in bounds)
+        for (start, stop), result in zip(bounds, results, strict=True):
+            rows += np.split(result.arrays[f"layer_{config.num_layers}"], np.cumsum(lengths[start : stop - 1]))
         return rows
 
     return run

@@ -73,38 +73,41 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype, pack: bool 
     path
         A fair-esm checkpoint.
     device, dtype
-        Where the weights go, and in which type.
+        Where the weights go, and the compute type: that of the products; embeddings and LayerNorms stay in float32.
     pack
         Whether a CPU may trade them for oneDNN's form, which is faster and knows no gradients.
     """
     config, state, _ = read(path)
-    fused = {}
-    pairs = _rotary_pairs(config)
-    for index in range(config.num_layers):
-        layer = f"layers.{index}."
-        for kind in ("weight", "bias"):
-            parts = [state[f"{layer}self_attn.{part}_proj.{kind}"] for part in "qkv"]
-            parts[:2] = [part[pairs] for part in parts[:2]]
-            fused[f"{layer}qkv.{kind}"] = torch.cat([part.to(device, dtype) for part in parts])
-            fused[f"{layer}out_proj.{kind}"] = state[f"{layer}self_attn.out_proj.{kind}"]
-            for name in ("self_attn_layer_norm", "final_layer_norm", "fc1", "fc2"):
-                fused[f"{layer}{name}.{kind}"] = state[f"{layer}{name}.{kind}"]
-    for name in ("embed_tokens.weight", "emb_layer_norm_after.weight", "emb_layer_norm_after.bias"):
-        fused[name] = state[name]
-    # Copied even where nothing changes: what stays mapped to the file would change with it.
-    fused = {name: tensor.to(device, dtype, copy=True) for name, tensor in fused.items()}
+    with torch.device("meta"):
+        model = ESM2(config)
+
+    def placed(name: str, to: torch.dtype = torch.float32) -> torch.Tensor:
+        # Copied even where nothing changes: what stays mapped to the file would change with it.
+        return state[name].to(device, to, copy=True)
+
     frequencies = [state[f"layers.{index}.self_attn.rot_emb.inv_freq"].float() for index in range(config.num_layers)]
     if any(not torch.equal(frequencies[0], other) for other in frequencies):
         raise LengthwiseError(f"{path}: its layers hold different rotary frequencies, which no ESM-2 has")
-    fused["inv_freq"] = frequencies[0].to(device, copy=True)  # stays float32
-    with torch.device("meta"):
-        model = ESM2(config)
-    model.load_state_dict(fused, assign=True)
-    model.eval().requires_grad_(False)
-    for module in model.modules():
-        if pack and isinstance(module, Linear):
-            module.pack()
-    return model
+    outer = {name: placed(name) for name in state if name.startswith(("embed_tokens.", "emb_layer_norm_after."))}
+    outer["inv_freq"] = placed("layers.0.self_attn.rot_emb.inv_freq")
+    model.load_state_dict(outer, assign=True, strict=False)
+    pairs = _rotary_pairs(config)
+    for index, layer in enumerate(model.layers):  # one at a time, so that the host never holds all of it twice
+        prefix, fused = f"layers.{index}.", {}
+        for kind in ("weight", "bias"):
+            parts = [state[f"{prefix}self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            parts[:2] = [part[pairs] for part in parts[:2]]
+            fused[f"qkv.{kind}"] = torch.cat([part.to(device, dtype) for part in parts])
+            fused[f"out_proj.{kind}"] = placed(f"{prefix}self_attn.out_proj.{kind}", dtype)
+            for name in ("fc1", "fc2"):
+                fused[f"{name}.{kind}"] = placed(f"{prefix}{name}.{kind}", dtype)
+            for name in ("self_attn_layer_norm", "final_layer_norm"):
+                fused[f"{name}.{kind}"] = placed(f"{prefix}{name}.{kind}")
+        layer.load_state_dict(fused, assign=True)
+        for module in layer.modules():
+            if pack and isinstance(module, Linear):
+                module.pack()
+    return model.eval().requires_grad_(False)
 
 
 def _rotary_pairs(config: ModelConfig) -> torch.Tensor:

@@ -1,9 +1,15 @@
 """Embed: walk the shards of one job, and commit it."""
 
+import itertools
 import logging
+import os
 import platform
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,18 +18,54 @@ import pyarrow.parquet as pq
 import torch
 
 from lengthwise._version import __version__
-from lengthwise.engine import AUTO_BATCH_TOKENS, Engine, Output, cut_batches, device_name, resolve_device, set_threads
+from lengthwise.engine import (
+    BatchResult,
+    Engine,
+    Output,
+    cut_batches,
+    device_name,
+    is_out_of_memory,
+    resolve_device,
+    set_threads,
+)
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import write_json
-from lengthwise.logs import duration
+from lengthwise.logs import count, duration
 from lengthwise.metrics import write_metrics
+from lengthwise.plan import forecast_seconds
 from lengthwise.settings import require as require_settings
-from lengthwise.store import ShardWriter, is_made, metrics_path, shard_path
+from lengthwise.status import DOES_NOT_FIT, NON_FINITE
+from lengthwise.store import Shard, ShardWriter, is_made, metrics_path, shard_path
 from lengthwise.weights import require_unchanged
 
 PROGRESS_SECONDS = 10.0
+# Batches that wait to be written while the device goes on: more only take memory.
+WRITES_AHEAD = 2
+# Forecast seconds of a GPU from which on a job earns back what compiling takes, about a minute.
+COMPILING_PAYS_SECONDS = 300.0
 
 log = logging.getLogger("lengthwise")
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard of a spec."""
+
+    name: str
+    digests: list[bytes]
+    lengths: np.ndarray
+    sequences: list[bytes]
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A shard that is being made."""
+
+    shard: _Shard
+    writer: ShardWriter
+    bounds: list[tuple[int, int]]  # of its batches, in the order of the work
+    status: np.ndarray  # [n] uint8
+    rows: list[dict] = field(default_factory=list)  # of its metrics
 
 
 def embed_job(
@@ -59,43 +101,36 @@ def embed_job(
     set_threads(threads)
     device = resolve_device(settings["device"] if device == "auto" else device)
     checkpoint = require_unchanged(store, settings["weights_sha256"])
-    if batch_tokens == "auto":
-        batch_tokens = AUTO_BATCH_TOKENS[device.type]
     job, started = spec.stem, datetime.now(UTC)
     shards = list(_shards(spec))
-    if any(sequence is None for *_, sequences in shards for sequence in sequences):
+    if any(sequence is None for shard in shards for sequence in shard.sequences):
         raise LengthwiseError(
             f"{spec}: was restored without sequences that no input has; run snakemake --forcerun plan"
         )
-    load_seconds = 0.0
-    engine, progress = None, None
-    made = []
-    for shard, digests, lengths, sequences in shards:
-        with ShardWriter(store, shard, digests, lengths, settings) as writer:
-            if writer.already_there:
-                continue
-            if engine is None:
-                begin = time.perf_counter()
-                engine = _engine(settings, checkpoint, device)
-                require_unchanged(store, settings["weights_sha256"])  # nor was it exchanged while it was read
-                load_seconds = time.perf_counter() - begin
-                left = [
-                    entry
-                    for entry in shards
-                    if not is_made(shard_path(store, entry[0]), entry[1], settings["fingerprint"])
-                ]
-                progress = Progress(job, sum(int(entry[2].sum()) for entry in left))
-            rows = _fill(engine, writer, job, shard, lengths, sequences, batch_tokens, progress)
-            write_metrics(metrics_path(store, shard), rows)
-            writer.commit()
-            made.append(shard)
+    todo = [s for s in shards if not is_made(shard_path(store, s.name), s.digests, settings["fingerprint"])]
+    made, load_seconds, embed_seconds = [], 0.0, 0.0
+    if todo:
+        begin = time.perf_counter()
+        lengths = np.concatenate([shard.lengths for shard in todo])
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(store / "compiled"))  # for this store's other jobs too
+        worth_compiling = float(forecast_seconds(lengths, settings).sum()) > COMPILING_PAYS_SECONDS
+        output = Output(tuple(settings["layers"]), tuple(settings["outputs"]), settings["storage_dtype"])
+        engine = Engine(checkpoint, device, settings["precision"], output, compile=worth_compiling)
+        require_unchanged(store, settings["weights_sha256"])  # nor was it exchanged while it was read
+        batch_tokens = engine.auto_batch_tokens() if batch_tokens == "auto" else batch_tokens
+        load_seconds = time.perf_counter() - begin
+        with Walk(store, settings, engine, Progress(job, int(lengths.sum()))) as walk:
+            # The longest sequences first: what does not fit shows at once.
+            made = walk.make(todo[::-1], batch_tokens)
+        embed_seconds = walk.progress.seconds
     result = {
         "job": job,
-        "shards": {shard: shard_path(store, shard).stat().st_size for shard, *_ in shards},
-        "made": made,
-        "sequences": sum(len(lengths) for _, _, lengths, _ in shards),
-        "residues": sum(int(lengths.sum()) for _, _, lengths, _ in shards),
-        "made_residues": progress.done if progress else 0,
+        "shards": {shard.name: shard_path(store, shard.name).stat().st_size for shard in shards},
+        "does_not_fit": [s.name for s in shards if (Shard(shard_path(store, s.name))["status"] == DOES_NOT_FIT).any()],
+        "made": [shard.name for shard in shards if shard.name in made],
+        "sequences": sum(len(shard.lengths) for shard in shards),
+        "residues": sum(int(shard.lengths.sum()) for shard in shards),
+        "made_residues": walk.progress.done if todo else 0,
         "device": device_name(device),
         "precision": settings["precision"],
         "batch_tokens": batch_tokens,
@@ -104,7 +139,7 @@ def embed_job(
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_seconds": round(load_seconds, 3),
-        "embed_seconds": round(progress.seconds if progress else 0.0, 3),
+        "embed_seconds": round(embed_seconds, 3),
     }
     write_json(commit, result)
     return result
@@ -131,7 +166,7 @@ class Progress:
         """Count a batch; returns the milliseconds since the previous one."""
         now = time.perf_counter()
         self.done += residues
-        if now - self.said >= PROGRESS_SECONDS or self.done == self.total:
+        if residues and (now - self.said >= PROGRESS_SECONDS or self.done == self.total):
             self.said = now
             rate = self.done / max(now - self.started, 1e-9)
             log.info(
@@ -151,52 +186,139 @@ class Progress:
         return self.previous - self.started
 
 
-def _engine(settings: dict, checkpoint: Path, device: torch.device) -> Engine:
-    output = Output(tuple(settings["layers"]), tuple(settings["outputs"]), settings["storage_dtype"])
-    return Engine(checkpoint, device, settings["precision"], output)
+class Walk:
+    """Makes shards one after the other: the device computes while a thread writes, syncs and commits what is done.
 
+    Use as a context manager; what is not committed on leaving is not made.
+    """
 
-def _shards(spec: Path) -> Iterator[tuple[str, list[bytes], np.ndarray, list[bytes]]]:
-    """(shard, digests, lengths, sequences) of each shard of a spec, in its order."""
-    table = pq.read_table(spec)
-    for shard in dict.fromkeys(table.column("shard").to_pylist()):
-        rows = table.filter(np.asarray(table.column("shard").to_numpy(zero_copy_only=False) == shard))
-        yield (
-            shard,
-            rows.column("digest").to_pylist(),
-            rows.column("length").to_numpy(),
-            rows.column("sequence").to_pylist(),
+    def __init__(self, store: Path, settings: dict, engine: Engine, progress: Progress):
+        self.store, self.settings, self.engine, self.progress = store, settings, engine, progress
+        self.open: deque[_Open] = deque()  # begun, and not yet given to the thread whole
+        self.writes: deque[Future] = deque()
+        self.stack = ExitStack()
+        self.thread = ThreadPoolExecutor(1)
+
+    def make(self, shards: list[_Shard], batch_tokens: int) -> set[str]:
+        """Make shards in this order; returns those that this process made."""
+        rest, made = deque(shards), set()
+        while rest:
+            for result in self.engine.embed(self._batches(rest, batch_tokens)):
+                current = self.open[0]
+                self._take(current, *current.bounds[len(current.rows)], result, self.engine)
+                if len(current.rows) == len(current.bounds):
+                    self._repair(current)
+                    made.add(current.shard.name)
+                    self.writes.append(self.thread.submit(self._commit, self.open.popleft()))
+        while self.writes:
+            self.writes.popleft().result()
+        return made
+
+    def _batches(self, rest: deque[_Shard], batch_tokens: int) -> Iterator[list[bytes]]:
+        """The batches of shards that are not there yet, the longest first; ends early at one that another process makes.
+
+        Waiting for that one while shards of its own are unfinished could make two processes wait for each other.
+        """
+        while rest:
+            shard = rest[0]
+            try:
+                writer = ShardWriter(
+                    self.store, shard.name, shard.digests, shard.lengths, self.settings, wait=not self.open
+                )
+            except BlockingIOError:
+                return
+            rest.popleft()
+            self.stack.enter_context(writer)
+            if writer.already_there:
+                writer.abandon()
+                continue
+            bounds = list(cut_batches(shard.lengths, batch_tokens))[::-1]
+            self.open.append(_Open(shard, writer, bounds, np.zeros(len(shard.lengths), np.uint8)))
+            for start, stop in bounds:
+                yield shard.sequences[start:stop]
+
+    def _take(self, current: "_Open", start: int, stop: int, result: BatchResult, engine: Engine) -> None:
+        """Pass a batch's rows on to the thread, and note what they took."""
+        lengths = current.shard.lengths[start:stop]
+        began = time.perf_counter()
+        while len(self.writes) >= WRITES_AHEAD:
+            self.writes.popleft().result()
+        wait_write_ms = (time.perf_counter() - began) * 1000
+        self.writes.append(
+            self.thread.submit(current.writer.write, start, result.arrays, lengths.tolist(), result.status)
         )
-
-
-def _fill(engine, writer, job, shard, lengths, sequences, batch_tokens, progress) -> list[dict]:
-    """Embed a shard's sequences into its writer; returns the rows of its metrics."""
-    rows = []
-    name = device_name(engine.device)
-    for number, (start, stop) in enumerate(cut_batches(lengths, batch_tokens)):
-        result = engine.embed(sequences[start:stop])
-        here = lengths[start:stop]
-        writer.write(start, result.arrays, here.tolist(), result.status)
-        residues = int(here.sum())
-        rows.append(
+        current.status[start:stop] = result.status
+        repeated = engine is not self.engine
+        wall_ms = self.progress.batch_done(0 if repeated else int(lengths.sum()))
+        current.rows.append(
             {
-                "job": job,
-                "shard": shard,
-                "batch": number,
-                "n_sequences": stop - start,
-                "n_residues": residues,
-                "n_tokens": residues + 2 * (stop - start),
-                "min_length": int(here.min()),
-                "mean_length": float(here.mean()),
-                "max_length": int(here.max()),
-                "wall_ms": progress.batch_done(residues),
-                "device_ms": result.device_ms,
-                "peak_allocated_bytes": result.peak_allocated_bytes,
-                "peak_reserved_bytes": result.peak_reserved_bytes,
-                "peak_rss_bytes": result.peak_rss_bytes,
-                "oom_splits": result.oom_splits,
-                "device": name,
-                "precision": engine.precision,
+                "job": self.progress.job,
+                "shard": current.shard.name,
+                "batch": len(current.rows),
+                **_metrics(engine, lengths, result),
+                "wall_ms": wall_ms,
+                "gpu_busy": min(1.0, result.device_ms / wall_ms) if engine.device.type == "cuda" else None,
+                "wait_write_ms": wait_write_ms,
             }
         )
-    return rows
+
+    def _repair(self, current: "_Open") -> None:
+        """Compute again in float32 what overflowed in half precision."""
+        overflowed = np.flatnonzero(current.status == NON_FINITE).tolist()
+        if not overflowed or self.engine.precision == "float32":
+            return
+        what = f"shard {current.shard.name}: {count(len(overflowed), 'sequence')} overflowed {self.engine.precision}"
+        try:
+            exact = self.engine.in_float32()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("%s, and the weights in float32 do not fit into the device's memory too", what)
+            return
+        log.warning("%s; computed again in float32", what)
+        results = exact.embed([current.shard.sequences[i]] for i in overflowed)
+        for i, result in zip(overflowed, results, strict=True):
+            self._take(current, i, i + 1, result, exact)
+
+    def _commit(self, finished: "_Open") -> None:
+        write_metrics(metrics_path(self.store, finished.shard.name), finished.rows)
+        finished.writer.commit()
+
+    def __enter__(self) -> "Walk":
+        return self
+
+    def __exit__(self, *_):
+        self.thread.shutdown(cancel_futures=True)
+        self.stack.close()
+
+
+def _metrics(engine: Engine, lengths: np.ndarray, result: BatchResult) -> dict:
+    """What a batch's row of the metrics says of the batch itself."""
+    residues = int(lengths.sum())
+    return {
+        "n_sequences": len(lengths),
+        "n_residues": residues,
+        "n_tokens": residues + 2 * len(lengths),
+        "min_length": int(lengths.min()),
+        "mean_length": float(lengths.mean()),
+        "max_length": int(lengths.max()),
+        "device_ms": result.device_ms,
+        "wait_read_ms": result.wait_read_ms,
+        "peak_allocated_bytes": result.peak_allocated_bytes,
+        "peak_reserved_bytes": result.peak_reserved_bytes,
+        "peak_rss_bytes": result.peak_rss_bytes,
+        "oom_splits": result.oom_splits,
+        "device": device_name(engine.device),
+        "precision": engine.precision,
+    }
+
+
+def _shards(spec: Path) -> Iterator[_Shard]:
+    """The shards of a spec, in its order."""
+    table = pq.read_table(spec)
+    names = table.column("shard").to_numpy()
+    starts = np.flatnonzero(np.concatenate([[True], names[1:] != names[:-1]]))
+    for start, stop in itertools.pairwise([*starts.tolist(), len(names)]):
+        rows = table.slice(start, stop - start)
+        digests, lengths, sequences = (rows.column(name) for name in ("digest", "length", "sequence"))
+        yield _Shard(names[start], digests.to_pylist(), lengths.to_numpy(), sequences.to_pylist())

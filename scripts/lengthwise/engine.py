@@ -3,12 +3,17 @@
 It needs torch, numpy, safetensors and fair-esm only, and knows nothing of files but the checkpoint.
 """
 
+import gc
 import logging
 import os
 import platform
+import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +32,8 @@ log = logging.getLogger("lengthwise")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Tokens per batch where `batch_tokens` is auto. On the CPU more gain nothing (8M and 150M, measured), and cost memory.
 AUTO_BATCH_TOKENS = {"cpu": 4_096, "cuda": 32_768}
+# Of a GPU's free memory, what a batch may take: the rest is for what the formula leaves out, and for neighbours.
+MEMORY_MARGIN = 0.9
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,8 @@ class BatchResult:
 
     arrays: dict[str, np.ndarray]  # layer_<n> [R, D] in the storage type; mean_<n>, bos_<n> [N, D] float32
     status: np.ndarray  # [N] uint8: GOOD, NON_FINITE or DOES_NOT_FIT; rows that are not good are NaN
-    device_ms: float
+    device_ms: float  # of the forward pass and pooling, by the device's own clock
+    wait_read_ms: float  # the engine's wait for the next batch to be tokenised
     peak_allocated_bytes: int | None
     peak_reserved_bytes: int | None
     peak_rss_bytes: int | None
@@ -99,10 +107,48 @@ def cut_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[tuple[int, i
         yield start, len(lengths)
 
 
-class Engine:
-    """A model on a device, ready to embed batches."""
+@dataclass(frozen=True)
+class _Batch:
+    """A batch on the host, ready to be copied to the device."""
 
-    def __init__(self, checkpoint: Path, device: torch.device, precision: str, output: Output):
+    sequences: list[bytes]
+    tokens: Tensor  # [T] uint8
+    packing: Packing
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A forward pass that was started: its results are on the host once `done` has happened."""
+
+    packing: Packing  # on the host
+    arrays: dict[str, Tensor]
+    status: Tensor
+    ticks: tuple[float, float] | tuple[torch.cuda.Event, torch.cuda.Event] | None
+    done: torch.cuda.Event | None
+    peaks: tuple[int | None, int | None, int | None]
+
+
+class Engine:
+    """A model on a device, ready to embed batches.
+
+    On a GPU three things happen at once: a thread tokenises the next batches and puts them into pinned memory, the GPU
+    computes one batch, and the results of the one before are copied out. The host waits for nothing but results.
+
+    Parameters
+    ----------
+    checkpoint
+        In fair-esm's layout.
+    device, precision
+        Where to compute, and the compute type.
+    output
+        What to compute.
+    compile
+        Whether torch may compile the layers on a GPU, which takes a minute once on a machine; without a compiler there the
+        engine runs as it is. CPUs have something faster: oneDNN's packed weights (measured: 1.1 to 1.3 times).
+    """
+
+    def __init__(self, checkpoint: Path, device: torch.device, precision: str, output: Output, compile: bool = False):
+        self.checkpoint = checkpoint
         self.device = device
         self.precision = precision
         self.output = output
@@ -110,89 +156,254 @@ class Engine:
             log.warning("this CPU has no instructions for %s: it is emulated, slower than float32", precision)
         self.model = load_model(checkpoint, device, DTYPES[precision])
         self.memory = MemoryMeter(device)
+        self.token_limit = sys.maxsize  # the largest batch that memory is known not to refuse
+        if device.type == "cuda":
+            self.incoming, self.outgoing = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            if compile:
+                self._compile()
 
-    @torch.inference_mode()
-    def embed(self, sequences: list[bytes]) -> BatchResult:
-        """Embed one batch; where the device's memory does not hold it, in halves.
+    def embed(self, batches: Iterable[list[bytes]]) -> Iterator[BatchResult]:
+        """Embed batches, in order, working ahead: a result comes when the batch behind it has been started.
 
         Parameters
         ----------
-        sequences
-            Normalised residues of each sequence.
+        batches
+            Each the normalised residues of its sequences.
         """
-        self.memory.reset()
-        started = time.perf_counter()
-        arrays, status, splits = self._embed_or_halve(sequences)
-        device_ms = (time.perf_counter() - started) * 1000
-        allocated, reserved, resident = self.memory.peaks()
-        return BatchResult(arrays, status, device_ms, allocated, reserved, resident, splits)
+        started: deque[tuple[list[_Part], int, float]] = deque()
+        for batch, waited_ms in ahead(self._prepare, batches):
+            self.memory.reset()
+            started.append((*self._start(batch), waited_ms))
+            if len(started) > self._in_flight:
+                yield self._finish(*started.popleft())
+        while started:
+            yield self._finish(*started.popleft())
 
-    def _embed_or_halve(self, sequences: list[bytes]) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
-        try:
-            return (*self._embed(sequences), 0)
-        except torch.OutOfMemoryError:
-            pass  # outside of the handler, whose traceback keeps the tensors alive
+    def in_float32(self) -> "Engine":
+        """The same engine in float32, for what overflowed."""
+        return Engine(self.checkpoint, self.device, "float32", self.output)
+
+    def auto_batch_tokens(self) -> int:
+        """Tokens for a batch where the config leaves it open.
+
+        On a GPU as many as it is busy with, or as fit in nine tenths of what is free: by the closed formula
+        (`ModelConfig.bytes_per_token`), corrected by one pass of that size.
+        """
+        if self.device.type == "cpu":
+            return AUTO_BATCH_TOKENS["cpu"]
         torch.cuda.empty_cache()
-        if len(sequences) == 1:
-            return self._nothing(sequences), np.full(1, DOES_NOT_FIT, np.uint8), 1
-        middle = len(sequences) // 2
-        halves = [self._embed_or_halve(half) for half in (sequences[:middle], sequences[middle:])]
-        arrays = {name: np.concatenate([half[0][name] for half in halves]) for name in halves[0][0]}
-        return arrays, np.concatenate([half[1] for half in halves]), 1 + sum(half[2] for half in halves)
+        free = MEMORY_MARGIN * torch.cuda.mem_get_info(self.device)[0]
+        config, itemsize = self.model.config, DTYPES[self.precision].itemsize
+        tokens = fitting_tokens(free, config.bytes_per_token(itemsize), AUTO_BATCH_TOKENS["cuda"])
+        before = torch.cuda.memory_allocated(self.device)
+        length = min(300, tokens - 2)
+        (result,) = self.embed([[b"A" * length] * (tokens // (length + 2))])
+        needed = (result.peak_allocated_bytes - before) / tokens
+        log.info(
+            "%s tokens need %.2f GB (the formula says %.2f), free are %.2f GB",
+            f"{tokens:,}", needed * tokens / 1e9, config.bytes_per_token(itemsize) * tokens / 1e9, free / 1e9,
+        )  # fmt: skip
+        return fitting_tokens(free, needed, tokens)
 
-    def _embed(self, sequences: list[bytes]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        tokens = np.concatenate([alphabet.tokenize(sequence) for sequence in sequences])  # [T]
-        packing = Packing.of((len(sequence) + 2 for sequence in sequences), self.device)
-        hidden = self.model(torch.from_numpy(tokens).to(self.device).long(), packing, self.output.layers)
-        results = self._pool(hidden, packing)
-        finite = torch.stack([_finite_sequences(name, value, packing) for name, value in results.items()]).all(0)  # [N]
-        for name, value in results.items():
-            rows = finite.repeat_interleave(_residues(packing)) if name.startswith("layer_") else finite
-            value[~rows] = torch.nan
-        status = torch.where(finite, GOOD, NON_FINITE).to(torch.uint8)
-        return {name: value.cpu().numpy() for name, value in results.items()}, status.cpu().numpy()
+    @property
+    def _in_flight(self) -> int:
+        """Batches that the device works on while the host goes on: the CPU is the host."""
+        return 1 if self.device.type == "cuda" else 0
+
+    def _compile(self) -> None:
+        began = time.perf_counter()
+        self.model.compile()
+        try:
+            for n in (2, 3):  # two sizes, so that none is taken for a constant
+                list(self.embed([[b"A" * 30] * n]))
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self.model.uncompile()
+            log.info("the layers run uncompiled: %s", (str(error).strip() or type(error).__name__).splitlines()[0])
+        else:
+            log.info("compiled the layers in %.1f s", time.perf_counter() - began)
+
+    def _prepare(self, sequences: list[bytes]) -> _Batch:
+        """On a thread of its own, while the device computes."""
+        pin = self.device.type == "cuda"
+        tokens = torch.from_numpy(np.concatenate([alphabet.tokenize(sequence) for sequence in sequences]))  # [T]
+        packing = Packing.of((len(sequence) + 2 for sequence in sequences), pin)
+        return _Batch(sequences, tokens.pin_memory() if pin else tokens, packing)
+
+    def _start(self, batch: _Batch) -> tuple[list[_Part], int]:
+        """Start a batch; where memory does not hold it, in halves, and all later batches of its size too.
+
+        Returns
+        -------
+        (parts, splits)
+            The parts in order, and how often something was too large.
+        """
+        n = len(batch.sequences)
+        if n == 1 or len(batch.tokens) <= self.token_limit:
+            for _ in range(2):  # again once everything else was given back
+                try:
+                    return [self._forward(batch)], 0
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                # Outside of the handler, whose traceback keeps the tensors alive.
+                self._give_memory_back()
+            if n == 1:
+                self._warn_of(len(batch.sequences[0]))
+                return [self._nothing(batch)], 1
+            self.token_limit = len(batch.tokens) - 1
+        middle = n // 2
+        parts, splits = [], 1
+        for half in (batch.sequences[:middle], batch.sequences[middle:]):
+            more, deeper = self._start(self._prepare(half))
+            parts, splits = parts + more, splits + deeper
+        return parts, splits
+
+    @torch.inference_mode()
+    def _forward(self, batch: _Batch) -> _Part:
+        """One forward pass; on a GPU this returns before it is done."""
+        cuda = self.device.type == "cuda"
+        tokens, packing = self._copied_in(batch) if cuda else (batch.tokens, batch.packing)
+        began = self._tick()
+        results = self._pool(self.model(tokens, packing, self.output.layers), packing)
+        status = _status(results, packing)
+        ended = self._tick()
+        done = None
+        if cuda:
+            results, status, done = self._copied_out(results, status)
+        return _Part(batch.packing, results, status, (began, ended), done, self.memory.peaks())
+
+    def _copied_in(self, batch: _Batch) -> tuple[Tensor, Packing]:
+        with torch.cuda.stream(self.incoming):
+            tokens, packing = batch.tokens.to(self.device, non_blocking=True), batch.packing.to(self.device)
+        compute = torch.cuda.current_stream(self.device)
+        compute.wait_stream(self.incoming)
+        for tensor in (tokens, *packing.tensors()):
+            tensor.record_stream(compute)
+        return tokens, packing
+
+    def _copied_out(self, results: dict[str, Tensor], status: Tensor) -> tuple[dict[str, Tensor], Tensor, object]:
+        self.outgoing.wait_stream(torch.cuda.current_stream(self.device))
+        on_host = {}
+        with torch.cuda.stream(self.outgoing):
+            for name, value in {**results, "status": status}.items():
+                # torch keeps pinned memory for the next batch: after a few there are no new ones.
+                on_host[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+                on_host[name].copy_(value, non_blocking=True)
+                value.record_stream(self.outgoing)
+            done = self.outgoing.record_event()
+        return on_host, on_host.pop("status"), done
+
+    def _finish(self, parts: list[_Part], splits: int, waited_ms: float) -> BatchResult:
+        """Wait for a batch's results; rows of sequences that are not good become NaN."""
+        joined = [_on_host(part) for part in parts]
+        arrays, status = joined[0]
+        if len(joined) > 1:
+            arrays = {name: np.concatenate([each[name] for each, _ in joined]) for name in arrays}
+            status = np.concatenate([each for _, each in joined])
+        device_ms = sum(_elapsed_ms(*part.ticks) for part in parts if part.ticks)
+        known = (
+            [peak for peak in peaks if peak is not None] for peaks in zip(*(part.peaks for part in parts), strict=True)
+        )
+        return BatchResult(arrays, status, device_ms, waited_ms, *(max(peaks, default=None) for peaks in known), splits)
 
     def _pool(self, hidden: dict[int, Tensor], packing: Packing) -> dict[str, Tensor]:
         """What is stored: residue rows in the storage type; means (over residues alone) and BOS rows in float32."""
-        bounds = packing.bounds.long()  # [N + 1]
-        first, last = bounds[:-1], bounds[1:] - 1  # [N] each: BOS and EOS
-        inner = torch.ones(int(bounds[-1]), dtype=torch.bool, device=self.device)
-        inner[first] = inner[last] = False
         results = {}
         for layer in self.output.layers:
-            value = hidden[layer]  # [T, D]
-            residues = value[inner]  # [R, D]
+            residues = hidden[layer].index_select(0, packing.residues)  # [R, D]
             if "residue" in self.output.outputs:
-                results[f"layer_{layer}"] = residues.to(DTYPES[self.output.storage_dtype], copy=True)
+                results[f"layer_{layer}"] = residues.to(DTYPES[self.output.storage_dtype])
             if "mean" in self.output.outputs:
-                counts = _residues(packing)
-                results[f"mean_{layer}"] = torch.segment_reduce(residues.float(), "mean", lengths=counts, unsafe=True)
+                counts = packing.bounds.diff().long() - 2  # [N]
+                results[f"mean_{layer}"] = torch.segment_reduce(residues, "mean", lengths=counts, unsafe=True)
             if "bos" in self.output.outputs:
-                results[f"bos_{layer}"] = value[first].float()
+                results[f"bos_{layer}"] = hidden[layer].index_select(0, packing.bounds[:-1])  # [N, D]
         return results
 
-    def _nothing(self, sequences: list[bytes]) -> dict[str, np.ndarray]:
-        """NaN rows for a sequence that cannot be embedded."""
-        width, (sequence,) = self.model.config.embed_dim, sequences
+    def _tick(self) -> "float | torch.cuda.Event":
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _give_memory_back(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+
+    def _warn_of(self, length: int) -> None:
+        log.warning(
+            "a sequence of %s residues does not fit into the memory of %s even alone: it would need about %.1f GB beside "
+            "the weights; its rows are NaN, its record is rejected, and retry_rejected takes it up on a larger device",
+            f"{length:,}", device_name(self.device),
+            self.model.config.bytes_per_token(DTYPES[self.precision].itemsize) * (length + 2) / 1e9,
+        )  # fmt: skip
+
+    def _nothing(self, batch: _Batch) -> _Part:
+        """The rows of a sequence that cannot be embedded."""
+        width, residues = self.model.config.embed_dim, len(batch.sequences[0])
         arrays = {}
         for layer in self.output.layers:
             for output in self.output.outputs:
                 if output == "residue":
-                    dtype = np.dtype(self.output.storage_dtype)
-                    arrays[f"layer_{layer}"] = np.full((len(sequence), width), np.nan, dtype)
+                    dtype = DTYPES[self.output.storage_dtype]
+                    arrays[f"layer_{layer}"] = torch.full((residues, width), torch.nan, dtype=dtype)
                 else:
-                    arrays[f"{output}_{layer}"] = np.full((1, width), np.nan, np.float32)
-        return arrays
+                    arrays[f"{output}_{layer}"] = torch.full((1, width), torch.nan)
+        status = torch.full((1,), DOES_NOT_FIT, dtype=torch.uint8)
+        return _Part(batch.packing, arrays, status, None, None, (None, None, None))
 
 
-def _residues(packing: Packing) -> Tensor:
-    """[N] residues of each sequence, on the device."""
-    return packing.bounds.long().diff() - 2
+def ahead(function: Callable, items: Iterable, depth: int = 2) -> Iterator[tuple[object, float]]:
+    """function(item) of each item in order, up to `depth` of them computed ahead on a thread; and the ms waited for each."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: deque[Future] = deque()
+        items = iter(items)
+        while True:
+            waiting.extend(pool.submit(function, item) for item in islice(items, depth + 1 - len(waiting)))
+            if not waiting:
+                return
+            began = time.perf_counter()
+            result = waiting.popleft().result()
+            yield result, (time.perf_counter() - began) * 1000
 
 
-def _finite_sequences(name: str, value: Tensor, packing: Packing) -> Tensor:
-    """[N] bool: whether all of a sequence's rows are finite."""
-    rows = value.isfinite().all(dim=1)  # [R] or [N]
-    if not name.startswith("layer_"):
-        return rows
-    return torch.segment_reduce(rows.float(), "min", lengths=_residues(packing), unsafe=True) > 0
+def fitting_tokens(free_bytes: float, bytes_per_token: float, most: int) -> int:
+    """Tokens of a batch that fit, at most `most`; a kilotoken at least, below which a GPU idles anyway."""
+    return max(1_024, min(most, int(free_bytes / bytes_per_token)))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation was refused; torch has a class for the GPU's, the CPU's is a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _on_host(part: _Part) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    if part.done is not None:
+        part.done.synchronize()
+    arrays, status = {name: value.numpy() for name, value in part.arrays.items()}, part.status.numpy()
+    if (bad := status != GOOD).any():
+        counts = part.packing.bounds.diff().numpy() - 2  # [N]
+        for name, value in arrays.items():
+            value[bad.repeat(counts) if name.startswith("layer_") else bad] = np.nan
+    return arrays, status
+
+
+def _elapsed_ms(began, ended) -> float:
+    return (ended - began) * 1000 if isinstance(began, float) else began.elapsed_time(ended)
+
+
+def _status(results: dict[str, Tensor], packing: Packing) -> Tensor:
+    """[N] uint8 on the device: whether all that is stored of a sequence is finite, in the type that it is stored in."""
+    finite = torch.ones(len(packing.lengths), dtype=torch.bool, device=packing.bounds.device)
+    for name, value in results.items():
+        rows = value.isfinite().all(dim=1)  # [R] or [N]
+        if name.startswith("layer_"):
+            counts = packing.bounds.diff().long() - 2  # [N]
+            rows = torch.segment_reduce(rows.float(), "min", lengths=counts, unsafe=True) > 0  # [N]
+        finite &= rows
+    return torch.where(finite, GOOD, NON_FINITE).to(torch.uint8)

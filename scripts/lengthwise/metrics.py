@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 from lengthwise.files import atomic
 
 # wall_ms is the host's time since the job's previous batch was finished, so that a job's rows add up to its time without
-# the model's load; device_ms is the time of the forward pass with its copies. What a device does not have is null.
+# the model's load; device_ms is the time of the forward pass and pooling by the device's own clock, gpu_busy its share of
+# wall_ms, wait_read_ms the wait for the batch to be tokenised, wait_write_ms the wait for earlier batches to be written. What
+# a device does not have is null.
 METRICS = pa.schema(
     [
         ("job", pa.string()),
@@ -24,6 +26,9 @@ METRICS = pa.schema(
         ("max_length", pa.int32()),
         ("wall_ms", pa.float64()),
         ("device_ms", pa.float64()),
+        ("gpu_busy", pa.float64()),
+        ("wait_read_ms", pa.float64()),
+        ("wait_write_ms", pa.float64()),
         ("peak_allocated_bytes", pa.int64()),
         ("peak_reserved_bytes", pa.int64()),
         ("peak_rss_bytes", pa.int64()),

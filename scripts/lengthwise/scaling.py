@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lengthwise import alphabet, checkpoint
-from lengthwise.engine import AUTO_BATCH_TOKENS, DTYPES, device_name, resolve_device, set_threads
+from lengthwise.engine import AUTO_BATCH_TOKENS, DTYPES, device_name, is_out_of_memory, resolve_device, set_threads
 from lengthwise.files import atomic
 from lengthwise.logs import count
 from lengthwise.memory import MemoryMeter
@@ -197,7 +197,7 @@ def _load_lengthwise(
     model = checkpoint.load_model(weights, device, dtype, pack=not gradients).requires_grad_(gradients)
 
     def forward(tokens: Tensor) -> object:
-        packing = Packing.of([tokens.shape[1]] * tokens.shape[0], device)
+        packing = Packing.of([tokens.shape[1]] * tokens.shape[0]).to(device)
         return model(tokens.flatten(), packing, (model.config.num_layers,))  # {layer: [T, D]}
 
     return LENGTHWISE, model, forward
@@ -236,7 +236,7 @@ def _measure_series(series: Series, config: ModelConfig, probe: Probe, budget: f
         try:
             row |= _measure_point(series, tokens, probe, allowance=left * cost / sum(costs[index:]))
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             row["status"] = OUT_OF_MEMORY
         if row["status"] == OUT_OF_MEMORY:  # outside of the handler, whose traceback keeps the tensors alive
@@ -274,11 +274,6 @@ def _random_tokens(rng: np.random.Generator, n: int, length: int) -> Tensor:
     """[N, L + 2] int64: random proteins of one length."""
     sequences = [rng.choice(STANDARD_RESIDUES, length).tobytes() for _ in range(n)]
     return torch.from_numpy(np.stack([alphabet.tokenize(sequence) for sequence in sequences])).long()
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # torch has a class of its own for the GPU's allocator; the CPU's raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _release(device: torch.device) -> None:

@@ -21,6 +21,24 @@ class ModelConfig:
         d, tokens = self.embed_dim, length + 2
         return self.num_layers * tokens * (24 * d * d + 4 * d * tokens)
 
+    def bytes_per_token(self, itemsize: int, stored_bytes: int = 0) -> int:
+        """Memory that a GPU's packed forward pass needs beside the weights, for each token of a batch, whatever the lengths.
+
+        Counted over the tensors alive at once, uncompiled: either the rotary embedding (the sums and both rotations of
+        queries and keys in float32, beside q, k and v) or the feed-forward part (sums before and after attention and its
+        LayerNorm in float32, fc1 and its GELU), whichever is more.
+
+        Parameters
+        ----------
+        itemsize
+            Bytes of a number of the compute type.
+        stored_bytes
+            Of each residue in the results, of which a second batch is still being copied out.
+        """
+        rotary = 4 + 3 * itemsize + 24
+        feed_forward = 12 + (9 if itemsize < 4 else 8) * itemsize
+        return self.embed_dim * max(rotary, feed_forward) + stored_bytes
+
 
 # Source: the checkpoints' names and https://github.com/facebookresearch/esm#available-models
 MODELS = {

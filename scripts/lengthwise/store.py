@@ -27,6 +27,8 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 REMAKE = "remove it and run snakemake: it will be made again"
 _ALIGNMENT = 4096
 _MAX_HEADER = 1 << 20
+# Written rows are synced as they go, so that the commit has little left to wait for.
+SYNC_BYTES = 64 << 20
 
 
 def shard_name(fingerprint: str, digests: Iterable[bytes]) -> str:
@@ -106,15 +108,18 @@ class ShardWriter:
     """Writes one shard in place, rows as batches finish, and commits it by a rename.
 
     Use as a context manager; `commit` makes the shard, leaving without it makes nothing. A second writer of the same shard
-    waits for the first, and then finds `already_there`.
+    waits for the first, and then finds `already_there`; with `wait` false it raises BlockingIOError.
     """
 
-    def __init__(self, store: Path, shard: str, digests: list[bytes], lengths: np.ndarray, settings: dict):
+    def __init__(
+        self, store: Path, shard: str, digests: list[bytes], lengths: np.ndarray, settings: dict, wait: bool = True
+    ):
         self.path = shard_path(store, shard)
         self.part = self.path.with_name(f".{shard}.tmp")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.settings = settings
-        self.descriptor = _lock(self.part)
+        self.descriptor = _lock(self.part, wait)
+        self.unsynced = 0
         self.already_there = is_made(self.path, digests, settings["fingerprint"])
         if self.already_there:
             return
@@ -128,7 +133,7 @@ class ShardWriter:
         try:
             os.posix_fallocate(self.descriptor, 0, self.size)  # a full disk shows now, not after an hour of work
         except OSError as error:
-            self._abandon()
+            self.abandon()
             raise LengthwiseError(
                 f"{self.path.parent}: cannot reserve {self.size:,} bytes for a shard: {error.strerror}; free some space "
                 "and run again"
@@ -158,12 +163,16 @@ class ShardWriter:
             by_residue = name.startswith("layer_")
             row = self.offsets[first] if by_residue else first
             _pwrite_all(self.descriptor, array, tensor.start + row * array.strides[0])
+            self.unsynced += array.nbytes
             for i, checksum in enumerate(crc):
                 part = array[bounds[i] : bounds[i + 1]] if by_residue else array[i : i + 1]
                 checksum.update(part.tobytes())
         here = slice(first, first + len(lengths))
         self.crc32c[here] = [int.from_bytes(checksum.digest(), "big") for checksum in crc]
         self.status[here] = status
+        if self.unsynced > SYNC_BYTES:
+            os.fdatasync(self.descriptor)
+            self.unsynced = 0
 
     def commit(self) -> None:
         """Make the shard: fsync, then the rename."""
@@ -174,16 +183,23 @@ class ShardWriter:
         os.fsync(self.descriptor)
         os.rename(self.part, self.path)
         fsync_folder(self.path.parent)
+        self._close()
 
-    def _abandon(self) -> None:
-        self.part.unlink(missing_ok=True)
+    def abandon(self) -> None:
+        """Leave without a shard, and without a trace."""
+        if self.descriptor is not None:
+            self.part.unlink(missing_ok=True)
+            self._close()
+
+    def _close(self) -> None:
         os.close(self.descriptor)
+        self.descriptor = None
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, *_):
-        self._abandon()
+        self.abandon()
 
 
 class Shard:
@@ -279,11 +295,15 @@ def is_made(path: Path, digests: list[bytes], fingerprint: str) -> bool:
         return False
 
 
-def _lock(part: Path) -> int:
-    """Open and lock the temporary file; another process that writes it is waited for."""
+def _lock(part: Path, wait: bool) -> int:
+    """Open and lock the temporary file; another process that writes it is waited for, if at all."""
     while True:
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(descriptor)
+            raise
         try:
             if os.fstat(descriptor).st_ino == os.stat(part).st_ino:
                 return descriptor

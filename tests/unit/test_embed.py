@@ -1,6 +1,7 @@
 """Embedding a job: killed and resumed, out of memory, beyond the range of its types; the rows and the metrics of each."""
 
 import json
+import resource
 import time
 
 import duckdb
@@ -18,7 +19,7 @@ FLOAT32_TOLERANCE = 2e-5
 # DESIGN.md, summarize.
 COLUMNS = """
     job shard batch n_sequences n_residues n_tokens min_length mean_length max_length wall_ms device_ms
-    peak_allocated_bytes peak_reserved_bytes peak_rss_bytes oom_splits device precision
+    gpu_busy wait_read_ms wait_write_ms peak_allocated_bytes peak_reserved_bytes peak_rss_bytes oom_splits device precision
 """
 
 
@@ -26,10 +27,10 @@ COLUMNS = """
 def new(small_store, random_proteins):
     """Makes a store of one planned job of several shards."""
 
-    def make(proteins=None, shard_bytes: int = 8_000, **config):
+    def make(proteins=None, shard_bytes: int = 8_000, job_seconds: float = 1200.0, **config):
         store = small_store(**config)
         store.ingest("a", proteins or random_proteins(60))
-        (job,) = store.plan(shard_bytes=shard_bytes)["job"]
+        (job,) = store.plan(shard_bytes=shard_bytes, job_seconds=job_seconds)["job"]
         return store, job
 
     return make
@@ -58,16 +59,16 @@ def kill_after(monkeypatch):
     """Lets so many batches through and then raises Killed."""
 
     def patch(batches: int) -> None:
-        original, count = Engine.embed, 0
+        original, count = Engine._forward, 0
 
-        def counted(self, sequences):
+        def counted(self, batch):
             nonlocal count
             count += 1
             if count > batches:
                 raise Killed
-            return original(self, sequences)
+            return original(self, batch)
 
-        monkeypatch.setattr(Engine, "embed", counted)
+        monkeypatch.setattr(Engine, "_forward", counted)
 
     return patch
 
@@ -77,14 +78,14 @@ def memory_for(monkeypatch):
     """A device that holds so many sequences of so many residues in one pass, and no more."""
 
     def patch(sequences: int = 1_000_000, residues: int = 1_000_000) -> None:
-        original = Engine._embed
+        original = Engine._forward
 
         def limited(self, batch):
-            if len(batch) > sequences or max(map(len, batch)) > residues:
+            if len(batch.sequences) > sequences or max(map(len, batch.sequences)) > residues:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return original(self, batch)
 
-        monkeypatch.setattr(Engine, "_embed", limited)
+        monkeypatch.setattr(Engine, "_forward", limited)
 
     return patch
 
@@ -122,7 +123,8 @@ def test_what_the_cpu_does_not_have_is_null_and_never_zero(new):
     store, job = new()
     store.embed(job)
     for row in metrics(store):
-        assert row["peak_allocated_bytes"] is row["peak_reserved_bytes"] is None
+        assert row["peak_allocated_bytes"] is row["peak_reserved_bytes"] is row["gpu_busy"] is None
+        assert row["wait_read_ms"] >= 0 <= row["wait_write_ms"]
         assert row["peak_rss_bytes"] is None or row["peak_rss_bytes"] > 1 << 20
 
 
@@ -179,7 +181,7 @@ def test_embedding_a_finished_job_again_makes_nothing_and_loads_no_model(new, mo
     store, job = new()
     store.embed(job)
     before = {path: path.stat().st_mtime_ns for path in store.shard_files()}
-    monkeypatch.setattr(embed, "_engine", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(embed, "Engine", lambda *_: pytest.fail("the model was loaded"))
     commit = store.embed(job)
     assert (commit["made"], commit["load_seconds"], commit["embed_seconds"]) == ([], 0, 0)
     assert {path: path.stat().st_mtime_ns for path in store.shard_files()} == before
@@ -286,7 +288,7 @@ def spoiled_checkpoint(tiny_checkpoint, tmp_path):
         pytest.param(1e5, {"layers": [0], "storage_dtype": "float32"}, True, id="within-float32-storage"),
         pytest.param(1e5, {"layers": [0], "outputs": ["mean"]}, True, id="means-are-float32"),
         pytest.param(
-            1e5, {"layers": [0], "precision": "float16", "storage_dtype": "float32"}, False, id="float16-compute"
+            1e5, {"layers": [0], "precision": "float16", "storage_dtype": "float32"}, True, id="sums-are-float32"
         ),
         pytest.param(float("inf"), {"storage_dtype": "float32"}, False, id="infinite-weight"),
         pytest.param(float("nan"), {"storage_dtype": "float32", "outputs": ["mean", "bos"]}, False, id="nan-weight"),
@@ -318,6 +320,54 @@ def test_what_overflows_is_nan_in_the_sequences_concerned_alone(
     manifest = store.assemble("a")
     assert manifest["reasons"] == ({} if good else {"non_finite": len(concerned)})
     assert manifest["accepted"] == len(proteins) - (0 if good else len(concerned))
+
+
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+def test_what_overflows_float16_is_computed_again_in_float32(
+    new, random_proteins, tiny_checkpoint, tmp_path, digest_of, caplog, precision
+):
+    """Tryptophan's embedding has one large channel, which a product of the feed-forward part takes beyond 65,504."""
+    data = torch.load(tiny_checkpoint, weights_only=False)
+    encoder = "encoder.sentence_encoder."
+    data["model"][f"{encoder}embed_tokens.weight"][22] = torch.eye(32)[0] * 1e3  # W
+    data["model"][f"{encoder}layers.0.fc1.weight"][0] = torch.eye(32)[0] * 1.5e4
+    torch.save(data, tmp_path / "hot.pt")
+    proteins = random_proteins(40, shortest=30, longest=31)
+    config = {"checkpoint": tmp_path / "hot.pt", "storage_dtype": "float32", "layers": [1]}
+    store, job = new(proteins, shard_bytes=1 << 30, precision=precision, **config)
+    store.embed(job)
+    exact, _ = new(proteins, shard_bytes=1 << 30, precision="float32", **config)
+    exact.embed(job := exact.jobs["job"].iloc[0], batch_tokens=16)  # each sequence alone
+    assert set(statuses(store).values()) == {GOOD}
+    concerned = {digest_of(sequence) for sequence in proteins.values() if "W" in sequence}
+    again = [row for row in metrics(store) if row["precision"] != precision]
+    if precision == "float32":
+        assert again == []
+        return
+    assert f"{len(concerned)} sequences overflowed float16; computed again in float32" in caplog.text
+    assert [row["n_sequences"] for row in again] == [1] * len(concerned)
+    rows, expected = store.rows(), exact.rows()
+    same = {digest for digest, name in rows if name == "layer_1" and rows[digest, name] == expected[digest, name]}
+    assert same == concerned
+    assert [Shard(path).damaged() for path in store.shard_files()] == [[]]
+
+
+def test_a_cpu_without_the_memory_rejects_the_sequence_and_goes_on(new, random_proteins, digest_of):
+    """A real refusal: this process may not take more address space."""
+    warm, job = new()
+    warm.embed(job)  # so that all libraries have their memory
+    store, job = new({"huge": "MKVLA" * 80_000, **random_proteins(5)}, shard_bytes=1 << 30, job_seconds=1e9)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + (200 << 20), limits[1]))
+    try:
+        store.embed(job)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    found = statuses(store)
+    assert found.pop(digest_of("MKVLA" * 80_000)) == DOES_NOT_FIT
+    assert set(found.values()) == {GOOD}
 
 
 def test_a_dataset_misses_no_record_silently(new, refused):

@@ -46,7 +46,8 @@ def assert_close(ours, theirs, tolerance=FLOAT32_TOLERANCE):
 
 def embed(path, sequences, layers, precision="float32", storage_dtype="float32"):
     engine = Engine(path, CPU, precision, Output(tuple(layers), ("residue", "mean", "bos"), storage_dtype))
-    return engine.embed(sequences)
+    (result,) = engine.embed([sequences])
+    return result
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda head_dim: f"head{head_dim}")
@@ -83,10 +84,10 @@ def test_recomputing_inv_freq_would_be_noticed(any_head):
     expected = reference(any_head, sequence, [3])[3]
     engine = Engine(any_head, CPU, "float32", Output((3,), ("residue",), "float32"))
     exact = 1.0 / 10_000 ** (torch.arange(0, engine.model.config.head_dim, 2).float() / engine.model.config.head_dim)
-    assert_close(engine.embed([sequence]).arrays["layer_3"], expected)
+    assert_close(next(engine.embed([[sequence]])).arrays["layer_3"], expected)
     engine.model.inv_freq = exact
     with pytest.raises(AssertionError):
-        assert_close(engine.embed([sequence]).arrays["layer_3"], expected)
+        assert_close(next(engine.embed([[sequence]])).arrays["layer_3"], expected)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,8 @@ def test_float16_storage_differs_by_its_rounding_alone(any_head):
 
 
 def test_packing_positions_restart_at_each_sequence():
-    packing = Packing.of([3, 5, 4], CPU)
+    packing = Packing.of([3, 5, 4])
+    assert packing.residues.tolist() == [1, 4, 5, 6, 9, 10]
     assert packing.bounds.tolist() == [0, 3, 8, 12]
     assert packing.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3]
 
