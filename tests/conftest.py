@@ -56,9 +56,11 @@ class SmallStore:
             self.datasets.append(dataset)
         return ingest(fasta, *(self.inputs(dataset) / name for name in names), **options)
 
-    def plan(self, *datasets: str, job_seconds: float = 1200.0, shard_bytes: int = 1 << 30) -> pd.DataFrame:
+    def plan(
+        self, *datasets: str, job_seconds: float = 1200.0, shard_bytes: int = 1 << 30, retry_rejected: bool = False
+    ) -> pd.DataFrame:
         sequences = {name: self.inputs(name) / "sequences.parquet" for name in datasets or self.datasets}
-        self.jobs = plan(self.path, sequences, Sizes(job_seconds, shard_bytes), self.jobs_tsv)
+        self.jobs = plan(self.path, sequences, Sizes(job_seconds, shard_bytes), self.jobs_tsv, retry_rejected)
         return self.jobs
 
     def spec(self, job: str) -> pd.DataFrame:

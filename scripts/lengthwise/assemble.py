@@ -12,6 +12,7 @@ from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import atomic, read_json, write_json
 from lengthwise.settings import require
+from lengthwise.shapes import ModelConfig
 from lengthwise.status import REASONS
 from lengthwise.store import REMAKE, Shard, commit_path, shard_path, spec_path
 
@@ -52,13 +53,16 @@ def assemble(store: Path, dataset: str, jobs: list[str], index: Path, rejected: 
     )
     database.execute("CREATE TABLE reasons (verdict UTINYINT, why VARCHAR)")
     database.executemany("INSERT INTO reasons VALUES (?, ?)", [list(item) for item in REASONS.items()])
+    shape = ModelConfig(settings["num_layers"], settings["embed_dim"], settings["attention_heads"])
+    per_token = shape.bytes_per_token(4 if settings["precision"] == "float32" else 2)
     rows = database.sql(
         "SELECT record_no, id, description, digest, length,"
-        "   CASE WHEN why IS NULL THEN status ELSE 'rejected' END AS status, coalesce(why, reason) AS reason, changes,"
+        "   CASE WHEN why IS NULL THEN status ELSE 'rejected' END AS status,"
+        "   coalesce(replace(why, '{gigabytes}', printf('%.1f', (length + 2) * ? / 1e9)), reason) AS reason, changes,"
         "   spot.shard AS shard, spot.sequence_no AS sequence_no, spot.row_start AS row_start"
         " FROM read_parquet(?) LEFT JOIN place USING (digest) LEFT JOIN reasons ON spot.verdict = reasons.verdict"
         " ORDER BY record_no",
-        params=[str(store / "inputs" / dataset / "records.parquet")],
+        params=[per_token, str(store / "inputs" / dataset / "records.parquet")],
     ).to_arrow_table()
     counts = _check(dataset, rows, summary)
     shards = sorted(set(rows.column("shard").to_pylist()) - {None})

@@ -20,6 +20,7 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.files import atomic, read_json
 from lengthwise.settings import require
 from lengthwise.shapes import ModelConfig
+from lengthwise.status import DOES_NOT_FIT
 from lengthwise.store import Shard, bytes_per_sequence, commit_path, layout, shard_name, shard_path, spec_path
 
 SPEC = pa.schema(
@@ -48,7 +49,9 @@ class Sizes:
     shard_bytes: int
 
 
-def plan(store: Path, sequences: dict[str, Path], sizes: Sizes, jobs_tsv: Path) -> pd.DataFrame:
+def plan(
+    store: Path, sequences: dict[str, Path], sizes: Sizes, jobs_tsv: Path, retry_rejected: bool = False
+) -> pd.DataFrame:
     """Write the specs of the work that is left, and the table of all jobs that the datasets stand on.
 
     Parameters
@@ -61,6 +64,8 @@ def plan(store: Path, sequences: dict[str, Path], sizes: Sizes, jobs_tsv: Path) 
         Caps of new jobs and shards; specs that exist keep theirs.
     jobs_tsv
         The table to write; its rows are what this returns.
+    retry_rejected
+        Whether sequences that no device's memory held so far are work again.
 
     Raises
     ------
@@ -71,8 +76,12 @@ def plan(store: Path, sequences: dict[str, Path], sizes: Sizes, jobs_tsv: Path) 
     database = duckdb.connect(config={"preserve_insertion_order": "false"})
     _load_wanted(database, sequences)
     _load_specs(database, store)
+    _load_unfit(database, store)
     _choose_specs(database, store, settings)
+    if retry_rejected:
+        database.execute("DELETE FROM held WHERE digest IN (SELECT digest FROM unfit)")
     for job in _write_specs(database, store, settings, sizes, _todo(database)):
+        _withdraw(database, store, job)
         database.execute("INSERT INTO chosen VALUES (?, 3, 0)", [job])
     table = _jobs_table(database, store, settings)
     with atomic(jobs_tsv) as part:
@@ -132,6 +141,31 @@ def _load_specs(database: duckdb.DuckDBPyConnection, store: Path) -> None:
     if commits:
         database.executemany("INSERT INTO commits VALUES (?, ?)", [list(item) for item in commits.items()])
     _add_specs(database, store, sorted(specs))
+
+
+def _load_unfit(database: duckdb.DuckDBPyConnection, store: Path) -> None:
+    """unfit_in(job, digest) of the sequences that did not fit into the memory of a job's device; unfit: fit nowhere else."""
+    database.execute("CREATE TABLE unfit_in (job VARCHAR, digest BLOB)")
+    for (job,) in database.execute("SELECT job FROM commits ORDER BY job").fetchall():
+        for name in read_json(commit_path(store, job)).get("does_not_fit", []):
+            shard = Shard(shard_path(store, name))
+            rows = [[job, shard["digests"][i].tobytes()] for i in np.flatnonzero(shard["status"] == DOES_NOT_FIT)]
+            database.executemany("INSERT INTO unfit_in VALUES (?, ?)", rows)
+    database.execute(
+        "CREATE TABLE unfit AS SELECT DISTINCT digest FROM unfit_in WHERE digest NOT IN (SELECT digest FROM specs"
+        " JOIN commits USING (job) ANTI JOIN unfit_in USING (job, digest))"
+    )
+
+
+def _withdraw(database: duckdb.DuckDBPyConnection, store: Path, job: str) -> None:
+    """Take back what an earlier try of the same sequences left: rows that say that they did not fit."""
+    commit = commit_path(store, job)
+    if commit.exists():
+        for shard in read_json(commit)["shards"]:
+            shard_path(store, shard).unlink(missing_ok=True)
+        commit.unlink()
+        database.execute("DELETE FROM unfit_in WHERE job = ?", [job])
+        database.execute("DELETE FROM chosen WHERE job = ?", [job])
 
 
 def _choose_specs(database: duckdb.DuckDBPyConnection, store: Path, settings: dict) -> None:
@@ -306,8 +340,8 @@ def _write_spec(path: Path, spec: pa.Table) -> None:
 def _jobs_table(database: duckdb.DuckDBPyConnection, store: Path, settings: dict) -> pd.DataFrame:
     """One row for each job that some dataset stands on; the first committed job that holds a sequence gives it."""
     database.execute(
-        "CREATE TABLE given AS SELECT digest, arg_min(job, (rank, finished, job)) AS job"
-        " FROM specs JOIN chosen USING (job) SEMI JOIN wanted USING (digest) GROUP BY digest"
+        "CREATE TABLE given AS SELECT digest, arg_min(job, ((job, digest) IN (SELECT (job, digest) FROM unfit_in), rank,"
+        " finished, job)) AS job FROM specs JOIN chosen USING (job) SEMI JOIN wanted USING (digest) GROUP BY digest"
     )
     table = database.execute(
         "WITH users AS (SELECT job, string_agg(DISTINCT dataset, ',' ORDER BY dataset) AS datasets"

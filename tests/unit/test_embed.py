@@ -76,10 +76,9 @@ def kill_after(monkeypatch):
 @pytest.fixture
 def memory_for(monkeypatch):
     """A device that holds so many sequences of so many residues in one pass, and no more."""
+    original = Engine._forward
 
     def patch(sequences: int = 1_000_000, residues: int = 1_000_000) -> None:
-        original = Engine._forward
-
         def limited(self, batch):
             if len(batch.sequences) > sequences or max(map(len, batch.sequences)) > residues:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -259,13 +258,68 @@ def test_a_sequence_that_does_not_fit_alone_is_rejected_with_the_reason_and_the_
         "SELECT id, reason FROM read_csv(?, delim = '\t', header = true)", [str(store.path / "datasets/a/rejected.tsv")]
     ).fetchall()
     assert [name for name, _ in rejected] == ["huge", "twin"]
-    assert all(reason.startswith("does_not_fit: ") for _, reason in rejected)
+    # 62 tokens at 44 bytes of float32 a channel, 32 channels
+    assert all(reason.startswith("does_not_fit: needs about 0.0 GB") for _, reason in rejected)
     ds = store.open("a")
     assert ds.verify() == len(ds.records)
     assert np.isfinite(ds.pooled()).all()
     for name in ("huge", "twin"):
         with pytest.raises(KeyError, match=f"{name}.*does_not_fit"):
             ds[name]
+
+
+def test_what_did_not_fit_is_taken_up_on_a_larger_device_and_nothing_else_is(
+    new, random_proteins, memory_for, monkeypatch, digest_of
+):
+    proteins = random_proteins(20, shortest=33, longest=50) | {"huge": "MKVLA" * 12, "large": "MKVLA" * 11}
+    store, first = new(proteins, shard_bytes=1 << 30)
+    memory_for(residues=50)
+    store.embed(first)
+    store.plan()
+    assert store.jobs["job"].tolist() == [first]  # not asked for
+    before = store.rows()
+    memory_for(residues=55)  # on a device that holds one of them
+    store.plan(retry_rejected=True)
+    (again,) = set(store.jobs["job"]) - {first}
+    assert set(store.spec(again)["digest"]) == {digest_of(proteins[name]) for name in ("huge", "large")}
+    store.embed(again)
+    assert store.assemble("a")["reasons"] == {"does_not_fit": 1}
+    monkeypatch.undo()  # a device that holds both
+    store.plan(retry_rejected=True)
+    (last,) = set(store.jobs["job"]) - {first, again}
+    assert store.spec(last)["digest"].tolist() == [digest_of(proteins["huge"])]
+    store.embed(last)
+    assert store.assemble("a")["reasons"] == {}
+    assert store.open("a")["huge"].shape == (60, 32)
+    finished = store.jobs
+    for retry in (True, False):
+        assert store.plan(retry_rejected=retry).equals(finished)
+    kept = {
+        key: value
+        for key, value in store.rows().items()
+        if key in before and key[0] not in set(store.spec(again)["digest"])
+    }
+    assert kept == {key: value for key, value in before.items() if key in kept}
+    assert len(kept) == 2 * 20
+
+
+def test_a_retry_that_fails_again_is_no_loss_and_can_be_tried_again(new, random_proteins, memory_for, monkeypatch):
+    proteins = random_proteins(20, shortest=33, longest=50) | {"huge": "MKVLA" * 12}
+    store, first = new(proteins, shard_bytes=1 << 30)
+    memory_for(residues=50)
+    store.embed(first)
+    for _ in range(2):
+        store.plan(retry_rejected=True)
+        (again,) = set(store.jobs["job"]) - {first}
+        assert not commit_path(store.path, again).exists()
+        store.embed(again)
+        assert store.assemble("a")["reasons"] == {"does_not_fit": 1}
+    store.plan()
+    assert store.assemble("a")["reasons"] == {"does_not_fit": 1}
+    monkeypatch.undo()
+    store.plan(retry_rejected=True)
+    store.embed_all()
+    assert store.assemble("a")["accepted"] == 21
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ checkpoint plan:
     params:
         store=subpath(output.jobs, ancestor=2),
         datasets=list(DATASETS),
+        retry_rejected=config["retry_rejected"],
     script:
         "../../scripts/plan.py"
 
