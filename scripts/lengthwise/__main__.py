@@ -20,7 +20,9 @@ def main(arguments: list[str] | None = None) -> int:
     verifier.add_argument("store", type=Path, help="results/<model>")
     verifier.set_defaults(run=lambda given: verify(given.store))
     bench = commands.add_parser("benchmark", help="time this engine beside fair-esm, transformers and esm-cpp")
-    bench.add_argument("--model", default="esm2_t6_8M_UR50D", choices=MODELS, help="shape, with random weights")
+    bench.add_argument(
+        "--model", nargs="+", default=["esm2_t6_8M_UR50D"], choices=MODELS, help="shapes, with random weights"
+    )
     bench.add_argument("--checkpoint", type=Path, help="a fair-esm .pt with real weights, instead of --model")
     bench.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     bench.add_argument("--fasta", type=Path, help="real sequences; without it, random ones of --length")
@@ -57,19 +59,20 @@ def run_benchmark(given: argparse.Namespace) -> int:
     totals = itertools.accumulate(map(len, sequences))
     sequences = [sequence for sequence, total in zip(sequences, totals, strict=True) if total <= given.residues]
     given.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        weights = given.checkpoint or Path(folder) / f"{given.model}.pt"
-        if given.checkpoint is None:
-            checkpoint.write_random(weights, MODELS[given.model])
-        rows = benchmark.benchmark(weights, sequences, device, given.rounds)
-    name = weights.stem
-    title = (
-        f"{name} on {device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
-        f"{sum(map(len, sequences)):,} residues in {len(sequences):,} sequences"
-    )
-    print(f"\n{title}\n\n{benchmark.markdown(rows)}")
-    benchmark.write_table(rows, given.out / f"{name}.tsv")
-    benchmark.figure(rows, title, given.out / f"{name}.png")
+    for model in ["the checkpoint"] if given.checkpoint else given.model:
+        with tempfile.TemporaryDirectory() as folder:
+            weights = given.checkpoint or Path(folder) / f"{model}.pt"
+            if given.checkpoint is None:
+                checkpoint.write_random(weights, MODELS[model])
+            rows = benchmark.benchmark(weights, sequences, device, given.rounds)
+        name = weights.stem
+        title = (
+            f"{name} on {device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+            f"{sum(map(len, sequences)):,} residues in {len(sequences):,} sequences"
+        )
+        print(f"\n{title}\n\n{benchmark.markdown(rows)}\n", flush=True)
+        benchmark.write_table(rows, given.out / f"{name}.tsv")
+        benchmark.figure(rows, title, given.out / f"{name}.png")
     return 0
 
 

@@ -5,6 +5,8 @@ It needs torch, numpy, safetensors and fair-esm only; peers take part where they
 
 import csv
 import importlib.util
+import itertools
+import shutil
 import statistics
 import tempfile
 import time
@@ -20,6 +22,7 @@ from lengthwise.engine import AUTO_BATCH_TOKENS, DTYPES, Engine, Output, cut_bat
 from lengthwise.errors import LengthwiseError
 from lengthwise.shapes import ModelConfig
 
+SHARD_BYTES = 1 << 30  # the config's default
 EXTRACT_TOKENS = 4_096  # extract.py's --toks_per_batch
 PRODUCT_SECONDS = 0.3  # of matrix products in each round
 SAMPLE = 24  # sequences whose rows are compared with fair-esm's, spread over the lengths
@@ -234,6 +237,8 @@ def _reference(weights: Path, sequences: list[bytes], device: torch.device) -> R
 
 
 def _errors(rows: Rows, expected: Rows) -> dict[str, float]:
+    if any(len(row) != len(other) for row, other in zip(rows, expected, strict=True)):  # means
+        expected = [other.mean(0, keepdims=True) for other in expected]
     ours, theirs = (np.concatenate(part).astype(np.float64) for part in (rows, expected))
     rms = np.sqrt(np.mean(theirs**2))
     lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
@@ -252,21 +257,72 @@ def _contenders(weights: Path, config: ModelConfig, device: torch.device) -> Ite
             yield Contender("transformers", precision, lambda p=precision: _transformers(weights, config, device, p))
     if importlib.util.find_spec("esm_cpp") and importlib.util.find_spec("transformers") and device.type == "cpu":
         yield Contender("esm-cpp", "float32", lambda: _esm_cpp(weights, config))
-    for precision in ("float32", "float16", "bfloat16") if device.type == "cuda" else ("float32", "bfloat16"):
+    cuda = device.type == "cuda"
+    for precision in ("float32", "float16", "bfloat16") if cuda else ("float32", "bfloat16"):
         yield Contender("Lengthwise", precision, lambda p=precision: _lengthwise(weights, config, device, p))
+    production = "float16" if cuda else "float32"
+    yield Contender(
+        "Lengthwise, means alone", production, lambda: _lengthwise(weights, config, device, production, ("mean",))
+    )
+    if all(map(importlib.util.find_spec, ("google_crc32c", "pyarrow", "duckdb"))):
+        yield Contender("Lengthwise, to disk", production, lambda: _to_disk(weights, config, device, production))
 
 
-def _lengthwise(weights: Path, config: ModelConfig, device: torch.device, precision: str):
-    output = Output((config.num_layers,), ("residue",), "float32" if precision == "float32" else "float16")
-    engine = Engine(weights, device, precision, output)
+def _engine(weights: Path, config: ModelConfig, device: torch.device, precision: str, outputs: tuple[str, ...]):
+    output = Output((config.num_layers,), outputs, "float32" if precision == "float32" else "float16")
+    engine = Engine(weights, device, precision, output, compile=True)
+    return engine, engine.auto_batch_tokens()
+
+
+def _lengthwise(weights, config, device, precision, outputs=("residue",)):
+    engine, batch_tokens = _engine(weights, config, device, precision, outputs)
 
     def run(sequences: list[bytes]) -> Rows:
         lengths, rows = np.array([len(sequence) for sequence in sequences]), []
-        bounds = list(cut_batches(lengths, AUTO_BATCH_TOKENS[device.type]))
+        bounds = list(cut_batches(lengths, batch_tokens))
         results = engine.embed(sequences[start:stop] for start, stop in bounds)
         for (start, stop), result in zip(bounds, results, strict=True):
-            rows += np.split(result.arrays[f"layer_{config.num_layers}"], np.cumsum(lengths[start : stop - 1]))
+            if "mean" in outputs:
+                rows += list(result.arrays[f"mean_{config.num_layers}"][:, None])
+            else:
+                rows += np.split(result.arrays[f"layer_{config.num_layers}"], np.cumsum(lengths[start : stop - 1]))
         return rows
+
+    return run
+
+
+def _to_disk(weights: Path, config: ModelConfig, device: torch.device, precision: str):
+    """Production's own way, shards written and synced, into a folder for temporary files; the last run's are removed."""
+    from lengthwise.embed import Progress, Shard, Walk
+    from lengthwise.store import Shard as StoredShard
+    from lengthwise.store import shard_path
+
+    engine, batch_tokens = _engine(weights, config, device, precision, ("residue",))
+    layer, folder = config.num_layers, tempfile.TemporaryDirectory()
+    settings = {"layers": [layer], "outputs": ["residue"], "embed_dim": config.embed_dim, "fingerprint": ""}
+    settings["storage_dtype"] = engine.output.storage_dtype
+    runs = itertools.count()
+
+    def run(sequences: list[bytes]) -> Rows:
+        store = Path(folder.name) / str(next(runs))
+        shutil.rmtree(store.with_name(str(int(store.name) - 1)), ignore_errors=True)
+        lengths = np.array([len(sequence) for sequence in sequences], np.int32)
+        row_bytes = config.embed_dim * np.dtype(settings["storage_dtype"]).itemsize
+        numbers = lengths.cumsum(dtype=np.int64) * row_bytes // SHARD_BYTES
+        bounds = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1)).tolist()
+        shards = [
+            Shard(
+                f"{start:032x}",
+                [alphabet.digest(s) for s in sequences[start:stop]],
+                lengths[start:stop],
+                sequences[start:stop],
+            )
+            for start, stop in itertools.pairwise(bounds)
+        ]
+        with Walk(store, settings, engine, Progress("benchmark", int(lengths.sum()))) as walk:
+            walk.make(shards[::-1], batch_tokens)
+        made = [StoredShard(shard_path(store, shard.name)) for shard in shards]
+        return [rows for one in made for rows in np.split(one[f"layer_{layer}"], one["offsets"][1:-1])]
 
     return run
 

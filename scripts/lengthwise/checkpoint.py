@@ -117,17 +117,21 @@ def _rotary_pairs(config: ModelConfig) -> torch.Tensor:
 
 
 def write_random(path: Path, config: ModelConfig, seed: int = 0) -> None:
-    """Write a seeded random checkpoint of a model's exact shape, in fair-esm's layout.
+    """Write a seeded random checkpoint of a model's exact shape, in fair-esm's layout and type.
 
     Its timings are real and its embeddings mean nothing. Weights have a standard deviation of 1 / sqrt(fan in), so that
     activations and attention are lively, and LayerNorms and biases are random too, so that an error in any of them
     shows. The rotary frequencies are rounded to half precision, as in the published checkpoints.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
+    # The published checkpoints of 3B and 15B are 5.7 and 30 GB: two bytes a weight.
+    dtype = torch.float16 if config.embed_dim >= MODELS["esm2_t36_3B_UR50D"].embed_dim else torch.float32
 
     def normal(*shape: int, scale: float, shift: float = 0.0) -> torch.Tensor:
         values = rng.standard_normal(shape, dtype=np.float32)
-        return torch.from_numpy(values * np.float32(scale) + np.float32(shift))
+        values *= np.float32(scale)
+        values += np.float32(shift)
+        return torch.from_numpy(values).to(dtype)
 
     d, state = config.embed_dim, {}
 

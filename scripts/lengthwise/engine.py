@@ -193,17 +193,27 @@ class Engine:
             return AUTO_BATCH_TOKENS["cpu"]
         torch.cuda.empty_cache()
         free = MEMORY_MARGIN * torch.cuda.mem_get_info(self.device)[0]
-        config, itemsize = self.model.config, DTYPES[self.precision].itemsize
-        tokens = fitting_tokens(free, config.bytes_per_token(itemsize), AUTO_BATCH_TOKENS["cuda"])
+        tokens = fitting_tokens(free, self.bytes_per_token, AUTO_BATCH_TOKENS["cuda"])
         before = torch.cuda.memory_allocated(self.device)
         length = min(300, tokens - 2)
-        (result,) = self.embed([[b"A" * length] * (tokens // (length + 2))])
+        batch = [b"A" * length] * (tokens // (length + 2))
+        *_, result = self.embed([batch, batch])  # the second while the first one's results are copied out
         needed = (result.peak_allocated_bytes - before) / tokens
         log.info(
-            "%s tokens need %.2f GB (the formula says %.2f), free are %.2f GB",
-            f"{tokens:,}", needed * tokens / 1e9, config.bytes_per_token(itemsize) * tokens / 1e9, free / 1e9,
-        )  # fmt: skip
+            "%s tokens a batch need %.2f GB (%.2f by the formula) of the %.2f GB that are free",
+            f"{tokens:,}",
+            needed * tokens / 1e9,
+            self.bytes_per_token * tokens / 1e9,
+            free / 1e9,
+        )
         return fitting_tokens(free, needed, tokens)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory that a batch needs beside the weights for each of its tokens, by the closed formula."""
+        stored = "residue" in self.output.outputs and DTYPES[self.output.storage_dtype].itemsize
+        stored *= len(self.output.layers) * self.model.config.embed_dim
+        return self.model.config.bytes_per_token(DTYPES[self.precision].itemsize, stored)
 
     @property
     def _in_flight(self) -> int:
@@ -220,7 +230,7 @@ class Engine:
             if is_out_of_memory(error):
                 raise
             self.model.uncompile()
-            log.info("the layers run uncompiled: %s", (str(error).strip() or type(error).__name__).splitlines()[0])
+            log.info("the layers run uncompiled: %s", " ".join(f"{type(error).__name__}: {error}".split())[:200])
         else:
             log.info("compiled the layers in %.1f s", time.perf_counter() - began)
 
@@ -339,9 +349,10 @@ class Engine:
         log.warning(
             "a sequence of %s residues does not fit into the memory of %s even alone: it would need about %.1f GB beside "
             "the weights; its rows are NaN, its record is rejected, and retry_rejected takes it up on a larger device",
-            f"{length:,}", device_name(self.device),
-            self.model.config.bytes_per_token(DTYPES[self.precision].itemsize) * (length + 2) / 1e9,
-        )  # fmt: skip
+            f"{length:,}",
+            device_name(self.device),
+            self.bytes_per_token * (length + 2) / 1e9,
+        )
 
     def _nothing(self, batch: _Batch) -> _Part:
         """The rows of a sequence that cannot be embedded."""

@@ -24,9 +24,9 @@ class ModelConfig:
     def bytes_per_token(self, itemsize: int, stored_bytes: int = 0) -> int:
         """Memory that a GPU's packed forward pass needs beside the weights, for each token of a batch, whatever the lengths.
 
-        Counted over the tensors alive at once, uncompiled: either the rotary embedding (the sums and both rotations of
-        queries and keys in float32, beside q, k and v) or the feed-forward part (sums before and after attention and its
-        LayerNorm in float32, fc1 and its GELU), whichever is more.
+        Counted over the tensors alive at once in an uncompiled layer: in the rotary embedding the sums, q, k and v, and six
+        copies of the width in float32; in the feed-forward part the sums before and after attention and their LayerNorm in
+        float32, attention's result, fc1 and its GELU.
 
         Parameters
         ----------
@@ -36,8 +36,8 @@ class ModelConfig:
             Of each residue in the results, of which a second batch is still being copied out.
         """
         rotary = 4 + 3 * itemsize + 24
-        feed_forward = 12 + (9 if itemsize < 4 else 8) * itemsize
-        return self.embed_dim * max(rotary, feed_forward) + stored_bytes
+        feed_forward = 12 + (9 if itemsize == 4 else 10) * itemsize
+        return self.embed_dim * max(rotary, feed_forward) + 4 * self.head_dim + stored_bytes
 
 
 # Source: the checkpoints' names and https://github.com/facebookresearch/esm#available-models

@@ -1,13 +1,16 @@
 """The packed forward pass against fair-esm's own ESM2, one sequence at a time in float32."""
 
 import random
+import shutil
+import weakref
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lengthwise import alphabet, checkpoint
+from lengthwise import alphabet, checkpoint, model
 from lengthwise.engine import Engine, Output
 from lengthwise.model import Packing
 from lengthwise.shapes import ModelConfig
@@ -71,10 +74,10 @@ def test_every_head_size_equals_fair_esm_on_every_layer(any_head):
 
 def test_bos_is_fair_esms_first_row(any_head):
     (sequence,) = random_sequences([50])
-    model = checkpoint.reference_model(any_head)
+    fair_esm = checkpoint.reference_model(any_head)
     tokens = torch.from_numpy(alphabet.tokenize(sequence)).long()[None]
     with torch.inference_mode():
-        theirs = model(tokens, repr_layers=[3])["representations"][3][0, 0].numpy()
+        theirs = fair_esm(tokens, repr_layers=[3])["representations"][3][0, 0].numpy()
     assert_close(embed(any_head, [sequence], [3]).arrays["bos_3"][0], theirs)
 
 
@@ -143,3 +146,123 @@ def test_a_precision_without_instructions_is_warned_of(any_head, caplog):
     caplog.clear()
     Engine(any_head, CPU, "float32", Output((3,), ("residue",), "float32"))
     assert caplog.text == ""
+
+
+def random_qkv(lengths, heads=2, channels=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(sum(lengths), 3, heads, channels, generator=generator).unbind(1)
+
+
+@pytest.mark.parametrize("lengths", [[3], [5, 5, 5], [3, 4, 7], [33, 40, 40, 63], [1, 1]])
+def test_a_gpus_padded_attention_equals_attention_sequence_by_sequence(lengths):
+    """What older cards and float32 take: the same code, here on the CPU."""
+    q, k, v = random_qkv(lengths)
+    expected = torch.cat(
+        [
+            F.scaled_dot_product_attention(*(part.transpose(0, 1) for part in one)).transpose(0, 1)
+            for one in zip(*(part.split(lengths) for part in (q, k, v)), strict=True)
+        ]
+    )
+    found = model._attention_padded(q, k, v, Packing.of(lengths))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_a_rotation_written_out_equals_the_complex_product(monkeypatch):
+    """GPUs and compiled code compute with real numbers what the CPU computes with complex ones."""
+    q, k, _ = random_qkv([9, 4])
+    turn = model.rotations(1 / 10_000 ** (torch.arange(8) / 8), Packing.of([9, 4]))
+    x = torch.stack((q, k), 1)
+    complex_ = model.rotate(x, turn)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(model.rotate(x, turn), complex_, rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_the_layers_are_compiled_once_for_all_layers_and_sizes_and_give_the_same(any_head, monkeypatch, tmp_path):
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    packed = checkpoint.load_model(any_head, CPU, torch.float32)
+    compiled = checkpoint.load_model(any_head, CPU, torch.float32, pack=False)
+    compiled.compile()
+    torch._dynamo.reset()
+    counters.clear()
+    for lengths in ([20, 30], [20, 30, 31], [100]):
+        packing = Packing.of(lengths)
+        tokens = torch.randint(4, 24, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            assert_close(compiled(tokens, packing, [3])[3].numpy(), packed(tokens, packing, [3])[3].numpy())
+    assert counters["stats"]["unique_graphs"] == 2  # before and behind attention
+    compiled.uncompile()
+    with torch.inference_mode():
+        assert_close(compiled(tokens, packing, [3])[3].numpy(), packed(tokens, packing, [3])[3].numpy())
+
+
+def test_where_torch_cannot_compile_the_engine_runs_uncompiled_and_says_so(any_head, caplog):
+    """On a CPU it never can: its compiler does not know oneDNN's packed weights."""
+    caplog.set_level("INFO")
+    engine = Engine(any_head, CPU, "float32", Output((3,), ("residue",), "float32"))
+    engine._compile()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("the layers run uncompiled: ")
+    assert "\n" not in line
+    (sequence,) = random_sequences([50])
+    assert_close(next(engine.embed([[sequence]])).arrays["layer_3"], reference(any_head, sequence, [3])[3])
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors took at one time."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {weight.untyped_storage()._cdata for weight in weights}
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self.known:
+                size = tensor.untyped_storage().nbytes()
+                self.known.add(key)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(tensor.untyped_storage(), self.free, key, size)
+        return result
+
+    def free(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("length", [50, 300, 1_000, 8_000])
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+def test_memory_is_linear_in_tokens_whatever_the_length_as_the_formula_says(tmp_path, monkeypatch, precision, length):
+    """The tensors that a GPU's pass has alive at once; its attention kernel takes its result and next to nothing else."""
+    config = ModelConfig(2, 256, 4)
+    checkpoint.write_random(tmp_path / "wide.pt", config)
+    dtype = getattr(torch, precision)
+    wide = checkpoint.load_model(tmp_path / "wide.pt", CPU, dtype, pack=False)
+    monkeypatch.setattr(model, "attention", lambda q, k, v, packing: torch.empty_like(q))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the rotation as a GPU computes it
+    packing = Packing.of([length] * (8_000 // length))
+    tokens = torch.full((sum(packing.lengths),), 5)
+    with torch.no_grad(), LiveBytes(wide.state_dict().values()) as live:
+        wide(tokens, packing, [2])
+    assert live.peak == pytest.approx(config.bytes_per_token(dtype.itemsize) * len(tokens), rel=0.1)
+
+
+@pytest.mark.parametrize("varlen", [True, False], ids=["varlen", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_operators_that_only_gpus_take_fit_together(monkeypatch, varlen, dtype):
+    """On the meta device, which computes shapes and types and no numbers."""
+    monkeypatch.setattr(model, "uses_varlen", lambda *_: varlen)
+    config, meta = ModelConfig(2, 64, 4), torch.device("meta")
+    with meta:
+        gpu = model.ESM2(config)
+    for module in gpu.modules():
+        if isinstance(module, model.Linear):
+            module.to(dtype)
+    hidden = gpu(torch.empty(12, dtype=torch.uint8, device=meta), Packing.of([3, 5, 4]).to(meta), [0, 1, 2])
+    assert {layer: (value.shape, value.dtype) for layer, value in hidden.items()} == dict.fromkeys(
+        range(3), ((12, 64), torch.float32)
+    )
