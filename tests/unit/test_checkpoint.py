@@ -6,6 +6,8 @@ import os
 import pathlib
 import pickle
 import random
+import subprocess
+import sys
 import warnings
 import zipfile
 from contextlib import suppress
@@ -16,7 +18,7 @@ from esm.pretrained import load_model_and_alphabet_core
 
 from lengthwise import checkpoint
 from lengthwise.errors import LengthwiseError
-from lengthwise.shapes import ModelConfig
+from lengthwise.shapes import MODELS, ModelConfig
 
 TINY = ModelConfig(2, 32, 2)
 
@@ -288,3 +290,35 @@ def test_a_loaded_model_does_not_change_with_its_file(tmp_path, tiny_checkpoint)
     with open(path, "r+b") as file:
         file.write(b"\xff" * path.stat().st_size)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [("float32", 1.35), ("bfloat16", 0.85)])
+def test_a_model_loads_in_less_memory_than_two_copies_of_its_checkpoint(tmp_path, dtype, copies):
+    """Memory of its own, that is: the checkpoint's mapped pages are the system's to drop."""
+    path = tmp_path / "35M.pt"
+    checkpoint.write_random(path, MODELS["esm2_t12_35M_UR50D"])
+    code = f"""
+import threading, torch
+from pathlib import Path
+from lengthwise import checkpoint
+
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+
+def watch():
+    while not done.wait(0.001):
+        seen.append(anonymous())
+
+torch.set_num_threads(1)
+checkpoint.load_model(Path({str(tmp_path / "tiny.pt")!r}), torch.device("cpu"), torch.{dtype})
+seen, done = [anonymous()], threading.Event()
+thread = threading.Thread(target=watch)
+thread.start()
+model = checkpoint.load_model(Path({str(path)!r}), torch.device("cpu"), torch.{dtype})
+done.set()
+thread.join()
+print(max(seen) - seen[0])
+"""
+    checkpoint.write_random(tmp_path / "tiny.pt", TINY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < copies * path.stat().st_size

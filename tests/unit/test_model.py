@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lengthwise import alphabet, checkpoint, model
 from lengthwise.engine import Engine, Output
 from lengthwise.model import Packing
-from lengthwise.shapes import ModelConfig
+from lengthwise.scaling import _host_memory_left
+from lengthwise.shapes import MODELS, ModelConfig
 
 CPU = torch.device("cpu")
 # Float32 sums in another order: measured errors are about 4e-6 of the RMS; a wrong formula is off by 1e-3 and more.
@@ -266,3 +267,29 @@ def test_the_operators_that_only_gpus_take_fit_together(monkeypatch, varlen, dty
     assert {layer: (value.shape, value.dtype) for layer, value in hidden.items()} == dict.fromkeys(
         range(3), ((12, 64), torch.float32)
     )
+
+
+@pytest.mark.skipif(min(_host_memory_left(), default=1e12) < 16e9, reason="fair-esm needs 15 GB for 8,000 residues")
+def test_eight_thousand_residues_match_fair_esm_in_the_8m_shape(tmp_path):
+    checkpoint.write_random(tmp_path / "8M.pt", MODELS["esm2_t6_8M_UR50D"])
+    (sequence,) = random_sequences([8_000])
+    theirs = reference(tmp_path / "8M.pt", sequence, [6])[6]
+    for precision, cosine in (("float32", 0.999999), ("bfloat16", 0.999)):
+        ours = embed(tmp_path / "8M.pt", [sequence], [6], precision).arrays["layer_6"]
+        if precision == "float32":
+            assert_close(ours, theirs)
+        assert float(F.cosine_similarity(torch.from_numpy(ours), torch.from_numpy(theirs)).min()) >= cosine
+
+
+@pytest.mark.parametrize(("precision", "cosine"), [("float32", 0.999999), ("float16", 0.9999), ("bfloat16", 0.999)])
+def test_the_real_shapes_stay_within_their_precisions_bounds(tmp_path, precision, cosine):
+    """Deep as the real ones: rounding adds up from layer to layer. Larger shapes: tests/gpu, and the benchmark."""
+    sequences = random_sequences([20, 90, 200])
+    for name in ("esm2_t6_8M_UR50D", "esm2_t12_35M_UR50D"):
+        layer = MODELS[name].num_layers
+        checkpoint.write_random(tmp_path / f"{name}.pt", MODELS[name])
+        ours = embed(tmp_path / f"{name}.pt", sequences, [layer], precision).arrays[f"layer_{layer}"]
+        theirs = np.concatenate([reference(tmp_path / f"{name}.pt", s, [layer])[layer] for s in sequences])
+        if precision == "float32":
+            assert_close(ours, theirs)
+        assert float(F.cosine_similarity(torch.from_numpy(ours), torch.from_numpy(theirs)).min()) >= cosine
