@@ -125,6 +125,7 @@ class _Part:
     status: Tensor
     ticks: tuple[float, float] | tuple[torch.cuda.Event, torch.cuda.Event] | None
     done: torch.cuda.Event | None
+    on_device: object  # what is being copied out: memory that must not be used for anything else before that
     peaks: tuple[int | None, int | None, int | None]
 
 
@@ -279,10 +280,11 @@ class Engine:
         results = self._pool(self.model(tokens, packing, self.output.layers), packing)
         status = _status(results, packing)
         ended = self._tick()
-        done = None
+        on_device, done = None, None
         if cuda:
+            on_device = results, status
             results, status, done = self._copied_out(results, status)
-        return _Part(batch.packing, results, status, (began, ended), done, self.memory.peaks())
+        return _Part(batch.packing, results, status, (began, ended), done, on_device, self.memory.peaks())
 
     def _copied_in(self, batch: _Batch) -> tuple[Tensor, Packing]:
         with torch.cuda.stream(self.incoming):
@@ -301,7 +303,6 @@ class Engine:
                 # torch keeps pinned memory for the next batch: after a few there are no new ones.
                 on_host[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
                 on_host[name].copy_(value, non_blocking=True)
-                value.record_stream(self.outgoing)
             done = self.outgoing.record_event()
         return on_host, on_host.pop("status"), done
 
@@ -366,7 +367,7 @@ class Engine:
                 else:
                     arrays[f"{output}_{layer}"] = torch.full((1, width), torch.nan)
         status = torch.full((1,), DOES_NOT_FIT, dtype=torch.uint8)
-        return _Part(batch.packing, arrays, status, None, None, (None, None, None))
+        return _Part(batch.packing, arrays, status, None, None, None, (None, None, None))
 
 
 def ahead(function: Callable, items: Iterable, depth: int = 2) -> Iterator[tuple[object, float]]:

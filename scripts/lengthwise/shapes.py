@@ -33,7 +33,7 @@ class ModelConfig:
         itemsize
             Bytes of a number of the compute type.
         stored_bytes
-            Of each residue in the results, of which a second batch is still being copied out.
+            Of each residue in the results: those of the batch before are still being copied out.
         """
         rotary = 4 + 3 * itemsize + 24
         feed_forward = 12 + (9 if itemsize == 4 else 10) * itemsize
