@@ -17,8 +17,8 @@ from lengthwise.assemble import assemble
 from lengthwise.checkpoint import write_random
 from lengthwise.embed import embed_job
 from lengthwise.errors import LengthwiseError
-from lengthwise.fasta import ingest
 from lengthwise.files import write_json
+from lengthwise.ingest import Policy, ingest
 from lengthwise.plan import Sizes, plan
 from lengthwise.reading import Dataset
 from lengthwise.shapes import ModelConfig
@@ -54,7 +54,7 @@ class SmallStore:
         names = ("records.parquet", "sequences.parquet", "summary.json")
         if dataset not in self.datasets:
             self.datasets.append(dataset)
-        return ingest(fasta, *(self.inputs(dataset) / name for name in names), **options)
+        return ingest(fasta, *(self.inputs(dataset) / name for name in names), Policy(**options))
 
     def plan(self, *datasets: str, job_seconds: float = 1200.0, shard_bytes: int = 1 << 30) -> pd.DataFrame:
         sequences = {name: self.inputs(name) / "sequences.parquet" for name in datasets or self.datasets}

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lengthwise.fasta import SEQUENCES
+from lengthwise.ingest import SEQUENCES
 from lengthwise.plan import JOBS_COLUMNS, cut, forecast_seconds, read_jobs
 from lengthwise.store import Shard, bytes_per_sequence, commit_path, spec_path
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(workflow.basedir).parent / "scripts"))
 import snakemake.cli
 
 import lengthwise.config
+import lengthwise.fasta
 from lengthwise.closing import failure_lines_of, success_lines_of
 from lengthwise.device import auto_device, refuse_missing_gpu
 from lengthwise.errors import LengthwiseError
@@ -83,8 +84,7 @@ def fasta_of(wildcards):
 
 def fasta_state(wildcards):
     """Size and time, so that a file replaced by an older one is noticed."""
-    state = os.stat(DATASETS[wildcards.dataset])
-    return f"{state.st_size} bytes, {state.st_mtime_ns} ns"
+    return lengthwise.fasta.state(DATASETS[wildcards.dataset])
 
 
 def checkpoint_given(wildcards):
