@@ -30,10 +30,10 @@ _COMPRESSIONS = {
     "zstd": (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), ZstdDecompressor),
 }
 _OTHER_FORMATS = [
-    (re.compile(rb"BZh[1-9]"), "bzip2-compressed; decompress it first"),
+    (re.compile(rb"BZh[1-9]"), "a bzip2-compressed file; decompress it first"),
     (re.compile(rb"PK\x03\x04"), "a zip archive; unpack it first"),
-    (re.compile(rb"\xfd7zXZ"), "xz-compressed; decompress it first"),
-    (re.compile(rb"\x1f\x8b|\x28\xb5\x2f\xfd"), "compressed twice; decompress it once"),
+    (re.compile(rb"\xfd7zXZ"), "an xz-compressed file; decompress it first"),
+    (re.compile(rb"\x1f\x8b|\x28\xb5\x2f\xfd"), "a file compressed twice; decompress it once"),
     (re.compile(rb"\xff\xfe|\xfe\xff|>\0|\0>"), "UTF-16 text; convert it to UTF-8"),
     (re.compile(rb"@"), "FASTQ; convert it to FASTA and translate it to proteins"),
     (re.compile(rb"LOCUS\s"), "GenBank; export its proteins as FASTA"),
@@ -198,16 +198,18 @@ def _from_first_header(fasta: Path, blocks: Iterator[bytes]) -> Iterator[bytes]:
     """The blocks without blank lines before the first header, which there must be."""
     offset, line = 0, 1
     for block in blocks:
-        start = block.lstrip()
-        blank = block[: len(block) - len(start)]
-        offset, line = offset + len(blank), line + _line_ends(blank, b"")
-        if not start:
+        text = block.lstrip()
+        if not text:
+            offset, line = offset + len(block), line + _line_ends(block, b"")
             continue
-        what = next((f" (it looks like {what})" for magic, what in _OTHER_FORMATS if magic.match(start)), "")
-        if not start.startswith(b">") or what:
-            first = re.split(rb"[\r\n]", start, maxsplit=1)[0][:40].decode("utf-8", "backslashreplace").strip()
+        blank = re.match(rb"(?:\s*[\r\n])?", block[: len(block) - len(text)]).group()
+        start = block[len(blank) :]
+        what = next((what for magic, what in _OTHER_FORMATS if magic.match(start)), "")
+        if what or not start.startswith(b">"):
+            first = repr(re.split(rb"[\r\n]", start, maxsplit=1)[0][:40])[1:]
+            where = f"byte {offset + len(blank):,}, line {line + _line_ends(blank, b''):,} begins {first}"
             raise LengthwiseError(
-                f"{fasta}: not FASTA: byte {offset:,}, line {line:,} begins {first!r}, and should begin with '>'{what}"
+                f"{fasta}: not FASTA: {where}" + (f": this is {what}" if what else ", and should begin with '>'")
             )
         yield start
         yield from blocks
@@ -233,7 +235,8 @@ def _decompressed(fasta: Path, pieces: Iterable[bytes], name: str, new: Callable
             try:
                 yield decompressor.decompress(piece, BLOCK_BYTES)
             except (IsalError, ZstdError) as error:
-                where = f"near byte {read:,}" if begun else f"garbage from byte {read - len(piece):,} on"
+                garbage = not begun and not _COMPRESSIONS[name][0].match(piece)
+                where = f"garbage from byte {read - len(piece):,} on" if garbage else f"damaged before byte {read:,}"
                 raise LengthwiseError(
                     f"{fasta}: broken {name}: {where} ({error}); fetch or compress the file again"
                 ) from error

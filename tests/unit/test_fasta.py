@@ -1,0 +1,168 @@
+"""The reader alone: the same records however a file is rendered and wherever its blocks end; of garbage, one error."""
+
+import gzip
+import io
+
+import pyarrow as pa
+import pytest
+from Bio import SeqIO
+from Bio.SeqIO.FastaIO import SimpleFastaParser
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lengthwise.alphabet import RESIDUES, STANDARD
+from lengthwise.errors import LengthwiseError
+from lengthwise.fasta import ZstdDecompressor, place, read_chunks, split_headers, split_records
+
+if ZstdDecompressor.__module__.startswith("backports"):
+    from backports import zstd
+else:
+    from compression import zstd
+
+ANY_FOLDER = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def parse(path) -> list[tuple[str, str, bytes]]:
+    """(id, description, sequence) of every record, by the functions that ingest uses."""
+    found = []
+    for chunk in read_chunks(path):
+        headers, bodies, lines = split_records(chunk)
+        ids, descriptions = split_headers(headers)
+        assert [body.count(b"\n") for body in bodies.to_pylist()] == lines.tolist()
+        sequences = [body.replace(b"\n", b"") for body in bodies.to_pylist()]
+        found += zip(ids.to_pylist(), descriptions.to_pylist(), sequences, strict=True)
+    return found
+
+
+@pytest.fixture(params=[5, 7, 64, 2 << 20])
+def block_bytes(request, monkeypatch):
+    monkeypatch.setattr("lengthwise.fasta.BLOCK_BYTES", request.param)
+
+
+headers = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), max_size=30).map(lambda text: "r" + text)
+sequences = st.text(RESIDUES.decode(), max_size=200)
+
+
+@st.composite
+def renderings(draw):
+    """(the records, a file of them): line widths, line ends, case, blank lines and compression as it comes."""
+    records = draw(st.lists(st.tuples(headers, sequences), min_size=1, max_size=8))
+    text = draw(st.sampled_from(["", "\ufeff"])) + "\n" * draw(st.integers(0, 2))
+    end = draw(st.sampled_from(["\n", "\r\n", "\r", None]))
+    ends = st.sampled_from(["\n", "\r\n", "\r"]) if end is None else st.just(end)
+    for header, sequence in records:
+        width = draw(st.integers(1, 80))
+        lines = [sequence[i : i + width] for i in range(0, len(sequence), width)]
+        text += f">{header}{draw(ends)}" + "".join(line + draw(ends) * draw(st.integers(1, 2)) for line in lines)
+    data = text.encode()
+    if draw(st.booleans()):
+        data = data.rstrip(b"\r\n") or data
+    pack = draw(st.sampled_from([bytes, gzip.compress, zstd.compress]))
+    cut = draw(st.integers(0, len(data)))
+    return records, pack(data[:cut]) + pack(data[cut:])
+
+
+@ANY_FOLDER
+@given(rendering=renderings())
+def test_the_same_records_come_back_however_they_are_rendered(rendering, block_bytes, tmp_path):
+    records, data = rendering
+    (tmp_path / "in").write_bytes(data)
+    expected = []
+    for header, sequence in records:
+        words = header.strip().split(None, 1)
+        expected.append((words[0], words[1] if len(words) > 1 else "", sequence.encode()))
+    assert parse(tmp_path / "in") == expected
+
+
+@settings(ANY_FOLDER, max_examples=300)
+@given(text=st.text("MKV>> \t\r\n\x0b\x1c\u00a0é*-", max_size=60).map(lambda text: ">" + text))
+def test_what_biopython_reads_is_read_as_biopython_reads_it(text, tmp_path):
+    (tmp_path / "in").write_bytes(text.encode())
+    lines = io.TextIOWrapper(io.BytesIO(text.encode()), "utf-8")  # CR, LF and CRLF end a line
+    expected = []
+    for title, sequence in SimpleFastaParser(lines):
+        words = title.split(None, 1)
+        # Biopython drops spaces, and all whitespace at the ends of lines.
+        expected.append((words[0] if words else "", words[1] if len(words) > 1 else "", "".join(sequence.split())))
+    found = [(i, d, "".join(sequence.decode().split())) for i, d, sequence in parse(tmp_path / "in")]
+    assert found == expected
+
+
+def test_the_shipped_proteins_are_those_of_biopython(request):
+    path = request.config.rootpath / "config" / "example.fasta"
+    records = list(SeqIO.parse(path, "fasta"))
+    assert [(r.id, bytes(r.seq)) for r in records] == [(i, sequence) for i, _, sequence in parse(path)]
+    assert [r.description for r in records] == [f"{i} {description}".strip() for i, description, _ in parse(path)]
+
+
+@settings(ANY_FOLDER, max_examples=500)
+@given(data=st.binary(max_size=300), start=st.sampled_from([b"", b">", b">a\n", b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"]))
+def test_any_bytes_are_records_or_one_error(data, start, tmp_path):
+    (tmp_path / "in").write_bytes(start + data)
+    outcome = ""
+    try:
+        outcome = repr(parse(tmp_path / "in"))
+    except LengthwiseError as error:
+        outcome = str(error)
+    assert outcome
+    assert "\n" not in outcome
+
+
+@settings(ANY_FOLDER, max_examples=200)
+@given(data=st.data())
+def test_a_compressed_file_with_any_byte_changed_or_cut_away_is_the_same_or_an_error(data, tmp_path):
+    text = b"".join(b">%d\n%s\n" % (i, STANDARD * (i + 1)) for i in range(9))
+    packed = bytearray(data.draw(st.sampled_from([gzip.compress(text), _with_checksum(text)])))
+    if data.draw(st.booleans()):
+        packed[data.draw(st.integers(0, len(packed) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    else:
+        del packed[data.draw(st.integers(5, len(packed) - 1)) :]
+    (tmp_path / "plain").write_bytes(text)
+    (tmp_path / "packed").write_bytes(packed)
+    refusal = ""
+    try:
+        found = parse(tmp_path / "packed")
+    except LengthwiseError as error:
+        refusal = str(error)
+        found = parse(tmp_path / "plain")
+    assert found == parse(tmp_path / "plain")
+    assert "\n" not in refusal
+
+
+def _with_checksum(text: bytes) -> bytes:
+    return zstd.compress(text, options={zstd.CompressionParameter.checksum_flag: 1})
+
+
+@pytest.mark.parametrize("ends", [b"\n", b"\r\n", b"\r"])
+def test_a_place_is_the_byte_and_the_line_of_a_record(ends, block_bytes, tmp_path):
+    lines = [b">a", b"MKV", b"", b">b", b"MK>V", b"MK", b">c"]
+    (tmp_path / "in").write_bytes(ends.join(lines))
+    for number, line in [(1, 1), (2, 4), (3, 7)]:
+        offset = len(ends.join([*lines[: line - 1], b""]))
+        assert place(tmp_path / "in", number) == f"byte {offset}, line {line}"
+
+
+def test_a_record_that_no_protein_is_as_long_as_is_refused(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr("lengthwise.fasta.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("lengthwise.fasta.MAX_RECORD_BYTES", 5000)
+    (tmp_path / "in").write_bytes(b">a\nMK\n>b\n" + b"MKV\n" * 2000)
+    with refused("in: ", "'>b", "no protein is so long"):
+        parse(tmp_path / "in")
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr("lengthwise.fasta.BLOCK_BYTES", 4)
+    path = tmp_path / "in"
+    path.write_bytes(b">a\nMK\n>b\nMKV\n")
+    chunks = read_chunks(path)
+    next(chunks)
+    with open(path, "ab") as file:
+        file.write(b">c\nM\n")
+    with refused("in: changed while it was read"):
+        list(chunks)
+
+
+def test_nothing_is_copied_out_of_a_chunk_that_is_not_in_it():
+    headers, bodies, _ = split_records(b">a\nMK\n>b\n\n>\n")
+    assert (headers.to_pylist(), bodies.to_pylist()) == ([b"a", b"b", b""], [b"\nMK\n", b"\n\n", b"\n"])
+    assert split_headers(pa.array([b"", b"a"], pa.binary()))[0].to_pylist() == ["", "a"]
