@@ -7,11 +7,8 @@ asked of the table afterwards, out of core.
 
 import hashlib
 import operator
-import shutil
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +21,7 @@ import pyarrow.parquet as pq
 from lengthwise import alphabet
 from lengthwise.errors import LengthwiseError
 from lengthwise.fasta import joined, place, read_chunks, split_headers, split_records
-from lengthwise.files import atomic, write_json
+from lengthwise.files import atomic, emptied, write_json
 
 RECORDS = pa.schema(
     [
@@ -97,10 +94,10 @@ def ingest(
     with (
         atomic(records) as records_part,
         atomic(sequences) as sequences_part,
-        _emptied(records.parent / ".spill") as spill,
+        emptied(records.parent / ".spill") as spill,
     ):
         config = {"memory_limit": f"{memory_bytes}B", "temp_directory": str(spill), "threads": 1}
-        with duckdb.connect(config=config) as database:
+        with duckdb.connect(config=config | {"preserve_insertion_order": "false"}) as database:
             for word in range(DIGEST_WORDS):
                 counts = _read(fasta, records_part, sequences_part, policy, word)
                 if _repeats_are_repeats(database, records_part, counts):
@@ -309,11 +306,11 @@ def _repeats_are_repeats(database: duckdb.DuckDBPyConnection, records: Path, cou
         "CREATE OR REPLACE TABLE repeated AS SELECT DISTINCT digest FROM read_parquet(?) WHERE status = 'duplicate'",
         [str(records)],
     )
-    (found,) = database.execute(
+    ((found,),) = database.execute(
         "SELECT count(*) = (SELECT count(*) FROM repeated) FROM read_parquet(?) SEMI JOIN repeated USING (digest)"
         " WHERE status = 'accepted'",
         [str(records)],
-    ).fetchone()
+    ).fetchall()
     return found
 
 
@@ -336,10 +333,10 @@ def _settle_ids(database: duckdb.DuckDBPyConnection, fasta: Path, records: Path,
         " SELECT record_no, id AS old, id || '_' || number AS new, other FROM suspects JOIN numbered USING (id, variant)"
         " WHERE number > 1"
     )
-    found = database.execute("SELECT other, record_no, old FROM renamed ORDER BY record_no LIMIT 1").fetchone()
+    found = database.execute("SELECT other, record_no, old FROM renamed ORDER BY record_no LIMIT 1").fetchall()
     if not found:
         return
-    one, other, record_id = found
+    ((one, other, record_id),) = found
     if policy.duplicate_ids == "error":
         raise LengthwiseError(
             f"{fasta}: records {one} and {other} have the same id {_shown(record_id)} and different sequences "
@@ -349,18 +346,17 @@ def _settle_ids(database: duckdb.DuckDBPyConnection, fasta: Path, records: Path,
         "SELECT renamed.record_no, old, new, old_ones.record_no FROM read_parquet(?) AS old_ones JOIN renamed ON id = new"
         " LIMIT 1",
         [str(records)],
-    ).fetchone()
-    if taken:
+    ).fetchall()
+    for number, old, new, other in taken:
         raise LengthwiseError(
-            f"{fasta}: record {taken[0]}, {_shown(taken[1])}, should be renamed to {_shown(taken[2])}, which record "
-            f"{taken[3]} is called already; rename one of them"
+            f"{fasta}: record {number}, {_shown(old)}, should be renamed to {_shown(new)}, which record {other} is called "
+            "already; rename one of them"
         )
-    counts["changes"][ID_SUFFIXED] = database.execute("SELECT count(*) FROM renamed").fetchone()[0]
-    _rename(database, records)
+    counts["changes"][ID_SUFFIXED] = _rename(database, records)
 
 
-def _rename(database: duckdb.DuckDBPyConnection, records: Path) -> None:
-    """Write the records again with their new ids."""
+def _rename(database: duckdb.DuckDBPyConnection, records: Path) -> int:
+    """Write the records again with their new ids; returns how many have one."""
     renamed = database.sql("SELECT record_no, new FROM renamed ORDER BY record_no").to_arrow_table()
     numbers, new = renamed.column("record_no").to_numpy(), renamed.column("new")
     with atomic(records) as part, _Table(part, RECORDS) as table:
@@ -373,20 +369,11 @@ def _rename(database: duckdb.DuckDBPyConnection, records: Path) -> None:
             for name, column in (("id", ids), ("changes", changes)):
                 batch = batch.set_column(RECORDS.get_field_index(name), name, pa.array(column, pa.string()))
             table.append(batch)
+    return len(renamed)
 
 
 def _shown(record_id: str) -> str:
     return repr(record_id if len(record_id) <= 80 else record_id[:77] + "...")
-
-
-@contextmanager
-def _emptied(folder: Path) -> Iterator[Path]:
-    """A folder for DuckDB, gone afterwards; what a killed run left in it goes first."""
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Table:

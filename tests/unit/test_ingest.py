@@ -10,10 +10,14 @@ import zipfile
 import duckdb
 import pytest
 from Bio import SeqIO
+from esm.data import Alphabet
 
+from lengthwise import alphabet
+from lengthwise.alphabet import Letters
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import sha256
 from lengthwise.ingest import Policy, ingest
+from realistic import write
 
 MIXED = (
     b">sp|P1|ONE first  protein\nMKVLA\nWWC\n"
@@ -239,3 +243,117 @@ def test_skip_rejects_longer_sequences_than_max_residues_and_full_none(run):
     assert column(sequences, "sequence") == [b"MKV", b"MKVL"]
     assert summary["reasons"] == {"too_long": 1}
     assert run(data, long_policy="full", max_residues=4)[2]["rejected"] == 0
+
+
+@pytest.mark.parametrize(
+    ("letters", "raw", "expected"),
+    [
+        ({"lowercase": "reject"}, "mKV", "invalid_byte: 'm' (0x6D) at position 1"),
+        ({"j": "reject"}, "MKJV", "invalid_byte: 'J' (0x4A) at position 3"),
+        ({"j": "reject"}, "MKjV", "invalid_byte: 'j' (0x6A) at position 3"),
+        ({"lowercase": "reject"}, "MKjV", "invalid_byte: 'j' (0x6A) at position 3"),
+        ({"stop": "to_x"}, "MK*V*", ("MKXV", "stop_stripped,stop_to_x")),
+        ({"gaps": "remove"}, "M-K.V-", ("MKV", "gaps_removed")),
+        ({"gaps": "remove"}, "-.-", "empty"),
+        ({"spaces": "reject"}, "MK V", "invalid_byte: (0x20) at position 3"),
+        ({"digits": "remove"}, " 1 MKV\n 4 LAW* 7", ("MKVLAW", "stop_stripped,spaces_removed,digits_removed")),
+        ({}, "M KV *", ("MKV", "stop_stripped,spaces_removed")),
+    ],
+    ids=str,
+)
+def test_each_policy_for_letters_does_what_it_says(run, letters, raw, expected):
+    records, sequences, summary = run(f">a\n{raw}\n".encode(), letters=Letters(**letters))
+    if isinstance(expected, str):
+        assert (records[0]["reason"], records[0]["changes"], sequences) == (expected, "", [])
+    else:
+        assert (sequences[0]["sequence"].decode(), records[0]["changes"]) == expected
+        assert summary["changes"] == dict.fromkeys(expected[1].split(","), 1)
+
+
+def test_suffix_renames_every_later_sequence_of_an_id(run):
+    data = b">a x\nMKV\n>a\nMKVL\n>b\nMKVLA\n>a\nmkv\n>a\nM-V\n>a\nMKVL\n"
+    records, sequences, summary = run(data, duplicate_ids="suffix")
+    assert column(records, "id") == ["a", "a_2", "b", "a", "a_3", "a_2"]
+    assert column(records, "status") == ["accepted", "accepted", "accepted", "duplicate", "rejected", "duplicate"]
+    assert column(records, "changes") == ["", "id_suffixed", "", "uppercased", "id_suffixed", "id_suffixed"]
+    assert summary["changes"] == {"uppercased": 1, "id_suffixed": 3}
+    assert len(sequences) == 3
+
+
+def test_a_suffix_that_makes_an_id_that_is_there_is_refused(run, refused, tmp_path, files_in):
+    with refused("record 3, 'a'", "'a_2'", "record 2"):
+        run(b">a\nMKV\n>a_2\nMKVL\n>a\nMKVLA\n", duplicate_ids="suffix")
+    assert files_in(tmp_path / "out") == []
+
+
+def test_nucleotides_are_taken_where_they_are_allowed(run, refused):
+    dna = b">a\n" + b"ACGT" * 30 + b"\n"
+    with refused("looks like nucleotides", "nucleotides: allow"):
+        run(dna)
+    assert run(dna, nucleotides="allow")[2]["accepted"] == 1
+
+
+def test_strict_makes_the_first_rejection_an_error(run, refused, tmp_path, files_in):
+    with refused("in.fasta: 2 of its records", "record 4 (byte 81, line 8)", "'four'", "'-' (0x2D)", "strict: false"):
+        run(MIXED, strict=True)
+    assert files_in(tmp_path / "out") == []
+    assert run(b">a\nMKV\n>b\nmkv\n", strict=True)[2]["duplicate"] == 1
+
+
+def rendered(proteins: dict[str, str], width: int) -> bytes:
+    lines = ([sequence[i : i + width] for i in range(0, len(sequence), width)] for sequence in proteins.values())
+    return "".join(
+        f">{n}\n" + "".join(f"{line}\n" for line in own) for n, own in zip(proteins, lines, strict=True)
+    ).encode()
+
+
+@pytest.mark.parametrize("block_bytes", [64, 1000, 2 << 20])
+def test_width_order_and_compression_change_no_digest(run, random_proteins, monkeypatch, block_bytes):
+    monkeypatch.setattr("lengthwise.fasta.BLOCK_BYTES", block_bytes)
+    proteins = random_proteins(100, longest=300) | {"again": next(iter(random_proteins(100, longest=300).values()))}
+    _, expected, _ = run(rendered(proteins, 60))
+    for data in (rendered(proteins, 7), gzip.compress(rendered(proteins, 1000))):
+        assert run(data)[1] == expected
+    backwards = run(rendered(dict(reversed(proteins.items())), 60))[1]
+    assert sorted(column(backwards, "digest")) == sorted(column(expected, "digest"))
+
+
+def test_repeats_far_apart_are_found_and_ids_too(run, random_proteins, monkeypatch):
+    monkeypatch.setattr("lengthwise.fasta.BLOCK_BYTES", 500)
+    once = random_proteins(500)
+    twice = once | {f"{name}_again": sequence for name, sequence in once.items()}
+    records, sequences, _ = run(rendered(twice, 60))
+    assert column(records, "status") == ["accepted"] * 500 + ["duplicate"] * 500
+    assert column(sequences, "digest") == column(records, "digest")[:500] == column(records, "digest")[500:]
+
+
+def test_two_digests_with_the_same_first_bytes_are_two_sequences(run, monkeypatch):
+    real = alphabet.digests
+
+    def colliding(residues, bounds):
+        digests = real(residues, bounds).copy()
+        digests[:, :8] = 7
+        return digests
+
+    monkeypatch.setattr(alphabet, "digests", colliding)
+    assert column(run(b">a\nMKV\n>b\nMKVL\n>c\nmkv\n")[0], "status") == ["accepted", "accepted", "duplicate"]
+
+
+def test_a_record_has_as_many_tokens_for_fair_esm_as_residues_and_two_more(run, random_proteins):
+    convert = Alphabet.from_architecture("ESM-1b").get_batch_converter()
+    _, sequences, _ = run(MIXED + rendered(random_proteins(50), 60) + b">rare\nUOBZXJ*\n")
+    for row in sequences:
+        assert convert([("", row["sequence"].decode())])[2].shape[1] == row["length"] + 2
+
+
+def test_with_little_memory_the_same_tables_come_out_by_way_of_the_disk(tmp_path):
+    """A quarter of a million ids do not fit into 24 MiB; what is spilled is gone afterwards."""
+    expected = write(tmp_path / "in.fasta", 250_000)
+    outputs = []
+    for name, memory_bytes in [("large", 1 << 30), ("small", 24 << 20)]:
+        paths = [tmp_path / name / file for file in ("records.parquet", "sequences.parquet", "summary.json")]
+        summary = ingest(tmp_path / "in.fasta", *paths, memory_bytes=memory_bytes)
+        assert {key: summary[key] for key in expected} == expected
+        outputs.append([path.read_bytes() for path in paths])
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == sorted(path.name for path in paths)
+    assert outputs[0] == outputs[1]
