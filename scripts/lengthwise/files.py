@@ -29,8 +29,9 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def emptied(folder: Path) -> Iterator[Path]:
-    """The path of a scratch folder, gone afterwards; what a killed run left there goes first."""
+    """A scratch folder, gone afterwards; what a killed run left there goes first."""
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     try:
         yield folder
     finally:

@@ -39,6 +39,8 @@ JOBS_COLUMNS = ["job", "datasets", "shards", "sequences", "residues", "forecast_
 ASSUMED_FLOPS = {"cpu": 60e9, "cuda": 100e12}
 # A kill costs at most one shard, so none is forecast to take longer than this.
 SHARD_SECONDS = 120.0
+# A job's spec is made and read whole; this bounds the memory for it.
+JOB_RESIDUES = 1 << 27
 # Snakemake looks at every job of a plan; jobs grow rather than become more.
 MAX_JOBS = 5_000
 
@@ -101,7 +103,8 @@ def cut(costs: np.ndarray, cap: float) -> np.ndarray:
     -------
     The bounds of the runs, from 0 to len(costs).
     """
-    total = np.concatenate([[0.0], np.cumsum(costs, dtype=np.float64)])
+    total = np.zeros(len(costs) + 1)
+    np.cumsum(costs, out=total[1:])
     bounds = [0]
     while bounds[-1] < len(costs):
         start = bounds[-1]
@@ -202,40 +205,52 @@ def _hold(database: duckdb.DuckDBPyConnection, job: str, rank: int) -> None:
     database.execute("INSERT INTO held SELECT digest FROM specs WHERE job = ?", [job])
 
 
-def _todo(database: duckdb.DuckDBPyConnection) -> np.ndarray:
-    """todo(digest, length, dataset), and its lengths in the order of the work: by length, then digest."""
+def _todo(database: duckdb.DuckDBPyConnection) -> tuple[np.ndarray, np.ndarray]:
+    """todo(digest, length, dataset), and the lengths in it, ascending, with how many sequences have each."""
     database.execute("CREATE TABLE todo AS SELECT digest, length, dataset FROM wanted ANTI JOIN held USING (digest)")
-    return database.execute("SELECT length FROM todo ORDER BY length").fetchnumpy()["length"]
+    found = database.execute("SELECT length, count(*) AS n FROM todo GROUP BY length ORDER BY length").fetchnumpy()
+    return found["length"], found["n"]
 
 
-def _write_specs(
-    database: duckdb.DuckDBPyConnection, store: Path, settings: dict, sizes: Sizes, lengths: np.ndarray
-) -> list[str]:
-    """Cut what is to do into shards and jobs, write one spec per job, and return the jobs' names."""
-    if not len(lengths):
-        return []
+def _cut_work(lengths: np.ndarray, counts: np.ndarray, settings: dict, sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
+    """The bounds of shards and of jobs, in sequences sorted by length; so many sequences have each length."""
     seconds = forecast_seconds(lengths, settings)
-    overhead = len(layout(lengths, settings)[0]) + 8  # the header, and the end of the last sequence in offsets
-    shard_cost = np.maximum(
+    most = np.broadcast_to(lengths[-1], counts.sum())
+    overhead = len(layout(most, settings)[0]) + 8  # the header, and the end of the last sequence in offsets
+    cost = np.maximum(
         seconds / min(SHARD_SECONDS, sizes.job_seconds),
         bytes_per_sequence(lengths, settings) / (sizes.shard_bytes - overhead),
     )
-    shards = cut(shard_cost, 1.0)  # bounds of shards, in sequences
-    shard_seconds = np.add.reduceat(seconds, shards[:-1])
-    job_seconds = max(sizes.job_seconds, shard_seconds.sum() / MAX_JOBS + shard_seconds.max())
-    if len(cut(shard_seconds, sizes.job_seconds)) - 1 <= MAX_JOBS:
-        job_seconds = sizes.job_seconds
-    jobs = shards[cut(shard_seconds, job_seconds)]  # bounds of jobs, in sequences
+    shards = cut(np.repeat(cost, counts), 1.0)
+
+    def per_shard(values: np.ndarray) -> np.ndarray:
+        sums = np.concatenate([[0.0], np.cumsum(values * counts)])  # piecewise linear in the number of sequences
+        return np.diff(np.interp(shards, np.concatenate([[0], np.cumsum(counts)]), sums))
+
+    job_cost = np.maximum(per_shard(seconds) / sizes.job_seconds, per_shard(lengths) / JOB_RESIDUES)
+    jobs = cut(job_cost, 1.0)
+    if len(jobs) - 1 > MAX_JOBS:
+        jobs = cut(job_cost, job_cost.sum() / MAX_JOBS + job_cost.max())
+    return shards, shards[jobs]
+
+
+def _write_specs(
+    database: duckdb.DuckDBPyConnection, store: Path, settings: dict, sizes: Sizes, work: tuple[np.ndarray, np.ndarray]
+) -> list[str]:
+    """Cut what is to do into shards and jobs, write one spec per job, and return the jobs' names."""
+    lengths, counts = work
+    if not len(lengths):
+        return []
+    shards, jobs = _cut_work(lengths, counts, settings, sizes)
     rows = _Rows(
         database.sql(
             "SELECT digest, inputs.length, sequence FROM inputs SEMI JOIN todo USING (dataset, digest) ORDER BY length, digest"
-        ).to_arrow_reader(100_000)
+        ).to_arrow_reader(10_000)
     )
     names = []
     for start, stop in itertools.pairwise(jobs):
-        work = rows.take(stop - start)
         inner = shards[(shards >= start) & (shards <= stop)] - start
-        spec = _spec_table(work, inner, settings)
+        spec = _spec_table(rows.take(stop - start), inner, settings)
         name = job_name(pc.unique(spec.column("shard")).to_pylist())
         _write_spec(spec_path(store, name), spec)
         names.append(name)
@@ -254,7 +269,12 @@ def _restore_spec(database: duckdb.DuckDBPyConnection, store: Path, job: str) ->
         starts += bounds[:-1].tolist()
         lengths += np.diff(bounds).tolist()
         digests += [digest.tobytes() for digest in shard["digests"]]
-    known = dict(database.execute("SELECT digest, any_value(sequence) FROM inputs GROUP BY digest").fetchall())
+    known = dict(
+        database.execute(
+            "SELECT digest, any_value(sequence) FROM inputs WHERE digest IN (SELECT unnest(?::BLOB[])) GROUP BY digest",
+            [digests],
+        ).fetchall()
+    )
     columns = [names, starts, digests, lengths, [known.get(digest) for digest in digests]]
     spec = pa.table([pa.array(c, f.type) for c, f in zip(columns, SPEC, strict=True)], schema=SPEC)
     _write_spec(spec_path(store, job), spec)

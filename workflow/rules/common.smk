@@ -60,6 +60,7 @@ def put_right(store):
 try:
     config.update(lengthwise.config.validate(config, Path(workflow.basedir) / "schemas" / "config.schema.yaml"))
     DATASETS = lengthwise.config.datasets(config["inputs"])
+    STATES = {dataset: lengthwise.fasta.state(path) for dataset, path in DATASETS.items()}
     STORE = str(Path(config["results"]) / lengthwise.config.store_name(config["model"]))
     guard(Path(STORE), config)
     if workflow.is_main_process:
@@ -83,8 +84,8 @@ def fasta_of(wildcards):
 
 
 def fasta_state(wildcards):
-    """Size and time, so that a file replaced by an older one is noticed."""
-    return lengthwise.fasta.state(DATASETS[wildcards.dataset])
+    """Size and time when the run was planned: a file replaced by an older one is noticed, and so is a change since."""
+    return STATES[wildcards.dataset]
 
 
 def checkpoint_given(wildcards):
