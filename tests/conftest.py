@@ -78,10 +78,10 @@ class SmallStore:
             if dataset in users.split(",")
         ]
 
-    def assemble(self, dataset: str) -> dict:
+    def assemble(self, dataset: str, **options) -> dict:
         folder = self.path / "datasets" / dataset
         names = ("index.parquet", "rejected.tsv", "manifest.json")
-        return assemble(self.path, dataset, self.jobs_of(dataset), *(folder / name for name in names))
+        return assemble(self.path, dataset, self.jobs_of(dataset), *(folder / name for name in names), **options)
 
     def run(self, **sizes) -> None:
         """Plan, embed and assemble everything ingested."""

@@ -297,7 +297,7 @@ def test_a_plan_within_little_memory_is_the_same(store, tmp_path, monkeypatch):
     paths = [tmp_path / name for name in ("records.parquet", "sequences.parquet", "summary.json")]
     ingest(tmp_path / "large.fasta", *paths)
     tables = []
-    for memory_bytes in (1 << 30, 100 << 20):
+    for memory_bytes in (1 << 30, 150 << 20):
         shutil.rmtree(store.path / "plan", ignore_errors=True)
         sizes = Sizes(1.0, 1 << 24)
         tables.append(plan(store.path, {"large": paths[1]}, sizes, store.jobs_tsv, memory_bytes).to_dict("records"))
