@@ -14,5 +14,6 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
         Path(snakemake.output.index),
         Path(snakemake.output.rejected),
         Path(snakemake.output.manifest),
+        strict=snakemake.config["strict"],
     )
     log.info("%s: complete, %s records", snakemake.wildcards.dataset, f"{manifest['records']:,}")

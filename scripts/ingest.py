@@ -5,15 +5,28 @@ from pathlib import Path
 from lengthwise.logs import log, reporting
 
 with reporting(snakemake.log[0], snakemake.scriptdir):
-    from lengthwise.fasta import ingest
+    from lengthwise.alphabet import Letters
+    from lengthwise.errors import LengthwiseError
+    from lengthwise.fasta import state
+    from lengthwise.ingest import Policy, ingest
 
+    fasta, params = Path(snakemake.input.fasta), snakemake.params
+    if state(fasta) != params.fasta:
+        raise LengthwiseError(f"{fasta}: changed since this run was planned; run again once nothing writes to it")
     summary = ingest(
-        Path(snakemake.input.fasta),
+        fasta,
         Path(snakemake.output.records),
         Path(snakemake.output.sequences),
         Path(snakemake.output.summary),
-        long_policy=snakemake.params.long_sequences["policy"],
-        max_residues=snakemake.params.long_sequences["max_residues"],
+        Policy(
+            letters=Letters(**params.letters),
+            long_policy=params.long_sequences["policy"],
+            max_residues=params.long_sequences["max_residues"],
+            duplicate_ids=params.duplicate_ids,
+            nucleotides=params.nucleotides,
+            strict=params.strict,
+        ),
+        memory_bytes=snakemake.resources.mem_mb * 10**6 * 2 // 5,  # the rest is for blocks and tables
     )
     log.info(
         "%s: %s records: %s accepted, %s duplicate, %s rejected; %s residues",

@@ -14,7 +14,9 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
     store = Path(snakemake.params.store)
     sizes = Sizes(snakemake.config["job_minutes"] * 60, snakemake.config["shard_bytes"])
     sequences = dict(zip(snakemake.params.datasets, map(Path, snakemake.input.sequences), strict=True))
-    jobs = plan(store, sequences, sizes, Path(snakemake.output.jobs), snakemake.params.retry_rejected)
+    memory_bytes = snakemake.resources.mem_mb * 10**6 * 2 // 5  # the rest is for a job's spec
+    retry = snakemake.params.retry_rejected
+    jobs = plan(store, sequences, sizes, Path(snakemake.output.jobs), memory_bytes, retry)
     new = jobs[[not commit_path(store, job).exists() for job in jobs["job"]]]
     wanted = sum(pq.read_metadata(path).num_rows for path in sequences.values())
     log.info(

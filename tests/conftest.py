@@ -17,8 +17,8 @@ from lengthwise.assemble import assemble
 from lengthwise.checkpoint import write_random
 from lengthwise.embed import embed_job
 from lengthwise.errors import LengthwiseError
-from lengthwise.fasta import ingest
 from lengthwise.files import write_json
+from lengthwise.ingest import Policy, ingest
 from lengthwise.plan import Sizes, plan
 from lengthwise.reading import Dataset
 from lengthwise.shapes import ModelConfig
@@ -54,13 +54,15 @@ class SmallStore:
         names = ("records.parquet", "sequences.parquet", "summary.json")
         if dataset not in self.datasets:
             self.datasets.append(dataset)
-        return ingest(fasta, *(self.inputs(dataset) / name for name in names), **options)
+        return ingest(fasta, *(self.inputs(dataset) / name for name in names), Policy(**options))
 
     def plan(
         self, *datasets: str, job_seconds: float = 1200.0, shard_bytes: int = 1 << 30, retry_rejected: bool = False
     ) -> pd.DataFrame:
         sequences = {name: self.inputs(name) / "sequences.parquet" for name in datasets or self.datasets}
-        self.jobs = plan(self.path, sequences, Sizes(job_seconds, shard_bytes), self.jobs_tsv, retry_rejected)
+        self.jobs = plan(
+            self.path, sequences, Sizes(job_seconds, shard_bytes), self.jobs_tsv, retry_rejected=retry_rejected
+        )
         return self.jobs
 
     def spec(self, job: str) -> pd.DataFrame:
@@ -80,10 +82,10 @@ class SmallStore:
             if dataset in users.split(",")
         ]
 
-    def assemble(self, dataset: str) -> dict:
+    def assemble(self, dataset: str, **options) -> dict:
         folder = self.path / "datasets" / dataset
         names = ("index.parquet", "rejected.tsv", "manifest.json")
-        return assemble(self.path, dataset, self.jobs_of(dataset), *(folder / name for name in names))
+        return assemble(self.path, dataset, self.jobs_of(dataset), *(folder / name for name in names), **options)
 
     def run(self, **sizes) -> None:
         """Plan, embed and assemble everything ingested."""

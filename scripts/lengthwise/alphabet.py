@@ -2,6 +2,9 @@
 
 import base64
 import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -11,15 +14,59 @@ BOS, PAD, EOS, UNK = 0, 1, 2, 3
 RESIDUES = b"LAGVSERTIDPKQNFYMHWCXBUZO"
 VOCABULARY_SIZE = 33
 
+STANDARD = b"ACDEFGHIKLMNPQRSTVWY"
+# ESM-2's own tokens, kept and counted: any, aspartate or asparagine, selenocysteine, glutamate or glutamine, pyrrolysine.
+RARE = b"XBUZO"
+
 _TOKEN_OF_BYTE = np.full(256, 255, dtype=np.uint8)
 _TOKEN_OF_BYTE[np.frombuffer(RESIDUES, dtype=np.uint8)] = np.arange(4, 4 + len(RESIDUES), dtype=np.uint8)
 
-UPPERCASED = "uppercased"
 STOP_STRIPPED = "stop_stripped"
-J_TO_X = "j_to_x"
 
 EMPTY = "empty"
+ALL_X = "all_x"
 INVALID_BYTE = "invalid_byte"
+
+REJECT = "reject"
+_LOWER = RESIDUES.lower() + b"j"
+
+
+@dataclass(frozen=True)
+class Letters:
+    """What happens to letters that are no residue of ESM-2: each is mended as its first value here says, or `reject`."""
+
+    lowercase: str = "uppercase"
+    j: str = "to_x"
+    stop: str = REJECT  # inside a sequence; or to_x
+    gaps: str = REJECT  # or remove
+    spaces: str = "remove"
+    digits: str = REJECT  # or remove
+
+    @cached_property
+    def mended(self) -> dict[str, bytes]:
+        """{change: the bytes that it mends}, in the order in which changes are listed."""
+        rules = {
+            "uppercased": (self.lowercase, _LOWER if self.j != REJECT else _LOWER.replace(b"j", b"")),
+            "j_to_x": (self.j, b"Jj" if self.lowercase != REJECT else b"J"),
+            "stop_to_x": (self.stop, b"*"),
+            "gaps_removed": (self.gaps, b"-."),
+            "spaces_removed": (self.spaces, b" "),
+            "digits_removed": (self.digits, b"0123456789"),
+        }
+        return {change: taken for change, (rule, taken) in rules.items() if rule != REJECT}
+
+    @cached_property
+    def removed(self) -> bytes:
+        return b"".join(taken for change, taken in self.mended.items() if change.endswith("_removed"))
+
+    @cached_property
+    def kept(self) -> bytes:
+        """Every byte that rejects no record."""
+        return RESIDUES + b"".join(self.mended.values())
+
+
+# From what is kept to what is embedded.
+_MENDING = bytes.maketrans(_LOWER + b"J*", _LOWER.upper().replace(b"J", b"X") + b"XX")
 
 
 def tokenize(sequence: bytes) -> np.ndarray:
@@ -47,32 +94,44 @@ def tokenize(sequence: bytes) -> np.ndarray:
     return tokens
 
 
-def normalize(raw: bytes) -> tuple[bytes, list[str], str]:
+def is_tokens(residues: bytes) -> bool:
+    """Whether each byte is a residue, and so exactly one token: L of them are then L + 2 tokens."""
+    return not residues.translate(None, RESIDUES)
+
+
+def normalize(raw: bytes, letters: Letters = Letters()) -> tuple[bytes, list[str], str]:
     """Bring a raw sequence into the form that is embedded.
+
+    Parameters
+    ----------
+    raw
+        The sequence without its line ends.
+    letters
+        What is mended, and what rejects the record.
 
     Returns
     -------
     (sequence, changes, reason)
-        `changes` lists what was done: `uppercased`, `stop_stripped` (one trailing ``*``), `j_to_x` (J, leucine or
-        isoleucine, has no ESM-2 token). `reason` is empty, or says why the record is rejected: `empty`, or
-        `invalid_byte` with the 1-based position in the raw sequence.
+        `changes` lists what was mended: `stop_stripped` (one trailing ``*``) and the names in `Letters.mended`. `reason` is
+        empty, or says why the record is rejected: `empty`, `all_x`, or `invalid_byte` with the byte and its 1-based
+        position in the raw sequence; such a record has no changes.
     """
-    changes = []
-    sequence = raw.upper()
-    if sequence != raw:
-        changes.append(UPPERCASED)
-    if sequence.endswith(b"*"):
-        sequence = sequence[:-1]
-        changes.append(STOP_STRIPPED)
-    if b"J" in sequence:
-        sequence = sequence.replace(b"J", b"X")
-        changes.append(J_TO_X)
-    if not sequence:
-        return sequence, changes, EMPTY
-    if strangers := sequence.translate(None, RESIDUES):
-        byte = strangers[0]
+    end = len(raw.rstrip(letters.removed))  # a space that is removed anyway may stand after the stop
+    stopped = raw[:end].endswith(b"*")
+    if stopped:
+        raw = raw[: end - 1] + raw[end:]
+    if rest := raw.lstrip(letters.kept):
+        byte = rest[0]
         shown = f"'{chr(byte)}' " if 32 < byte < 127 else ""
-        return sequence, changes, f"{INVALID_BYTE}: {shown}(0x{byte:02X}) at position {sequence.index(byte) + 1}"
+        return raw, [], f"{INVALID_BYTE}: {shown}(0x{byte:02X}) at position {len(raw) - len(rest) + 1}"
+    sequence = raw.translate(_MENDING, letters.removed)
+    if not sequence:
+        return sequence, [], EMPTY
+    if not sequence.strip(b"X"):
+        return sequence, [], ALL_X
+    changes = [change for change, taken in letters.mended.items() if len(raw.translate(None, taken)) < len(raw)]
+    if stopped:
+        changes.insert(changes[:1] == ["uppercased"], STOP_STRIPPED)
     return sequence, changes, ""
 
 
@@ -82,6 +141,13 @@ def digest(sequence: bytes) -> bytes:
     Source: GA4GH refget v2, https://samtools.github.io/hts-specs/refget.html
     """
     return hashlib.sha512(sequence).digest()[:24]
+
+
+def digests(residues: bytes, bounds: np.ndarray) -> np.ndarray:
+    """The digests of sequences that lie end to end between these bounds, as uint8 of n rows and 24 columns."""
+    sha512 = hashlib.sha512
+    long = b"".join([sha512(residues[start:stop]).digest() for start, stop in pairwise(bounds.tolist())])
+    return np.ascontiguousarray(np.frombuffer(long, np.uint8).reshape(-1, 64)[:, :24])
 
 
 def digest_name(raw: bytes) -> str:

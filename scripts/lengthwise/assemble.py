@@ -19,7 +19,9 @@ from lengthwise.store import REMAKE, Shard, commit_path, shard_path, spec_path
 SCHEMA = 1
 
 
-def assemble(store: Path, dataset: str, jobs: list[str], index: Path, rejected: Path, manifest: Path) -> dict:
+def assemble(
+    store: Path, dataset: str, jobs: list[str], index: Path, rejected: Path, manifest: Path, strict: bool = False
+) -> dict:
     """Write a dataset's index, its rejected records, and its manifest last.
 
     Parameters
@@ -32,6 +34,8 @@ def assemble(store: Path, dataset: str, jobs: list[str], index: Path, rejected: 
         The committed jobs that it stands on.
     index, rejected, manifest
         The files to write.
+    strict
+        Whether a single rejected record is an error; ingest knows of most, but not of those that embedding rejects.
 
     Returns
     -------
@@ -65,6 +69,11 @@ def assemble(store: Path, dataset: str, jobs: list[str], index: Path, rejected: 
         params=[per_token, str(store / "inputs" / dataset / "records.parquet")],
     ).to_arrow_table()
     counts = _check(dataset, rows, summary)
+    if strict and counts["rejected"]:
+        raise LengthwiseError(
+            f"dataset {dataset}: {counts['rejected']} records are rejected ({counts['reasons']}), and strict is true; "
+            "take them out, or set strict: false"
+        )
     shards = sorted(set(rows.column("shard").to_pylist()) - {None})
     with atomic(index) as part:
         pq.write_table(rows, part, compression="zstd")

@@ -1,188 +1,271 @@
-"""Ingest: one FASTA file becomes a table of all its records and a table of its distinct sequences."""
+"""Reading FASTA in blocks: any compression and line ends, nothing lost between two blocks, what is no FASTA refused."""
 
-import gzip
-import io
-import itertools
-import zlib
-from collections import Counter
-from collections.abc import Iterator
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from Bio.SeqIO.FastaIO import SimpleFastaParser
+import pyarrow.compute as pc
+from isal.igzip_lib import DECOMP_GZIP, IgzipDecompressor, IsalError
 
-from lengthwise import alphabet
 from lengthwise.errors import LengthwiseError
-from lengthwise.files import atomic, sha256, write_json
 
-RECORDS = pa.schema(
-    [
-        ("record_no", pa.int64()),
-        ("id", pa.string()),
-        ("description", pa.string()),
-        ("digest", pa.binary(24)),
-        ("length", pa.int32()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-        ("changes", pa.string()),
-    ]
-)
-SEQUENCES = pa.schema([("digest", pa.binary(24)), ("length", pa.int32()), ("sequence", pa.binary())])
-ROWS_PER_GROUP = 65_536
+if sys.version_info >= (3, 14):
+    from compression.zstd import ZstdDecompressor, ZstdError
+else:
+    from backports.zstd import ZstdDecompressor, ZstdError
 
-TOO_LONG = "too_long"
+# Small enough that a block and what is made of it stay in the processor's cache.
+BLOCK_BYTES = 2 << 20
+# The longest known protein has 45,000 residues; memory is bounded by a few times this.
+MAX_RECORD_BYTES = 64 << 20
+MAX_DESCRIPTION = 1_000
 
-_SPACE = "\N{SYMBOL FOR SPACE}"
-_MAGIC = {
-    b"\x28\xb5\x2f\xfd": "zstd-compressed; decompress it first",
-    b"BZh": "bzip2-compressed; decompress it first",
-    b"PK\x03\x04": "a zip archive; unpack it first",
-    b"\xfd7zXZ": "xz-compressed; decompress it first",
-    b"\xff\xfe": "UTF-16 text; convert it to UTF-8",
-    b"\xfe\xff": "UTF-16 text; convert it to UTF-8",
+_COMPRESSIONS = {
+    "gzip": (re.compile(rb"\x1f\x8b"), lambda: IgzipDecompressor(flag=DECOMP_GZIP)),
+    # The second kind of frame holds no data; pzstd begins with one.
+    "zstd": (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), ZstdDecompressor),
 }
+_OTHER_FORMATS = [
+    (re.compile(rb"BZh[1-9]"), "a bzip2-compressed file; decompress it first"),
+    (re.compile(rb"PK\x03\x04"), "a zip archive; unpack it first"),
+    (re.compile(rb"\xfd7zXZ"), "an xz-compressed file; decompress it first"),
+    (re.compile(rb"\x1f\x8b|\x28\xb5\x2f\xfd"), "a file compressed twice; decompress it once"),
+    (re.compile(rb"\xff\xfe|\xfe\xff|>\0|\0>"), "UTF-16 text; convert it to UTF-8"),
+    (re.compile(rb"@"), "FASTQ; convert it to FASTA and translate it to proteins"),
+    (re.compile(rb"LOCUS\s"), "GenBank; export its proteins as FASTA"),
+    (re.compile(rb"ID {3}"), "an EMBL or UniProt flat file; export it as FASTA"),
+    (re.compile(rb"(HEADER|CRYST1|REMARK|MODEL|ATOM|HETATM) "), "PDB; export its sequences as FASTA"),
+    (re.compile(rb"data_"), "mmCIF; export its sequences as FASTA"),
+    (re.compile(rb"# STOCKHOLM|CLUSTAL"), "an alignment; export its sequences, without gaps, as FASTA"),
+]
+_PRINTABLE = bytes(range(32, 127))
+_LINE_END, _HEADER_MARK, _SPACE = b"\n> "
 
 
-def ingest(
-    fasta: Path, records: Path, sequences: Path, summary: Path, long_policy: str = "full", max_residues: int = 1022
-) -> dict:
-    """Account for every record of a FASTA file.
+def read_chunks(fasta: Path, seen: Callable[[bytes], None] = lambda raw: None) -> Iterator[bytes]:
+    """Yield a FASTA file's text in chunks of whole records: each begins with ``>``, and every line in it ends with LF.
 
     Parameters
     ----------
     fasta
-        Plain or gzip-compressed, told apart by content.
-    records, sequences, summary
-        The Parquet tables and the JSON to write: see `RECORDS` and `SEQUENCES`.
-    long_policy
-        ``full`` embeds every length; ``skip`` rejects sequences of more than `max_residues`.
-
-    Returns
-    -------
-    The summary: counts by status and by reason, and the input's SHA-256.
+        Plain, gzip (bgzip, several members) or zstd, told apart by content.
+    seen
+        Is given the file's bytes as they are read.
 
     Raises
     ------
     LengthwiseError
-        The file cannot be read, is not FASTA, holds no record, or has one id for two different sequences.
+        The file cannot be read whole, changes meanwhile, or is not FASTA.
     """
-    status, reasons, changed = Counter(), Counter(), Counter()
-    residues = 0
-    seen: set[bytes] = set()
-    first_of_id: dict[str, tuple[int, bytes | None]] = {}
-    with atomic(records) as records_part, atomic(sequences) as sequences_part:
-        with _Table(records_part, RECORDS) as record_table, _Table(sequences_part, SEQUENCES) as sequence_table:
-            for record_no, (header, raw) in enumerate(read_records(fasta), start=1):
-                words = header.split(maxsplit=1)
-                record_id = words[0] if words else ""
-                description = words[1] if len(words) > 1 else ""
-                sequence, changes, reason = alphabet.normalize(raw)
-                if not record_id:
-                    reason = "no_id"
-                elif not reason and long_policy == "skip" and len(sequence) > max_residues:
-                    reason = f"{TOO_LONG}: {len(sequence)} residues, more than max_residues = {max_residues}"
-                digest = None if reason else alphabet.digest(sequence)
-                _refuse_ambiguous_id(fasta, record_id, record_no, digest, first_of_id)
-                if reason:
-                    verdict = "rejected"
-                    reasons[reason.split(":")[0]] += 1
-                elif digest in seen:
-                    verdict = "duplicate"
-                else:
-                    verdict = "accepted"
-                    seen.add(digest)
-                    residues += len(sequence)
-                    sequence_table.append((digest, len(sequence), sequence))
-                status[verdict] += 1
-                changed.update(changes)
-                record_table.append(
-                    (record_no, record_id, description, digest, len(sequence), verdict, reason, ",".join(changes))
-                )
-        if not status:
-            raise LengthwiseError(f"{fasta}: no record in it; a FASTA file has lines that begin with '>'")
-    result = {
-        "input": str(fasta),
-        "input_bytes": fasta.stat().st_size,
-        "input_sha256": sha256(fasta),
-        "records": status.total(),
-        "accepted": status["accepted"],
-        "duplicate": status["duplicate"],
-        "rejected": status["rejected"],
-        "reasons": dict(reasons),
-        "changes": dict(changed),
-        "residues": residues,
-    }
-    write_json(summary, result)
-    return result
+    rest, returns = b"", b""
+    for block in _from_first_header(fasta, read_text(fasta, seen)):
+        block = returns + block
+        returns = b"\r" if block.endswith(b"\r") else b""  # perhaps half of a CRLF
+        block = block.removesuffix(returns)
+        if b"\r" in block:
+            block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        text = rest + block
+        cut = text.rfind(b"\n>") + 1
+        if cut:
+            yield text[:cut]
+        rest = text[cut:]
+        if len(rest) > MAX_RECORD_BYTES:
+            raise LengthwiseError(
+                f"{fasta}: a record of more than {MAX_RECORD_BYTES >> 20} MiB begins {rest[:40]!r}: no protein is so long; "
+                "take it out, or translate it if it is a genome"
+            )
+    yield rest + b"\n"
 
 
-def read_records(fasta: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield (header without ``>``, raw sequence) of every record of a plain or gzip-compressed FASTA file."""
+def state(fasta: Path) -> str:
+    """A file's size and time in one line: another one means that it changed."""
+    found = os.stat(fasta)
+    return f"{found.st_size} bytes, {found.st_mtime_ns} ns"
+
+
+def read_text(fasta: Path, seen: Callable[[bytes], None] = lambda raw: None) -> Iterator[bytes]:
+    """Yield a file's decompressed content, block by block, without a byte-order mark."""
     try:
-        with open(fasta, "rb") as raw:
-            start = raw.read(8)
-            raw.seek(0)
-            for magic, what in _MAGIC.items():
-                if start.startswith(magic):
-                    raise LengthwiseError(f"{fasta}: this file is {what}")
-            stream = gzip.GzipFile(fileobj=raw) if start.startswith(b"\x1f\x8b") else raw
-            # utf-8-sig drops a byte-order mark; bytes that are not UTF-8 stay visible as \xNN.
-            text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="backslashreplace")
-            first = next((line for line in text if line.strip()), None)
-            if first is None:
-                raise LengthwiseError(f"{fasta}: the file is empty; give a FASTA file, or take it out of 'inputs'")
-            if not first.startswith(">"):
-                raise LengthwiseError(
-                    f"{fasta}: not FASTA: the first line is {first.strip()[:40]!r}, and should begin with '>'"
-                )
-            lines = (_spaces_kept(line) for line in itertools.chain([first], text))
-            for header, sequence in SimpleFastaParser(lines):
-                yield header, sequence.replace(_SPACE, " ").encode("utf-8")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise LengthwiseError(f"{fasta}: broken gzip ({error}); fetch or compress the file again") from error
+        before = state(fasta)
+        with open(fasta, "rb") as file:
+            pieces = _seen_by(seen, iter(lambda: file.read(BLOCK_BYTES), b""))
+            first = next(pieces, b"")
+            pieces = _chain(first, pieces)
+            for name, (magic, new) in _COMPRESSIONS.items():
+                if magic.match(first):
+                    pieces = _gathered(_decompressed(fasta, pieces, name, new))
+            first = next(pieces, b"")
+            yield first.removeprefix(b"\xef\xbb\xbf")
+            yield from pieces
+        if state(fasta) != before:
+            raise LengthwiseError(f"{fasta}: changed while it was read; run again once nothing writes to it")
     except OSError as error:
         raise LengthwiseError(f"{fasta}: cannot be read: {error.strerror or error}") from error
 
 
-def _spaces_kept(line: str) -> str:
-    """Biopython drops spaces inside a sequence, and with them every later residue's position: hide them from it."""
-    return line if line.startswith(">") else line.rstrip().replace(" ", _SPACE) + "\n"
+def place(fasta: Path, record_no: int) -> str:
+    """Where a record is, for people: byte (decompressed, after a byte-order mark) and line; reads the file once more."""
+    record, offset, line, last = 0, 0, 1, b"\n"
+    for block in read_text(fasta):
+        text = last + block
+        for found in re.finditer(rb"(?<=[\r\n])>", text):
+            record += 1
+            if record == record_no:
+                return f"byte {offset + found.start() - 1:,}, line {line + _line_ends(text[1 : found.start()], last):,}"
+        line += _line_ends(block, last)
+        offset, last = offset + len(block), block[-1:] or last
+    raise LengthwiseError(f"{fasta}: changed while it was read; run again once nothing writes to it")
 
 
-def _refuse_ambiguous_id(fasta, record_id, record_no, digest, first_of_id):
-    """One id must not stand for two sequences: reading by id could not tell them apart."""
-    first_no, first_digest = first_of_id.setdefault(record_id, (record_no, digest))
-    if digest != first_digest:
+def _line_ends(text: bytes, before: bytes) -> int:
+    pairs = text.count(b"\r\n") + (before == b"\r" and text.startswith(b"\n"))
+    return text.count(b"\n") + text.count(b"\r") - pairs
+
+
+def split_records(chunk: bytes) -> tuple[pa.Array, pa.Array, np.ndarray]:
+    """The records of a chunk, as Arrow binary arrays and in no Python loop.
+
+    Returns
+    -------
+    (headers, bodies, lines)
+        Headers without ``>``; bodies with their line ends, and how many LF there are in each.
+    """
+    line_ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == _LINE_END)
+    line_starts = np.concatenate([[0], line_ends[:-1] + 1])
+    header_lines = np.flatnonzero(np.frombuffer(chunk, np.uint8)[line_starts] == _HEADER_MARK)
+    bounds = np.empty(3 * len(header_lines) + 1, np.int32)  # of the mark, the header and the body of each record
+    bounds[0:-1:3] = line_starts[header_lines]
+    bounds[1::3] = bounds[0:-1:3] + 1
+    bounds[2::3] = line_ends[header_lines]
+    bounds[-1] = len(chunk)
+    pieces = _slices(pa.binary(), chunk, bounds)
+    lines = np.diff(header_lines, append=len(line_ends))
+    return pieces.take(_every_third(1, len(bounds) - 1)), pieces.take(_every_third(2, len(bounds) - 1)), lines
+
+
+def split_headers(headers: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """(ids, descriptions): the first word of each header and, up to `MAX_DESCRIPTION` characters, the rest.
+
+    Bytes that are not UTF-8 become ``\\xNN``.
+    """
+    text, bounds = joined(headers)
+    codes = np.frombuffer(text + b"\n", np.uint8)
+    plain = (
+        not text.translate(None, _PRINTABLE)
+        and b"  " not in text
+        and not (codes[bounds[:-1]] == _SPACE).any()
+        and not (codes[bounds[1:] - 1] == _SPACE).any()
+        and np.diff(bounds).all()
+    )
+    if plain:
+        spaces = pc.find_substring(headers, " ").to_numpy()
+        thirds = np.empty(3 * len(headers) + 1, np.int32)  # id, space, description
+        thirds[0:-1:3], thirds[-1] = bounds[:-1], bounds[-1]
+        thirds[1::3] = np.where(spaces < 0, bounds[1:], bounds[:-1] + spaces)
+        thirds[2::3] = np.where(spaces < 0, bounds[1:], bounds[:-1] + spaces + 1)
+        pieces = _slices(pa.string(), text, thirds)
+        ids, descriptions = (pieces.take(_every_third(k, len(thirds) - 1)) for k in (0, 2))
+    else:
+        words = [header.decode("utf-8", "backslashreplace").strip().split(None, 1) for header in headers.to_pylist()]
+        ids = pa.array([pair[0] if pair else "" for pair in words], pa.string())
+        descriptions = pa.array([pair[1] if len(pair) > 1 else "" for pair in words], pa.string())
+    if len(text) and np.diff(bounds).max() > MAX_DESCRIPTION:
+        descriptions = pc.utf8_slice_codeunits(descriptions, 0, MAX_DESCRIPTION)
+    return ids, descriptions
+
+
+def joined(array: pa.Array) -> tuple[bytes, np.ndarray]:
+    """All values of a fresh binary array end to end, and their bounds."""
+    _, offsets, data = array.buffers()
+    bounds = np.frombuffer(offsets, np.int32, len(array) + 1)
+    return data.to_pybytes()[: bounds[-1]] if data else b"", bounds
+
+
+def _slices(kind: pa.DataType, text: bytes, bounds: np.ndarray) -> pa.Array:
+    """The pieces of a text between these bounds, not copied."""
+    return pa.Array.from_buffers(kind, len(bounds) - 1, [None, pa.py_buffer(bounds), pa.py_buffer(text)])
+
+
+def _every_third(first: int, stop: int) -> pa.Array:
+    return pa.array(np.arange(first, stop, 3, dtype=np.int32))
+
+
+def _from_first_header(fasta: Path, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """The blocks without blank lines before the first header, which there must be."""
+    offset, line = 0, 1
+    for block in blocks:
+        text = block.lstrip()
+        if not text:
+            offset, line = offset + len(block), line + _line_ends(block, b"")
+            continue
+        blank = re.match(rb"(?:\s*[\r\n])?", block[: len(block) - len(text)]).group()
+        start = block[len(blank) :]
+        what = next((what for magic, what in _OTHER_FORMATS if magic.match(start)), "")
+        if what or not start.startswith(b">"):
+            first = repr(re.split(rb"[\r\n]", start, maxsplit=1)[0][:40])[1:]
+            where = f"byte {offset + len(blank):,}, line {line + _line_ends(blank, b''):,} begins {first}"
+            raise LengthwiseError(
+                f"{fasta}: not FASTA: {where}" + (f": this is {what}" if what else ", and should begin with '>'")
+            )
+        yield start
+        yield from blocks
+        return
+    raise LengthwiseError(f"{fasta}: the file is empty; give a FASTA file, or take it out of 'inputs'")
+
+
+def _decompressed(fasta: Path, pieces: Iterable[bytes], name: str, new: Callable) -> Iterator[bytes]:
+    """Decompress members (gzip) or frames (zstd) one after another; the last must be whole, and nothing may follow it.
+
+    Zeros after the last gzip member are padding, as gzip itself has it.
+    """
+    decompressor, read, begun = new(), 0, False
+    for piece in pieces:
+        read += len(piece)
+        while piece or not (decompressor.needs_input or decompressor.eof):
+            if decompressor.eof:
+                decompressor, begun = new(), False
+            if not begun and name == "gzip" and read > len(piece):
+                piece = piece.lstrip(b"\0")
+                if not piece:
+                    break
+            try:
+                yield decompressor.decompress(piece, BLOCK_BYTES)
+            except (IsalError, ZstdError) as error:
+                garbage = not begun and not _COMPRESSIONS[name][0].match(piece)
+                where = f"garbage from byte {read - len(piece):,} on" if garbage else f"damaged before byte {read:,}"
+                raise LengthwiseError(
+                    f"{fasta}: broken {name}: {where} ({error}); fetch or compress the file again"
+                ) from error
+            begun = True
+            piece = decompressor.unused_data if decompressor.eof else b""
+    if begun and not decompressor.eof:
         raise LengthwiseError(
-            f"{fasta}: records {first_no} and {record_no} have the same id {record_id!r} and different sequences; "
-            "rename one of them"
+            f"{fasta}: broken {name}: cut short at byte {read:,}, in the middle of the data; fetch or compress the file again"
         )
 
 
-class _Table:
-    """Rows into a Parquet file, a group at a time."""
+def _gathered(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Pieces joined to blocks."""
+    parts, size = [], 0
+    for piece in pieces:
+        parts.append(piece)
+        size += len(piece)
+        if size >= BLOCK_BYTES:
+            yield b"".join(parts)
+            parts, size = [], 0
+    yield b"".join(parts)
 
-    def __init__(self, path: Path, schema: pa.Schema):
-        self.schema = schema
-        self.writer = pq.ParquetWriter(path, schema, compression="zstd")
-        self.rows: list[tuple] = []
 
-    def append(self, row: tuple) -> None:
-        self.rows.append(row)
-        if len(self.rows) == ROWS_PER_GROUP:
-            self.flush()
+def _seen_by(seen: Callable[[bytes], None], pieces: Iterable[bytes]) -> Iterator[bytes]:
+    for piece in pieces:
+        seen(piece)
+        yield piece
 
-    def flush(self) -> None:
-        columns = zip(*self.rows, strict=True) if self.rows else [[] for _ in self.schema]
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, self.schema, strict=True)]
-        self.writer.write_table(pa.table(arrays, schema=self.schema))
-        self.rows.clear()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            self.flush()
-        self.writer.close()
+def _chain(first: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    yield first
+    yield from pieces

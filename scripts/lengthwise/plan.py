@@ -14,10 +14,11 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.files import atomic, read_json
+from lengthwise.files import atomic, emptied, read_json
 from lengthwise.settings import require
 from lengthwise.shapes import ModelConfig
 from lengthwise.status import DOES_NOT_FIT
@@ -39,18 +40,27 @@ JOBS_COLUMNS = ["job", "datasets", "shards", "sequences", "residues", "forecast_
 ASSUMED_FLOPS = {"cpu": 60e9, "cuda": 100e12}
 # A kill costs at most one shard, so none is forecast to take longer than this.
 SHARD_SECONDS = 120.0
+# A job's spec is made and read whole; this bounds the memory for it.
+JOB_RESIDUES = 1 << 27
+# Snakemake looks at every job of a plan; jobs grow rather than become more.
+MAX_JOBS = 5_000
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large jobs and shards may be."""
+    """How large jobs and shards may be; jobs are larger where there would be more than `MAX_JOBS` new ones."""
 
     job_seconds: float
     shard_bytes: int
 
 
 def plan(
-    store: Path, sequences: dict[str, Path], sizes: Sizes, jobs_tsv: Path, retry_rejected: bool = False
+    store: Path,
+    sequences: dict[str, Path],
+    sizes: Sizes,
+    jobs_tsv: Path,
+    memory_bytes: int = 1 << 30,
+    retry_rejected: bool = False,
 ) -> pd.DataFrame:
     """Write the specs of the work that is left, and the table of all jobs that the datasets stand on.
 
@@ -64,6 +74,8 @@ def plan(
         Caps of new jobs and shards; specs that exist keep theirs.
     jobs_tsv
         The table to write; its rows are what this returns.
+    memory_bytes
+        What joins and sorts may take before they spill to disk.
     retry_rejected
         Whether sequences that no device's memory held so far are work again.
 
@@ -73,17 +85,19 @@ def plan(
         Settings, or a shard of a commit whose spec is gone, are damaged.
     """
     settings = require(store)
-    database = duckdb.connect(config={"preserve_insertion_order": "false"})
-    _load_wanted(database, sequences)
-    _load_specs(database, store)
-    _load_unfit(database, store)
-    _choose_specs(database, store, settings)
-    if retry_rejected:
-        database.execute("DELETE FROM held WHERE digest IN (SELECT digest FROM unfit)")
-    for job in _write_specs(database, store, settings, sizes, _todo(database)):
-        _withdraw(database, store, job)
-        database.execute("INSERT INTO chosen VALUES (?, 3, 0)", [job])
-    table = _jobs_table(database, store, settings)
+    with emptied(jobs_tsv.parent / ".spill") as spill:
+        config = {"memory_limit": f"{memory_bytes}B", "temp_directory": str(spill), "threads": 2}
+        with duckdb.connect(config=config | {"preserve_insertion_order": "false"}) as database:
+            _load_wanted(database, sequences)
+            _load_specs(database, store)
+            _load_unfit(database, store)
+            _choose_specs(database, store, settings)
+            if retry_rejected:
+                database.execute("DELETE FROM held WHERE digest IN (SELECT digest FROM unfit)")
+            for job in _write_specs(database, store, settings, sizes, _todo(database)):
+                _withdraw(database, store, job)
+                database.execute("INSERT INTO chosen VALUES (?, 3, 0)", [job])
+            table = _jobs_table(database, settings)
     with atomic(jobs_tsv) as part:
         table.to_csv(part, sep="\t", index=False)
     return table
@@ -101,7 +115,8 @@ def cut(costs: np.ndarray, cap: float) -> np.ndarray:
     -------
     The bounds of the runs, from 0 to len(costs).
     """
-    total = np.concatenate([[0.0], np.cumsum(costs, dtype=np.float64)])
+    total = np.zeros(len(costs) + 1)
+    np.cumsum(costs, out=total[1:])
     bounds = [0]
     while bounds[-1] < len(costs):
         start = bounds[-1]
@@ -117,7 +132,7 @@ def forecast_seconds(lengths: np.ndarray, settings: dict) -> np.ndarray:
 
 
 def _load_wanted(database: duckdb.DuckDBPyConnection, sequences: dict[str, Path]) -> None:
-    """wanted_by(dataset, digest) and wanted(digest, length, sequence)."""
+    """The view inputs(dataset, digest, length, sequence), and wanted(digest, length, dataset): one that has the sequence."""
     database.execute("CREATE TABLE input_files (path VARCHAR, dataset VARCHAR)")
     database.executemany("INSERT INTO input_files VALUES (?, ?)", [[str(p), name] for name, p in sequences.items()])
     paths = [str(path) for path in sequences.values()]
@@ -126,7 +141,9 @@ def _load_wanted(database: duckdb.DuckDBPyConnection, sequences: dict[str, Path]
         "CREATE VIEW inputs AS SELECT dataset, digest, length, sequence"
         " FROM read_parquet(getvariable('paths'), filename = true) JOIN input_files ON filename = path"
     )
-    database.execute("CREATE TABLE wanted AS SELECT digest, any_value(length) AS length FROM inputs GROUP BY digest")
+    database.execute(
+        "CREATE TABLE wanted AS SELECT digest, any_value(length) AS length, min(dataset) AS dataset FROM inputs GROUP BY digest"
+    )
 
 
 def _load_specs(database: duckdb.DuckDBPyConnection, store: Path) -> None:
@@ -225,39 +242,53 @@ def _hold(database: duckdb.DuckDBPyConnection, job: str, rank: int) -> None:
     database.execute("INSERT INTO held SELECT digest FROM specs WHERE job = ?", [job])
 
 
-def _todo(database: duckdb.DuckDBPyConnection) -> np.ndarray:
-    """todo(digest, length), and its lengths in the order of the work: by length, then digest."""
-    database.execute("CREATE TABLE todo AS SELECT digest, length FROM wanted ANTI JOIN held USING (digest)")
-    return database.execute("SELECT length FROM todo ORDER BY length, digest").fetchnumpy()["length"]
+def _todo(database: duckdb.DuckDBPyConnection) -> tuple[np.ndarray, np.ndarray]:
+    """todo(digest, length, dataset), and the lengths in it, ascending, with how many sequences have each."""
+    database.execute("CREATE TABLE todo AS SELECT digest, length, dataset FROM wanted ANTI JOIN held USING (digest)")
+    found = database.execute("SELECT length, count(*) AS n FROM todo GROUP BY length ORDER BY length").fetchnumpy()
+    return found["length"], found["n"]
 
 
-def _write_specs(
-    database: duckdb.DuckDBPyConnection, store: Path, settings: dict, sizes: Sizes, lengths: np.ndarray
-) -> list[str]:
-    """Cut what is to do into shards and jobs, write one spec per job, and return the jobs' names."""
-    if not len(lengths):
-        return []
+def _cut_work(lengths: np.ndarray, counts: np.ndarray, settings: dict, sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
+    """The bounds of shards and of jobs, in sequences sorted by length; so many sequences have each length."""
     seconds = forecast_seconds(lengths, settings)
-    overhead = len(layout(lengths, settings)[0]) + 8  # the header, and the end of the last sequence in offsets
-    shard_cost = np.maximum(
+    most = np.broadcast_to(lengths[-1], counts.sum())
+    overhead = len(layout(most, settings)[0]) + 8  # the header, and the end of the last sequence in offsets
+    cost = np.maximum(
         seconds / min(SHARD_SECONDS, sizes.job_seconds),
         bytes_per_sequence(lengths, settings) / (sizes.shard_bytes - overhead),
     )
-    shards = cut(shard_cost, 1.0)  # bounds of shards, in sequences
-    jobs = shards[cut(np.add.reduceat(seconds, shards[:-1]), sizes.job_seconds)]  # bounds of jobs, in sequences
+    shards = cut(np.repeat(cost, counts), 1.0)
+
+    def per_shard(values: np.ndarray) -> np.ndarray:
+        sums = np.concatenate([[0.0], np.cumsum(values * counts)])  # piecewise linear in the number of sequences
+        return np.diff(np.interp(shards, np.concatenate([[0], np.cumsum(counts)]), sums))
+
+    job_cost = np.maximum(per_shard(seconds) / sizes.job_seconds, per_shard(lengths) / JOB_RESIDUES)
+    jobs = cut(job_cost, 1.0)
+    if len(jobs) - 1 > MAX_JOBS:
+        jobs = cut(job_cost, job_cost.sum() / MAX_JOBS + job_cost.max())
+    return shards, shards[jobs]
+
+
+def _write_specs(
+    database: duckdb.DuckDBPyConnection, store: Path, settings: dict, sizes: Sizes, work: tuple[np.ndarray, np.ndarray]
+) -> list[str]:
+    """Cut what is to do into shards and jobs, write one spec per job, and return the jobs' names."""
+    lengths, counts = work
+    if not len(lengths):
+        return []
+    shards, jobs = _cut_work(lengths, counts, settings, sizes)
     rows = _Rows(
         database.sql(
-            "SELECT digest, length, sequence FROM todo JOIN"
-            " (SELECT digest, any_value(sequence) AS sequence FROM inputs GROUP BY digest) USING (digest)"
-            " ORDER BY length, digest"
-        ).to_arrow_reader(100_000)
+            "SELECT digest, inputs.length, sequence FROM inputs SEMI JOIN todo USING (dataset, digest) ORDER BY length, digest"
+        ).to_arrow_reader(10_000)
     )
     names = []
     for start, stop in itertools.pairwise(jobs):
-        work = rows.take(stop - start)
         inner = shards[(shards >= start) & (shards <= stop)] - start
-        spec = _spec_table(work, inner, settings)
-        name = job_name(dict.fromkeys(spec.column("shard").to_pylist()))
+        spec = _spec_table(rows.take(stop - start), inner, settings)
+        name = job_name(pc.unique(spec.column("shard")).to_pylist())
         _write_spec(spec_path(store, name), spec)
         names.append(name)
     del rows  # its result must be closed before the next statement
@@ -275,7 +306,12 @@ def _restore_spec(database: duckdb.DuckDBPyConnection, store: Path, job: str) ->
         starts += bounds[:-1].tolist()
         lengths += np.diff(bounds).tolist()
         digests += [digest.tobytes() for digest in shard["digests"]]
-    known = dict(database.execute("SELECT digest, any_value(sequence) FROM inputs GROUP BY digest").fetchall())
+    known = dict(
+        database.execute(
+            "SELECT digest, any_value(sequence) FROM inputs WHERE digest IN (SELECT unnest(?::BLOB[])) GROUP BY digest",
+            [digests],
+        ).fetchall()
+    )
     columns = [names, starts, digests, lengths, [known.get(digest) for digest in digests]]
     spec = pa.table([pa.array(c, f.type) for c, f in zip(columns, SPEC, strict=True)], schema=SPEC)
     _write_spec(spec_path(store, job), spec)
@@ -316,14 +352,16 @@ class _Rows:
 
 def _spec_table(work: pa.Table, shards: np.ndarray, settings: dict) -> pa.Table:
     """The spec of one job; `shards` are the bounds of its shards in rows of `work`."""
-    digests = work.column("digest").to_pylist()
+    work = work.cast(pa.schema([SPEC.field(name) for name in work.schema.names])).combine_chunks()
+    digests = b"".join(work.column("digest").to_pylist())
     lengths = work.column("length").to_numpy()
     names, row_starts = [], []
     for start, stop in itertools.pairwise(shards):
-        names += [shard_name(settings["fingerprint"], digests[start:stop])] * (stop - start)
+        names.append(shard_name(settings["fingerprint"], [digests[24 * start : 24 * stop]]))
         row_starts.append(np.concatenate([[0], np.cumsum(lengths[start : stop - 1], dtype=np.int64)]))
-    columns = [names, np.concatenate(row_starts), digests, lengths, work.column("sequence").to_pylist()]
-    return pa.table([pa.array(c, f.type) for c, f in zip(columns, SPEC, strict=True)], schema=SPEC)
+    shard_of = pa.array(np.repeat(np.arange(len(names)), np.diff(shards)))
+    columns = [pa.array(names).take(shard_of), pa.array(np.concatenate(row_starts)), *work.columns]
+    return pa.table(columns, schema=SPEC)
 
 
 def job_name(shards) -> str:
@@ -337,7 +375,7 @@ def _write_spec(path: Path, spec: pa.Table) -> None:
             pq.write_table(spec, part, compression="zstd")
 
 
-def _jobs_table(database: duckdb.DuckDBPyConnection, store: Path, settings: dict) -> pd.DataFrame:
+def _jobs_table(database: duckdb.DuckDBPyConnection, settings: dict) -> pd.DataFrame:
     """One row for each job that some dataset stands on; the first committed job that holds a sequence gives it."""
     database.execute(
         "CREATE TABLE given AS SELECT digest, arg_min(job, ((job, digest) IN (SELECT (job, digest) FROM unfit_in), rank,"
@@ -346,14 +384,19 @@ def _jobs_table(database: duckdb.DuckDBPyConnection, store: Path, settings: dict
     table = database.execute(
         "WITH users AS (SELECT job, string_agg(DISTINCT dataset, ',' ORDER BY dataset) AS datasets"
         "   FROM inputs JOIN given USING (digest) GROUP BY job),"
-        " sizes AS (SELECT job, count(DISTINCT shard) AS shards, count(*) AS sequences, sum(length)::BIGINT AS residues,"
-        "   list(length) AS lengths FROM specs GROUP BY job)"
-        " SELECT job, datasets, shards, sequences, residues, lengths FROM users JOIN sizes USING (job) ORDER BY job"
+        " sizes AS (SELECT job, count(DISTINCT shard) AS shards, count(*) AS sequences, sum(length)::BIGINT AS residues"
+        "   FROM specs GROUP BY job)"
+        " SELECT job, datasets, shards, sequences, residues FROM users JOIN sizes USING (job) ORDER BY job"
     ).df()
-    lengths = [np.asarray(values) for values in table.pop("lengths")]
-    table["forecast_bytes"] = [int(bytes_per_sequence(values, settings).sum()) for values in lengths]
-    table["forecast_seconds"] = [round(float(forecast_seconds(values, settings).sum()), 3) for values in lengths]
-    return table[JOBS_COLUMNS]
+    # Work is sorted, so a job's sequences have few lengths.
+    sizes = database.execute("SELECT job, length, count(*) AS sequences FROM specs GROUP BY ALL").df()
+    lengths, counts = sizes["length"].to_numpy(), sizes["sequences"].to_numpy()
+    sizes["forecast_bytes"] = bytes_per_sequence(lengths, settings) * counts
+    sizes["forecast_seconds"] = forecast_seconds(lengths, settings) * counts
+    forecast = (
+        sizes.groupby("job")[["forecast_bytes", "forecast_seconds"]].sum().reindex(table["job"]).reset_index(drop=True)
+    )
+    return pd.concat([table, forecast.round({"forecast_seconds": 3})], axis=1)[JOBS_COLUMNS]
 
 
 def _scan(folder: Path, ending: str) -> list[os.DirEntry]:

@@ -79,7 +79,6 @@ def test_nothing_left_is_rejected_as_empty(raw):
         (b"M<mask>V", "'<' (0x3C)", 2),
         (b"<cls>", "'<' (0x3C)", 1),
         (b"MK1V2", "'1' (0x31)", 3),
-        (b"MK V", "(0x20)", 3),
         (b"MK\tV", "(0x09)", 3),
         (b"MK\x00", "(0x00)", 3),
         ("MKé".encode(), "(0xC3)", 3),
@@ -96,7 +95,7 @@ def test_what_is_no_residue_is_rejected_with_its_place(raw, shown, position):
 def test_a_byte_is_either_embedded_or_rejected(byte):
     sequence, _, reason = alphabet.normalize(b"M" + bytes([byte]) + b"K")
     if reason:
-        assert chr(byte).upper() not in LETTERS + "J"
+        assert chr(byte).upper() not in LETTERS + "J "
     else:
         assert alphabet.tokenize(sequence).tolist() == esm_tokens(sequence.decode())
 

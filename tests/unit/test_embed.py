@@ -241,7 +241,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_the_rows_stay(new
 
 
 def test_a_sequence_that_does_not_fit_alone_is_rejected_with_the_reason_and_the_others_stay(
-    new, random_proteins, memory_for, digest_of
+    new, random_proteins, memory_for, digest_of, refused
 ):
     proteins = random_proteins(20, shortest=33, longest=50) | {"huge": "MKVLA" * 12}
     proteins["twin"] = proteins["huge"]
@@ -251,6 +251,8 @@ def test_a_sequence_that_does_not_fit_alone_is_rejected_with_the_reason_and_the_
     found = statuses(store)
     assert found.pop(digest_of(proteins["huge"])) == DOES_NOT_FIT
     assert set(found.values()) == {GOOD}
+    with refused("dataset a: 2 records are rejected", "does_not_fit", "strict"):
+        store.assemble("a", strict=True)
     manifest = store.assemble("a")
     assert [manifest[key] for key in ("records", "accepted", "duplicate", "rejected")] == [22, 20, 0, 2]
     assert manifest["reasons"] == {"does_not_fit": 2}

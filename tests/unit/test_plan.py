@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from itertools import pairwise
 
 import duckdb
@@ -9,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lengthwise.fasta import SEQUENCES
-from lengthwise.plan import JOBS_COLUMNS, cut, forecast_seconds, read_jobs
+from lengthwise.ingest import SEQUENCES, ingest
+from lengthwise.plan import JOBS_COLUMNS, Sizes, cut, forecast_seconds, plan, read_jobs
 from lengthwise.store import Shard, bytes_per_sequence, commit_path, spec_path
+from realistic import write
 
 # A sequence of 40 residues is forecast to take 40 microseconds with the tiny model, and 2.7 kB in float16.
 SMALL_JOBS = {"job_seconds": 4e-4, "shard_bytes": 8_000}
@@ -270,6 +272,38 @@ def test_a_job_takes_no_longer_than_job_seconds(store):
     ]
     assert len(seconds) > 3
     assert max(seconds) <= cap * (1 + 1e-9)
+
+
+def test_jobs_grow_rather_than_become_more_than_snakemake_can_look_at(store, monkeypatch):
+    assert len(store.plan(**SMALL_JOBS)) > 5
+    monkeypatch.setattr("lengthwise.plan.MAX_JOBS", 3)
+    for path in (store.path / "plan" / "jobs").iterdir():
+        path.unlink()
+    assert 1 < len(store.plan(**SMALL_JOBS)) <= 3
+    assert sorted(planned(store)) == sorted(wanted(store))
+
+
+def test_a_job_has_no_more_residues_than_its_spec_may_hold(store, monkeypatch):
+    monkeypatch.setattr("lengthwise.plan.JOB_RESIDUES", 500)
+    table = store.plan(shard_bytes=8_000)
+    assert len(table) > 1
+    assert table["residues"].max() <= 500
+
+
+def test_a_plan_within_little_memory_is_the_same(store, tmp_path, monkeypatch):
+    """By way of the disk; what is spilled is gone afterwards."""
+    monkeypatch.setattr("lengthwise.ingest.ROWS_PER_GROUP", 4096)
+    write(tmp_path / "large.fasta", 300_000)
+    paths = [tmp_path / name for name in ("records.parquet", "sequences.parquet", "summary.json")]
+    ingest(tmp_path / "large.fasta", *paths)
+    tables = []
+    for memory_bytes in (1 << 30, 150 << 20):
+        shutil.rmtree(store.path / "plan", ignore_errors=True)
+        sizes = Sizes(1.0, 1 << 24)
+        tables.append(plan(store.path, {"large": paths[1]}, sizes, store.jobs_tsv, memory_bytes).to_dict("records"))
+    assert len(tables[0]) > 1
+    assert tables[0] == tables[1]
+    assert sorted(path.name for path in (store.path / "plan").iterdir()) == ["jobs", "jobs.tsv"]
 
 
 def test_the_work_is_cut_from_sequences_sorted_by_length(store):

@@ -3,10 +3,12 @@
 import argparse
 import os
 import pickle
+import shutil
 
 import pytest
 import torch
 import yaml
+from project import ROOT
 
 
 def assert_one_line(run, *words):
@@ -54,16 +56,48 @@ def test_a_config_that_is_no_yaml_is_snakemakes_own_message(project):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
-    [(b"", ["is empty"]), (b"LOCUS       AB000263\n", ["not FASTA", "LOCUS"]), (b"\x1f\x8b\x08\x00broken", ["gzip"])],
-    ids=["empty", "genbank", "gzip"],
+    ("name", "words"),
+    [
+        ("empty.fasta", ["is empty"]),
+        ("genbank.fasta", ["not FASTA", "byte 0, line 1", "GenBank"]),
+        ("gzip_cut_in_data.fasta.gz", ["broken gzip", "cut short at byte 2,234"]),
+        ("zstd_garbage_after.fasta.zst", ["broken zstd", "garbage from byte 50 on"]),
+        ("same_id_other_sequence.fasta", ["records 1 and 3", "line 5"]),
+        ("dna.fasta", ["looks like nucleotides"]),
+    ],
 )
-def test_a_broken_input_is_one_line(project, content, words):
-    (project.folder / "bad.fasta").write_bytes(content)
-    project.configure(inputs=["bad.fasta"])
+def test_a_broken_input_is_one_line_and_nothing_of_it_is_left(project, name, words):
+    shutil.copy(ROOT / "tests" / "hostile" / name, project.folder)
+    project.configure(inputs={"bad": name})
     run = project.snakemake()
-    assert_one_line(run, "bad.fasta", *words)
-    assert not (project.folder / "results/demo/inputs/bad/records.parquet").exists()
+    assert_one_line(run, name, *words)
+    assert run.rules["embed"] == 0
+    folder = project.folder / "results/demo/inputs/bad"
+    assert not folder.exists() or list(folder.iterdir()) == []
+
+
+def test_strict_stops_before_any_embedding_and_without_it_the_last_lines_count_the_rejected(project):
+    (project.folder / "in.fasta").write_text(">a\nMKV\n>b\nM-V\n>c\nMKV\n")
+    project.configure(inputs=["in.fasta"], strict=True)
+    run = project.snakemake()
+    assert_one_line(run, "in.fasta", "record 2", "strict")
+    assert run.rules["embed"] == 0
+    project.configure(inputs=["in.fasta"])
+    run = project.snakemake()
+    assert "Records     3 = 1 accepted + 1 duplicate + 1 rejected" in run.output
+
+
+def test_an_input_that_changes_after_planning_is_one_line(project, tmp_path):
+    """A job that comes before ingest changes it: to Snakemake the plan stands."""
+    for folder in ("workflow", "scripts", "envs"):
+        shutil.copytree(ROOT / folder, tmp_path / "checkout" / folder)
+    rules = tmp_path / "checkout" / "workflow" / "rules" / "ingest.smk"
+    change = "rule change:\n    output: 'changed'\n    shell: 'echo MKV >> in.fasta; touch {output}'\n"
+    rules.write_text(rules.read_text().replace("fasta=fasta_of,", "fasta=fasta_of, after='changed',", 1) + change)
+    (project.folder / "in.fasta").write_text(">a\nMKV\n")
+    project.configure(inputs=["in.fasta"])
+    project.checkout = tmp_path / "checkout"
+    assert_one_line(project.snakemake(), "in.fasta", "changed since this run was planned")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(workflow.basedir).parent / "scripts"))
 import snakemake.cli
 
 import lengthwise.config
+import lengthwise.fasta
 from lengthwise.closing import failure_lines_of, success_lines_of
 from lengthwise.device import auto_device, refuse_missing_gpu
 from lengthwise.errors import LengthwiseError
@@ -59,6 +60,7 @@ def put_right(store):
 try:
     config.update(lengthwise.config.validate(config, Path(workflow.basedir) / "schemas" / "config.schema.yaml"))
     DATASETS = lengthwise.config.datasets(config["inputs"])
+    STATES = {dataset: lengthwise.fasta.state(path) for dataset, path in DATASETS.items()}
     STORE = str(Path(config["results"]) / lengthwise.config.store_name(config["model"]))
     guard(Path(STORE), config)
     if workflow.is_main_process:
@@ -82,9 +84,8 @@ def fasta_of(wildcards):
 
 
 def fasta_state(wildcards):
-    """Size and time, so that a file replaced by an older one is noticed."""
-    state = os.stat(DATASETS[wildcards.dataset])
-    return f"{state.st_size} bytes, {state.st_mtime_ns} ns"
+    """Size and time when the run was planned: a file replaced by an older one is noticed, and so is a change since."""
+    return STATES[wildcards.dataset]
 
 
 def checkpoint_given(wildcards):

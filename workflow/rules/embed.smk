@@ -16,7 +16,9 @@ checkpoint plan:
         f"{STORE}/logs/plan.log",
     conda:
         "../../envs/lengthwise.yaml"
-    threads: 1
+    threads: 2
+    resources:
+        mem_mb=2000,
     params:
         store=subpath(output.jobs, ancestor=2),
         datasets=list(DATASETS),

@@ -16,8 +16,14 @@ rule ingest:
     conda:
         "../../envs/lengthwise.yaml"
     threads: 1
+    resources:
+        mem_mb=2000,
     params:
         fasta=fasta_state,
         long_sequences=config["long_sequences"],
+        letters=config["letters"],
+        duplicate_ids=config["duplicate_ids"],
+        nucleotides=config["nucleotides"],
+        strict=config["strict"],
     script:
         "../../scripts/ingest.py"
