@@ -67,6 +67,7 @@ class _Open:
     bounds: list[tuple[int, int]]  # of its batches, in the order of the work
     status: np.ndarray  # [n] uint8
     rows: list[dict] = field(default_factory=list)  # of its metrics
+    writes: list[Future] = field(default_factory=list)
 
 
 def embed_job(
@@ -247,9 +248,9 @@ class Walk:
         while len(self.writes) >= WRITES_AHEAD:
             self.writes.popleft().result()
         wait_write_ms = (time.perf_counter() - began) * 1000
-        self.writes.append(
-            self.thread.submit(current.writer.write, start, result.arrays, lengths.tolist(), result.status)
-        )
+        write = self.thread.submit(current.writer.write, start, result.arrays, lengths.tolist(), result.status)
+        self.writes.append(write)
+        current.writes.append(write)
         current.status[start:stop] = result.status
         repeated = engine is not self.engine
         wall_ms = self.progress.batch_done(0 if repeated else int(lengths.sum()))
@@ -284,6 +285,8 @@ class Walk:
             self._take(current, i, i + 1, result, exact)
 
     def _commit(self, finished: "_Open") -> None:
+        for write in finished.writes:  # done by now; one that failed must not be committed
+            write.result()
         write_metrics(metrics_path(self.store, finished.shard.name), finished.rows)
         finished.writer.commit()
 

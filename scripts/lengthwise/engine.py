@@ -199,6 +199,8 @@ class Engine:
         length = min(300, tokens - 2)
         batch = [b"A" * length] * (tokens // (length + 2))
         *_, result = self.embed([batch, batch])  # the second while the first one's results are copied out
+        if result.oom_splits:
+            return max(1_024, tokens // 2)
         needed = (result.peak_allocated_bytes - before) / tokens
         log.info(
             "%s tokens a batch need %.2f GB (%.2f by the formula) of the %.2f GB that are free",
@@ -214,6 +216,7 @@ class Engine:
         """Memory that a batch needs beside the weights for each of its tokens, by the closed formula."""
         stored = "residue" in self.output.outputs and DTYPES[self.output.storage_dtype].itemsize
         stored *= len(self.output.layers) * self.model.config.embed_dim
+        stored += 4 * (len(self.output.layers) - 1) * self.model.config.embed_dim  # layers that wait to be stored
         return self.model.config.bytes_per_token(DTYPES[self.precision].itemsize, stored)
 
     @property
@@ -255,7 +258,7 @@ class Engine:
             for _ in range(2):  # again once everything else was given back
                 try:
                     return [self._forward(batch)], 0
-                except RuntimeError as error:
+                except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
                 # Outside of the handler, whose traceback keeps the tensors alive.
@@ -390,8 +393,9 @@ def fitting_tokens(free_bytes: float, bytes_per_token: float, most: int) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation was refused; torch has a class for the GPU's, the CPU's is a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an allocation was refused; torch has a class for its GPU allocator's, others are plain RuntimeErrors."""
+    words = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 def _on_host(part: _Part) -> tuple[dict[str, np.ndarray], np.ndarray]:

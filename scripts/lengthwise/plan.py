@@ -167,7 +167,8 @@ def _load_unfit(database: duckdb.DuckDBPyConnection, store: Path) -> None:
         for name in read_json(commit_path(store, job)).get("does_not_fit", []):
             shard = Shard(shard_path(store, name))
             rows = [[job, shard["digests"][i].tobytes()] for i in np.flatnonzero(shard["status"] == DOES_NOT_FIT)]
-            database.executemany("INSERT INTO unfit_in VALUES (?, ?)", rows)
+            if rows:  # none where a later try of the same shard fit
+                database.executemany("INSERT INTO unfit_in VALUES (?, ?)", rows)
     database.execute(
         "CREATE TABLE unfit AS SELECT DISTINCT digest FROM unfit_in WHERE digest NOT IN (SELECT digest FROM specs"
         " JOIN commits USING (job) ANTI JOIN unfit_in USING (job, digest))"
@@ -175,11 +176,9 @@ def _load_unfit(database: duckdb.DuckDBPyConnection, store: Path) -> None:
 
 
 def _withdraw(database: duckdb.DuckDBPyConnection, store: Path, job: str) -> None:
-    """Take back what an earlier try of the same sequences left: rows that say that they did not fit."""
+    """Take back the commit of an earlier try of the same sequences; its shards stay until the next try replaces them."""
     commit = commit_path(store, job)
     if commit.exists():
-        for shard in read_json(commit)["shards"]:
-            shard_path(store, shard).unlink(missing_ok=True)
         commit.unlink()
         database.execute("DELETE FROM unfit_in WHERE job = ?", [job])
         database.execute("DELETE FROM chosen WHERE job = ?", [job])
@@ -292,7 +291,8 @@ def _write_specs(
         _write_spec(spec_path(store, name), spec)
         names.append(name)
     del rows  # its result must be closed before the next statement
-    _add_specs(database, store, names)
+    known = {job for (job,) in database.execute("SELECT DISTINCT job FROM specs").fetchall()}
+    _add_specs(database, store, [name for name in names if name not in known])
     return names
 
 

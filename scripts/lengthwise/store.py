@@ -20,6 +20,7 @@ import numpy as np
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import fsync_folder
+from lengthwise.status import DOES_NOT_FIT
 
 _DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U32": np.uint32, "U8": np.uint8}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
@@ -285,12 +286,16 @@ def _read_header(path: Path, file, size: int) -> tuple[dict, dict[str, Tensor]]:
 
 
 def is_made(path: Path, digests: list[bytes], fingerprint: str) -> bool:
-    """Whether a whole shard of these sequences and settings is there; what is there but damaged is made again."""
+    """Whether a whole shard of these sequences and settings is there.
+
+    What is there but damaged is made again, and so is a shard of nothing but sequences that no device's memory held.
+    """
     if not path.exists():
         return False
     try:
         shard = Shard(path)
-        return shard.metadata["fingerprint"] == fingerprint and shard["digests"].tobytes() == b"".join(digests)
+        same = shard.metadata["fingerprint"] == fingerprint and shard["digests"].tobytes() == b"".join(digests)
+        return same and not (shard["status"] == DOES_NOT_FIT).all()
     except (LengthwiseError, KeyError):
         return False
 

@@ -270,6 +270,42 @@ def test_a_sequence_that_does_not_fit_alone_is_rejected_with_the_reason_and_the_
             ds[name]
 
 
+def test_a_shard_whose_last_write_failed_is_not_made(new, monkeypatch):
+    store, job = new(shard_bytes=1 << 30)
+    original, left = ShardWriter.write, [3]
+
+    def failing(self, *arguments):
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(5, "Input/output error")
+        original(self, *arguments)
+
+    monkeypatch.setattr(ShardWriter, "write", failing)
+    cut = list(cut_batches(store.spec(job)["length"].to_numpy(), 1_024))
+    left[0] = len(cut)
+    with pytest.raises(OSError, match="Input/output"):
+        store.embed(job, batch_tokens=1_024)
+    assert store.shard_files() == []
+
+
+def test_a_shard_of_a_sequence_that_did_not_fit_alone_is_tried_again_too(new, memory_for, monkeypatch, random_proteins):
+    proteins = random_proteins(10, shortest=33, longest=50) | {"huge": "MKVLA" * 40}
+    store, first = new(proteins, shard_bytes=14_000)  # the last shard holds the huge one alone
+    assert store.spec(first)["shard"].value_counts().min() == 1
+    memory_for(residues=50)
+    store.embed(first)
+    for _ in range(2):
+        store.plan(retry_rejected=True)
+        store.embed_all()
+        assert store.assemble("a")["reasons"] == {"does_not_fit": 1}
+    monkeypatch.undo()
+    store.plan(retry_rejected=True)
+    store.embed_all()
+    for _ in range(2):
+        assert store.assemble("a")["accepted"] == 11
+        store.plan(retry_rejected=True)
+
+
 def test_what_did_not_fit_is_taken_up_on_a_larger_device_and_nothing_else_is(
     new, random_proteins, memory_for, monkeypatch, digest_of
 ):
