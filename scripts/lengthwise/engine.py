@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -116,9 +117,9 @@ class _Batch:
     packing: Packing
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Part:
-    """A forward pass that was started: its results are on the host once `done` has happened."""
+    """A forward pass that was started: its results are on the host once it is settled."""
 
     packing: Packing  # on the host
     arrays: dict[str, Tensor]
@@ -127,6 +128,12 @@ class _Part:
     done: torch.cuda.Event | None
     on_device: object  # what is being copied out: memory that must not be used for anything else before that
     peaks: tuple[int | None, int | None, int | None]
+
+    def settle(self) -> None:
+        """Wait for the copies, and let go of the device's memory."""
+        if self.done is not None:
+            self.done.synchronize()
+        self.on_device = None
 
 
 class Engine:
@@ -158,6 +165,7 @@ class Engine:
         self.model = load_model(checkpoint, device, DTYPES[precision])
         self.memory = MemoryMeter(device)
         self.token_limit = sys.maxsize  # the largest batch that memory is known not to refuse
+        self.parts: WeakSet[_Part] = WeakSet()  # that nobody has taken yet
         if device.type == "cuda":
             self.incoming, self.outgoing = torch.cuda.Stream(device), torch.cuda.Stream(device)
             if compile:
@@ -287,7 +295,9 @@ class Engine:
         if cuda:
             on_device = results, status
             results, status, done = self._copied_out(results, status)
-        return _Part(batch.packing, results, status, (began, ended), done, on_device, self.memory.peaks())
+        part = _Part(batch.packing, results, status, (began, ended), done, on_device, self.memory.peaks())
+        self.parts.add(part)
+        return part
 
     def _copied_in(self, batch: _Batch) -> tuple[Tensor, Packing]:
         with torch.cuda.stream(self.incoming):
@@ -344,6 +354,8 @@ class Engine:
         return event
 
     def _give_memory_back(self) -> None:
+        for part in self.parts:
+            part.settle()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -399,8 +411,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _on_host(part: _Part) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    if part.done is not None:
-        part.done.synchronize()
+    part.settle()
     arrays, status = {name: value.numpy() for name, value in part.arrays.items()}, part.status.numpy()
     if (bad := status != GOOD).any():
         counts = part.packing.bounds.diff().numpy() - 2  # [N]

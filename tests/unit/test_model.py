@@ -211,6 +211,24 @@ def test_where_torch_cannot_compile_the_engine_runs_uncompiled_and_says_so(any_h
     assert_close(next(engine.embed([[sequence]])).arrays["layer_3"], reference(any_head, sequence, [3])[3])
 
 
+def test_before_a_second_try_the_results_of_earlier_batches_leave_the_device(any_head, monkeypatch):
+    engine = Engine(any_head, CPU, "float32", Output((3,), ("residue",), "float32"))
+    monkeypatch.setattr(Engine, "_in_flight", 2)  # as on a GPU, where results wait to be copied out
+    original, waiting = Engine._forward, []
+
+    def crowded(self, batch):
+        if any(part.on_device is not None for part in waiting):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        part = original(self, batch)
+        part.on_device = "results"
+        waiting.append(part)
+        return part
+
+    monkeypatch.setattr(Engine, "_forward", crowded)
+    results = list(engine.embed([[sequence] for sequence in random_sequences([5, 6, 7])]))
+    assert [(result.status.tolist(), result.oom_splits) for result in results] == [([0], 0)] * 3
+
+
 class LiveBytes(TorchDispatchMode):
     """The most bytes that tensors took at one time."""
 
