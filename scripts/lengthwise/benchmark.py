@@ -89,7 +89,7 @@ def benchmark(
     residues = sum(map(len, sequences))
     flops = sum(config.flops(len(sequence)) for sequence in sequences)
     sample = sequences[:: max(1, len(sequences) // SAMPLE)]
-    expected = _reference(weights, sample, device)
+    expected = reference(weights, sample, device)
     contenders = list(_contenders(weights, config, device))
     errors = {}
     for number, contender in enumerate(contenders):
@@ -226,7 +226,8 @@ def _product_rate(config: ModelConfig, device: torch.device, dtype: torch.dtype)
 
 
 @torch.inference_mode()
-def _reference(weights: Path, sequences: list[bytes], device: torch.device) -> Rows:
+def reference(weights: Path, sequences: list[bytes], device: torch.device) -> Rows:
+    """fair-esm's own last layer in float32, one sequence at a time: [L, D] of each."""
     model = checkpoint.reference_model(weights).to(device)
     rows = []
     for sequence in sequences:
@@ -293,9 +294,8 @@ def _lengthwise(weights, config, device, precision, outputs=("residue",)):
 
 def _to_disk(weights: Path, config: ModelConfig, device: torch.device, precision: str):
     """Production's own way, shards written and synced, into a folder for temporary files; the last run's are removed."""
-    from lengthwise.embed import Progress, Shard, Walk
-    from lengthwise.store import Shard as StoredShard
-    from lengthwise.store import shard_path
+    from lengthwise.embed import PlannedShard, Progress, Walk
+    from lengthwise.store import Shard, shard_path
 
     engine, batch_tokens = _engine(weights, config, device, precision, ("residue",))
     layer, folder = config.num_layers, tempfile.TemporaryDirectory()
@@ -311,7 +311,7 @@ def _to_disk(weights: Path, config: ModelConfig, device: torch.device, precision
         numbers = lengths.cumsum(dtype=np.int64) * row_bytes // SHARD_BYTES
         bounds = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1)).tolist()
         shards = [
-            Shard(
+            PlannedShard(
                 f"{start:032x}",
                 [alphabet.digest(s) for s in sequences[start:stop]],
                 lengths[start:stop],
@@ -321,7 +321,7 @@ def _to_disk(weights: Path, config: ModelConfig, device: torch.device, precision
         ]
         with Walk(store, settings, engine, Progress("benchmark", int(lengths.sum()))) as walk:
             walk.make(shards[::-1], batch_tokens)
-        made = [StoredShard(shard_path(store, shard.name)) for shard in shards]
+        made = [Shard(shard_path(store, shard.name)) for shard in shards]
         return [rows for one in made for rows in np.split(one[f"layer_{layer}"], one["offsets"][1:-1])]
 
     return run

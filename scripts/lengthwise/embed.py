@@ -35,8 +35,7 @@ from lengthwise.metrics import write_metrics
 from lengthwise.plan import forecast_seconds
 from lengthwise.settings import require as require_settings
 from lengthwise.status import DOES_NOT_FIT, NON_FINITE
-from lengthwise.store import Shard as StoredShard
-from lengthwise.store import ShardWriter, is_made, metrics_path, shard_path
+from lengthwise.store import Shard, ShardWriter, is_made, metrics_path, shard_path
 from lengthwise.weights import require_unchanged
 
 PROGRESS_SECONDS = 10.0
@@ -49,7 +48,7 @@ log = logging.getLogger("lengthwise")
 
 
 @dataclass(frozen=True)
-class Shard:
+class PlannedShard:
     """A shard that is to be made: sequences of ascending length."""
 
     name: str
@@ -62,7 +61,7 @@ class Shard:
 class _Open:
     """A shard that is being made."""
 
-    shard: Shard
+    shard: PlannedShard
     writer: ShardWriter
     bounds: list[tuple[int, int]]  # of its batches, in the order of the work
     status: np.ndarray  # [n] uint8
@@ -114,7 +113,9 @@ def embed_job(
     if todo:
         begin = time.perf_counter()
         lengths = np.concatenate([shard.lengths for shard in todo])
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(store / "compiled"))  # for this store's other jobs too
+        os.environ.setdefault(
+            "TORCHINDUCTOR_CACHE_DIR", str(store.resolve() / "compiled")
+        )  # for this store's other jobs too
         worth_compiling = float(forecast_seconds(lengths, settings).sum()) > COMPILING_PAYS_SECONDS
         output = Output(tuple(settings["layers"]), tuple(settings["outputs"]), settings["storage_dtype"])
         engine = Engine(checkpoint, device, settings["precision"], output, compile=worth_compiling)
@@ -128,9 +129,7 @@ def embed_job(
     result = {
         "job": job,
         "shards": {shard.name: shard_path(store, shard.name).stat().st_size for shard in shards},
-        "does_not_fit": [
-            s.name for s in shards if (StoredShard(shard_path(store, s.name))["status"] == DOES_NOT_FIT).any()
-        ],
+        "does_not_fit": [s.name for s in shards if (Shard(shard_path(store, s.name))["status"] == DOES_NOT_FIT).any()],
         "made": [shard.name for shard in shards if shard.name in made],
         "sequences": sum(len(shard.lengths) for shard in shards),
         "residues": sum(int(shard.lengths.sum()) for shard in shards),
@@ -203,7 +202,7 @@ class Walk:
         self.stack = ExitStack()
         self.thread = ThreadPoolExecutor(1)
 
-    def make(self, shards: list[Shard], batch_tokens: int) -> set[str]:
+    def make(self, shards: list[PlannedShard], batch_tokens: int) -> set[str]:
         """Make shards in this order; returns those that this process made."""
         rest, made = deque(shards), set()
         while rest:
@@ -218,7 +217,7 @@ class Walk:
             self.writes.popleft().result()
         return made
 
-    def _batches(self, rest: deque[Shard], batch_tokens: int) -> Iterator[list[bytes]]:
+    def _batches(self, rest: deque[PlannedShard], batch_tokens: int) -> Iterator[list[bytes]]:
         """The batches of shards that are not there yet, the longest first; ends early at one that another process makes.
 
         Waiting for that one while shards of its own are unfinished could make two processes wait for each other.
@@ -319,7 +318,7 @@ def _metrics(engine: Engine, lengths: np.ndarray, result: BatchResult) -> dict:
     }
 
 
-def _shards(spec: Path) -> Iterator[Shard]:
+def _shards(spec: Path) -> Iterator[PlannedShard]:
     """The shards of a spec, in its order."""
     table = pq.read_table(spec)
     names = table.column("shard").to_numpy()
@@ -327,4 +326,4 @@ def _shards(spec: Path) -> Iterator[Shard]:
     for start, stop in itertools.pairwise([*starts.tolist(), len(names)]):
         rows = table.slice(start, stop - start)
         digests, lengths, sequences = (rows.column(name) for name in ("digest", "length", "sequence"))
-        yield Shard(names[start], digests.to_pylist(), lengths.to_numpy(), sequences.to_pylist())
+        yield PlannedShard(names[start], digests.to_pylist(), lengths.to_numpy(), sequences.to_pylist())

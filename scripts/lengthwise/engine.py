@@ -152,7 +152,7 @@ class Engine:
         What to compute.
     compile
         Whether torch may compile the layers on a GPU, which takes a minute once on a machine; without a compiler there the
-        engine runs as it is. CPUs have something faster: oneDNN's packed weights (measured: 1.1 to 1.3 times).
+        engine runs as it is. CPUs have something faster: oneDNN's packed weights (measured: about 1.2 times).
     """
 
     def __init__(self, checkpoint: Path, device: torch.device, precision: str, output: Output, compile: bool = False):

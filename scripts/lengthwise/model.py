@@ -3,7 +3,7 @@
 Shapes: T tokens of a batch, R residues, N sequences, D width, H heads, C = D / H channels of a head.
 Types: the products and attention in the compute type; what is added up from layer to layer, LayerNorm, softmax and rotary
 angles in float32. Measured, against a residual stream in half precision: 1.3 to 1.6 times smaller errors (8M and 150M), no
-overflow of float16 in the sums, 1 to 2 % more time on a CPU.
+overflow of float16 in the sums, at most 2 % more time on a CPU.
 The reference is fair-esm 2.0.0, `esm.model.esm2.ESM2` (Lin et al. 2023, doi:10.1126/science.ade2574).
 """
 
