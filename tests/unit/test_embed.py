@@ -272,7 +272,8 @@ def test_a_sequence_that_does_not_fit_alone_is_rejected_with_the_reason_and_the_
 
 def test_a_shard_whose_last_write_failed_is_not_made(new, monkeypatch):
     store, job = new(shard_bytes=1 << 30)
-    original, left = ShardWriter.write, [3]
+    original = ShardWriter.write
+    left = [len(list(cut_batches(store.spec(job)["length"].to_numpy(), 1_024)))]
 
     def failing(self, *arguments):
         left[0] -= 1
@@ -281,8 +282,6 @@ def test_a_shard_whose_last_write_failed_is_not_made(new, monkeypatch):
         original(self, *arguments)
 
     monkeypatch.setattr(ShardWriter, "write", failing)
-    cut = list(cut_batches(store.spec(job)["length"].to_numpy(), 1_024))
-    left[0] = len(cut)
     with pytest.raises(OSError, match="Input/output"):
         store.embed(job, batch_tokens=1_024)
     assert store.shard_files() == []
