@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 from lengthwise.files import atomic
 
 # wall_ms is the host's time since the job's previous batch was finished, so that a job's rows add up to its time without
-# the model's load; device_ms is the time of the forward pass and pooling by the device's own clock, gpu_busy its share of
-# wall_ms, wait_read_ms the wait for the batch to be tokenised, wait_write_ms the wait for earlier batches to be written. What
-# a device does not have is null.
+# the model's load; on a CPU, which computes several batches at once, a batch's share of it. device_ms is the time of the
+# forward pass and pooling by the device's own clock (on a CPU by its core's), gpu_busy its share of wall_ms, wait_read_ms the
+# wait for the batch to be tokenised, wait_write_ms the wait for earlier batches to be written. What a device does not have is
+# null.
 METRICS = pa.schema(
     [
         ("job", pa.string()),

@@ -27,9 +27,6 @@ except ImportError:  # a torch built without it
 # inference too. The other factor, 1 / (1 - observed mask ratio), is 1: a mask token never comes from a FASTA file.
 TOKEN_DROPOUT_SCALE = 1 - 0.15 * 0.8
 LAYER_NORM_EPS = 1e-5
-# Longest sequence whose attention scores a CPU writes out in bfloat16, and how many of them at once.
-EXPLICIT_TOKENS = 1_024
-SCORES_IN_CACHE = 1_024 * 1_024
 # The batch that oneDNN packs weights for; others run with the same weights.
 PACKED_FOR_TOKENS = 2_048
 
@@ -258,31 +255,12 @@ def _attention_padded(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tens
 
 def _attention_by_runs(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     """Neighbours of equal length go through one call: for CPUs, where a call costs little and padding much."""
-    attend = F.scaled_dot_product_attention
-    if q.dtype == torch.bfloat16 and packing.max_length <= EXPLICIT_TOKENS:
-        attend = _explicit_attention
     out = torch.empty_like(q)
     start = 0
     for length, group in groupby(packing.lengths):
         n = sum(1 for _ in group)
         stop = start + n * length
         run = [part[start:stop].unflatten(0, (n, length)).transpose(1, 2) for part in (q, k, v)]  # [n, H, L, C] each
-        out[start:stop] = attend(*run).transpose(1, 2).flatten(0, 1)  # [n * L, H, C]
+        out[start:stop] = F.scaled_dot_product_attention(*run).transpose(1, 2).flatten(0, 1)  # [n * L, H, C]
         start = stop
     return out
-
-
-def _explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v of [n, H, L, C], a few heads at a time so that their scores stay in the cache.
-
-    On CPUs torch's fused kernel computes bfloat16 by way of float32; these products use the bfloat16 instructions.
-    """
-    n, heads, length, channels = q.shape
-    q, k, v = ((q * channels**-0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))  # [n * H, L, C] each
-    out = torch.empty_like(q)
-    step = max(1, SCORES_IN_CACHE // length**2)
-    for i in range(0, n * heads, step):
-        scores = torch.bmm(q[i : i + step], k[i : i + step].transpose(1, 2))  # [step, L, L]
-        weights = scores.softmax(-1)  # computed in float32, rounded once
-        torch.bmm(weights, v[i : i + step], out=out[i : i + step])
-    return out.unflatten(0, (n, heads))  # [n, H, L, C]

@@ -154,22 +154,17 @@ class Probe:
             return None
         if self.trim:
             self.trim(0)
-        self.meter.reset()
-        before = self._peak()
-        kept = forward()
-        growth = self._peak() - before
+        with self.meter.measure() as peaks:
+            before = self.meter.used()
+            kept = forward()
         del kept
-        return growth
+        return (peaks.allocated if peaks.resident is None else peaks.resident) - before
 
     def available_bytes(self) -> int | None:
         """Memory that a pass may still take; None on CUDA, whose allocator refuses cleanly, and where it is not known."""
         if self.device.type == "cuda":
             return None
         return min(_host_memory_left(), default=None)
-
-    def _peak(self) -> int:
-        allocated, _, resident = self.meter.peaks()
-        return allocated if resident is None else resident
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

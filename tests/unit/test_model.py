@@ -2,6 +2,9 @@
 
 import random
 import shutil
+import sys
+import threading
+import time
 import weakref
 
 import numpy as np
@@ -11,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lengthwise import alphabet, checkpoint, model
-from lengthwise.engine import Engine, Output
+from lengthwise.engine import AUTO_BATCH_TOKENS, Engine, Output, ahead
 from lengthwise.model import Packing
 from lengthwise.scaling import _host_memory_left
 from lengthwise.shapes import MODELS, ModelConfig
@@ -213,20 +216,72 @@ def test_where_torch_cannot_compile_the_engine_runs_uncompiled_and_says_so(any_h
 
 def test_before_a_second_try_the_results_of_earlier_batches_leave_the_device(any_head, monkeypatch):
     engine = Engine(any_head, CPU, "float32", Output((3,), ("residue",), "float32"))
-    monkeypatch.setattr(Engine, "_in_flight", 2)  # as on a GPU, where results wait to be copied out
     original, waiting = Engine._forward, []
 
     def crowded(self, batch):
         if any(part.on_device is not None for part in waiting):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         part = original(self, batch)
-        part.on_device = "results"
+        part.on_device = "results"  # as on a GPU, where they wait to be copied out
         waiting.append(part)
+        self.parts.add(part)
         return part
 
     monkeypatch.setattr(Engine, "_forward", crowded)
-    results = list(engine.embed([[sequence] for sequence in random_sequences([5, 6, 7])]))
+    batches = ahead(engine._prepare, [[sequence] for sequence in random_sequences([5, 6, 7])])
+    results = list(engine._embed_on_gpu(batches))
     assert [(result.status.tolist(), result.oom_splits) for result in results] == [([0], 0)] * 3
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+class Together:
+    """Counts the forward passes that go on at the same time, and refuses memory to those of `refused` tokens and more then."""
+
+    def __init__(self, monkeypatch, refused=sys.maxsize):
+        self.now, self.most, lock, original = 0, {}, threading.Lock(), Engine._forward
+
+        def counted(engine, batch):
+            with lock:
+                self.now += 1
+            time.sleep(0.1)  # long enough for the other to begin
+            try:
+                with lock:
+                    size = len(batch.tokens)
+                    self.most[size] = max(self.most.get(size, 0), self.now)
+                    if self.now > 1 and size >= refused:
+                        raise MemoryError
+                return original(engine, batch)
+            finally:
+                with lock:
+                    self.now -= 1
+
+        monkeypatch.setattr(Engine, "_forward", counted)
+
+
+def test_a_cpus_cores_compute_a_batch_each_and_long_ones_together(tiny_checkpoint, monkeypatch, two_threads):
+    sequences = random_sequences([AUTO_BATCH_TOKENS["cpu"], 60, 50, 40, 30])
+    expected = [reference(tiny_checkpoint, sequence, [2])[2] for sequence in sequences]
+    engine = Engine(tiny_checkpoint, CPU, "float32", Output((2,), ("residue",), "float32"))
+    together = Together(monkeypatch)
+    for result, rows in zip(engine.embed([[sequence] for sequence in sequences]), expected, strict=True):
+        assert_close(result.arrays["layer_2"], rows)
+    assert together.most.pop(len(sequences[0]) + 2) == 1
+    assert max(together.most.values()) == 2
+
+
+def test_what_memory_refuses_beside_others_is_tried_alone(tiny_checkpoint, monkeypatch, two_threads):
+    engine = Engine(tiny_checkpoint, CPU, "float32", Output((2,), ("residue",), "float32"))
+    together = Together(monkeypatch, refused=0)
+    results = list(engine.embed([[sequence] for sequence in random_sequences([9, 8, 7, 6])]))
+    assert max(together.most.values()) == 2
+    assert [(result.status.tolist(), result.oom_splits) for result in results] == [([0], 0)] * 4
 
 
 class LiveBytes(TorchDispatchMode):
