@@ -280,6 +280,7 @@ class Walk:
                 raise
             log.warning("%s, and the weights in float32 do not fit into the device's memory too", what)
             return
+        require_unchanged(self.store, self.settings["weights_sha256"])  # the file was read again
         log.warning("%s; computed again in float32", what)
         results = exact.embed([current.shard.sequences[i]] for i in overflowed)
         for i, result in zip(overflowed, results, strict=True):
