@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lengthwise.files import atomic
-from lengthwise.scaling import FAIR_ESM, LENGTHWISE
+from lengthwise.scaling_table import FAIR_ESM, LENGTHWISE
 
 MAX_POINTS = 2_000  # of a figure: more make the page heavy and no clearer
 LOG_FROM = 12.0  # largest over smallest value from which on a linear axis hides the small ones

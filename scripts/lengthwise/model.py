@@ -18,11 +18,6 @@ from torch import Tensor, nn
 
 from lengthwise.shapes import ModelConfig
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # a torch built without it
-    varlen_attn = None
-
 # ESM-2 was trained with 15 % of tokens chosen and 80 % of those masked, and scales every embedding by what is left, at
 # inference too. The other factor, 1 / (1 - observed mask ratio), is 1: a mask token never comes from a FASTA file.
 TOKEN_DROPOUT_SCALE = 1 - 0.15 * 0.8
@@ -69,7 +64,8 @@ class ESM2(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocabulary_size, config.embed_dim)
+        # Not filled with random numbers first: on the meta device that brings the compiler along, as varlen_attn does.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocabulary_size, config.embed_dim))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.emb_layer_norm_after = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
         # A buffer of the checkpoint, rounded there: computing it afresh moves long sequences visibly.
@@ -218,6 +214,8 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     """Attention of every token to the tokens of its own sequence: [T, H, C] in, [T, H, C] out."""
     if uses_varlen(q.device, q.dtype):
+        from torch.nn.attention.varlen import varlen_attn  # here: it brings the compiler, half of torch's start, along
+
         length = packing.max_length
         return varlen_attn(q, k, v, packing.bounds, packing.bounds, length, length)
     if q.device.type == "cpu":
@@ -228,8 +226,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
 def uses_varlen(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the variable-length flash kernel serves this device and compute type (sm80 and later, half precision)."""
     return (
-        varlen_attn is not None
-        and device.type == "cuda"
+        device.type == "cuda"
         and dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )

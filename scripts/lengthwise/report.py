@@ -16,7 +16,7 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.files import atomic, read_json
 from lengthwise.metrics import read_metrics
 from lengthwise.plan import read_jobs
-from lengthwise.scaling import FAIR_ESM, LENGTHWISE, OK, read_scaling
+from lengthwise.scaling_table import FAIR_ESM, LENGTHWISE, OK, read_scaling
 from lengthwise.settings import require
 from lengthwise.store import commit_path, metrics_path
 

@@ -24,12 +24,11 @@ from lengthwise.files import atomic
 from lengthwise.logs import count
 from lengthwise.memory import MemoryMeter
 from lengthwise.model import Packing
+from lengthwise.scaling_table import COLUMNS, FAIR_ESM, LENGTHWISE, OK, OUT_OF_MEMORY, SKIPPED_MEMORY, SKIPPED_TIME
 from lengthwise.shapes import ModelConfig
 
 log = logging.getLogger("lengthwise")
 
-LENGTHWISE, FAIR_ESM = "lengthwise", "fair-esm"
-OK, SKIPPED_TIME, SKIPPED_MEMORY, OUT_OF_MEMORY = "ok", "skipped_time", "skipped_memory", "out_of_memory"
 LENGTHS = (50, 100, 200, 350, 500, 700, 1000, 1500)
 # Tokens of a full batch. On the CPU half of production's, so that the study takes seconds and not minutes.
 BATCH_TOKENS = {"cpu": 1_024, "cuda": AUTO_BATCH_TOKENS["cuda"]}
@@ -37,23 +36,6 @@ MAX_REPEATS = 3
 SEED = 0
 # The twenty standard amino acids: alphabet.RESIDUES goes on with X, B, U, Z and O.
 STANDARD_RESIDUES = np.frombuffer(alphabet.RESIDUES[:20], np.uint8)
-
-# What does not exist is null: every column that a skipped point has no value for is of a nullable type.
-COLUMNS = {
-    "engine": "string",
-    "gradients": "bool",
-    "length": "int64",
-    "n_sequences": "int64",
-    "n_tokens": "int64",
-    "repeats": "int64",
-    "wall_ms": "Float64",
-    "residues_per_second": "Float64",
-    "peak_bytes": "Int64",
-    "memory_measure": "string",
-    "device": "string",
-    "precision": "string",
-    "status": "string",
-}
 
 
 @dataclass(frozen=True)
@@ -119,11 +101,6 @@ def scaling(
     with atomic(table) as part:
         frame.to_csv(part, sep="\t", index=False)
     return frame
-
-
-def read_scaling(table: Path) -> pd.DataFrame:
-    """The table that `scaling` wrote."""
-    return pd.read_csv(table, sep="\t", dtype=COLUMNS)
 
 
 class Probe:

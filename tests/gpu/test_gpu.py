@@ -151,7 +151,6 @@ def test_auto_batches_fit_and_a_batch_that_does_not_is_halved(weights):
     assert np.abs(found - np.concatenate(expected)).max() <= 64 * torch.finfo(torch.float16).eps * scale
 
 
-@pytest.mark.skipif(model.varlen_attn is None, reason="this torch has no variable-length attention")
 def test_cards_without_the_varlen_kernel_get_the_same(weights, monkeypatch):
     sequences = mixed(60_000)
     expected = rows(engine(weights(SMALLEST)), sequences)

@@ -11,7 +11,7 @@ from lengthwise import report
 from lengthwise.errors import LengthwiseError
 from lengthwise.metrics import write_metrics
 from lengthwise.plan import JOBS_COLUMNS
-from lengthwise.scaling import COLUMNS
+from lengthwise.scaling_table import COLUMNS
 from lengthwise.settings import fingerprint
 from lengthwise.store import commit_path, metrics_path
 

@@ -5,6 +5,7 @@ import torch
 from lengthwise import checkpoint, scaling
 from lengthwise.errors import LengthwiseError
 from lengthwise.memory import MemoryMeter
+from lengthwise.scaling_table import read_scaling
 from lengthwise.shapes import ModelConfig
 
 
@@ -49,7 +50,7 @@ def test_columns_agree_with_each_other(study):
 
 def test_the_table_reads_back_as_it_was(study):
     rows, table = study
-    pd.testing.assert_frame_equal(scaling.read_scaling(table), rows)
+    pd.testing.assert_frame_equal(read_scaling(table), rows)
 
 
 @pytest.mark.skipif(not MemoryMeter(torch.device("cpu")).resident, reason="resident memory is not measured here")
@@ -73,7 +74,7 @@ def test_without_time_everything_is_skipped_and_null(weights, tmp_path):
     rows = scaling.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=0.0)
     assert set(rows["status"]) == {scaling.SKIPPED_TIME}
     assert rows[["wall_ms", "residues_per_second", "peak_bytes"]].isna().all(axis=None)
-    assert scaling.read_scaling(tmp_path / "scaling.tsv")["peak_bytes"].isna().all()
+    assert read_scaling(tmp_path / "scaling.tsv")["peak_bytes"].isna().all()
 
 
 def test_with_little_time_only_long_points_are_skipped(weights, tmp_path):
