@@ -1,10 +1,15 @@
 """Shared by all tests: a tiny checkpoint, random proteins, and small stores made by the package's own functions."""
 
+import os
 import random
 import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+# Workers and the runs that they start share the cores, where threads that spin while they wait take time from the others. Read
+# once, when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import pandas as pd
@@ -27,6 +32,19 @@ from lengthwise.weights import fetch
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ModelConfig(2, 32, 2)
+MAX_WORKERS = 8  # of about a gigabyte each
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """A worker for each core; none for files named one by one, which are done before workers have started."""
+    named = [argument.partition("::")[0] for argument in config.args]
+    cores = len(os.sched_getaffinity(0))
+    return 0 if all(name.endswith(".py") for name in named) else min(cores, MAX_WORKERS)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Runs of the workflow first: a file of them takes minutes, which none should take alone at the end."""
+    items.sort(key=lambda item: "workflow" not in item.path.parts)
 
 
 class SmallStore:

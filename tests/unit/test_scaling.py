@@ -19,7 +19,7 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def study(weights, tmp_path_factory):
     table = tmp_path_factory.mktemp("study") / "scaling.tsv"
-    return scaling.scaling(weights, "cpu", "float32", table, seconds=6.0), table
+    return scaling.scaling(weights, "cpu", "float32", table, seconds=20.0), table
 
 
 def single(rows, engine, gradients):
@@ -107,7 +107,7 @@ def test_a_series_that_runs_out_of_memory_ends_and_the_next_goes_on(weights, tmp
         return engine, model, limited
 
     monkeypatch.setattr(scaling, "_load_lengthwise", load_small_device)
-    rows = scaling.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=3.0)
+    rows = scaling.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=10.0)
     for gradients in (False, True):
         ours = single(rows, scaling.LENGTHWISE, gradients)
         assert list(ours["length"]) == [50, 100, 200, 350]
@@ -119,7 +119,7 @@ def test_a_series_that_runs_out_of_memory_ends_and_the_next_goes_on(weights, tmp
 def test_an_error_that_is_not_about_memory_is_raised(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(scaling.Probe, "peak_bytes", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        scaling.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=3.0)
+        scaling.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=10.0)
     assert not (tmp_path / "scaling.tsv").exists()
 
 
