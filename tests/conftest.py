@@ -1,5 +1,6 @@
 """Shared by all tests: a tiny checkpoint, random proteins, and small stores made by the package's own functions."""
 
+import ctypes
 import os
 import random
 import warnings
@@ -218,3 +219,19 @@ def random_rows():
         return arrays
 
     return make
+
+
+@pytest.fixture(scope="module")
+def freed_memory_is_kept():
+    """For the next tensor: fair-esm's are so large that fresh pages for each take longer than the products."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):  # not glibc
+        yield
+        return
+    mmap_max, trim_threshold = -4, -1  # as in malloc.h
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, -1)
+    yield
+    libc.mallopt(mmap_max, 65_536)
+    libc.mallopt(trim_threshold, 131_072)
+    libc.malloc_trim(0)

@@ -342,6 +342,7 @@ def test_the_operators_that_only_gpus_take_fit_together(monkeypatch, varlen, dty
     )
 
 
+@pytest.mark.usefixtures("freed_memory_is_kept")
 @pytest.mark.skipif(min(_host_memory_left(), default=1e12) < 16e9, reason="fair-esm needs 15 GB for 8,000 residues")
 def test_eight_thousand_residues_match_fair_esm_in_the_8m_shape(tmp_path):
     checkpoint.write_random(tmp_path / "8M.pt", MODELS["esm2_t6_8M_UR50D"])

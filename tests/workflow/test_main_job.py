@@ -17,7 +17,7 @@ def proteins(project):
 
 
 @pytest.fixture(scope="module")
-def reference(example):
+def reference(example, freed_memory_is_kept):
     """fair-esm's last layer of every example protein, one at a time in float32, without BOS and EOS."""
     project, _ = example
     model = checkpoint.reference_model(project.folder / "weights" / "demo.pt")
@@ -116,7 +116,7 @@ def test_snakemakes_own_report_holds_the_figures_with_captions(example):
 def test_a_dataset_in_pieces_gives_the_same_numbers(example, project):
     """Many small shards and jobs instead of one of each: the same bytes for every protein."""
     first, _ = example
-    project.configure(shard_bytes=2_000_000, job_minutes=0.05)
+    project.configure(shard_bytes=2_000_000, job_minutes=0.15)
     run = project.snakemake("results/demo/datasets/example/manifest.json")
     assert run.code == 0, run.output
     whole = lengthwise.open(first.folder / "results/demo/datasets/example")

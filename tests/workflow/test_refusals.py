@@ -1,14 +1,14 @@
 """What a user gets to see of a mistake: one line, before any job where that can be, and never a traceback."""
 
-import argparse
 import os
-import pickle
 import shutil
+from collections import Counter
 
 import pytest
 import torch
-import yaml
-from project import ROOT
+from project import ROOT, Project
+
+from lengthwise.config import dataset_name
 
 
 def assert_one_line(run, *words):
@@ -55,49 +55,71 @@ def test_a_config_that_is_no_yaml_is_snakemakes_own_message(project):
     assert "Traceback" not in run.output
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("empty.fasta", ["is empty"]),
-        ("genbank.fasta", ["not FASTA", "byte 0, line 1", "GenBank"]),
-        ("gzip_cut_in_data.fasta.gz", ["broken gzip", "cut short at byte 2,234"]),
-        ("zstd_garbage_after.fasta.zst", ["broken zstd", "garbage from byte 50 on"]),
-        ("same_id_other_sequence.fasta", ["records 1 and 3", "line 5"]),
-        ("dna.fasta", ["looks like nucleotides"]),
-    ],
-)
-def test_a_broken_input_is_one_line_and_nothing_of_it_is_left(project, name, words):
-    shutil.copy(ROOT / "tests" / "hostile" / name, project.folder)
-    project.configure(inputs={"bad": name})
-    run = project.snakemake()
-    assert_one_line(run, name, *words)
-    assert run.rules["embed"] == 0
-    folder = project.folder / "results/demo/inputs/bad"
+BROKEN = {
+    "empty.fasta": ["is empty"],
+    "genbank.fasta": ["not FASTA", "byte 0, line 1", "GenBank"],
+    "gzip_cut_in_data.fasta.gz": ["broken gzip", "cut short at byte 2,234"],
+    "zstd_garbage_after.fasta.zst": ["broken zstd", "garbage from byte 50 on"],
+    "same_id_other_sequence.fasta": ["records 1 and 3", "line 5"],
+    "dna.fasta": ["looks like nucleotides"],
+}
+
+
+@pytest.fixture
+def small(tmp_path) -> Project:
+    return Project.with_tiny_model(tmp_path / "project", a=[b"MKV"])
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """One run for all of them, which goes on after each."""
+    project = Project.with_tiny_model(tmp_path_factory.mktemp("broken") / "project")
+    project.configure(
+        inputs={dataset_name(name): str(ROOT / "tests" / "hostile" / name) for name in BROKEN}, model="tiny.pt"
+    )
+    return project, project.snakemake("--keep-going", "--omit-from", "scaling")
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_input_is_one_line_and_nothing_of_it_is_left(broken, name):
+    project, run = broken
+    assert run.code != 0
+    assert "Traceback" not in run.output
+    (line,) = {line for line in run.errors if name in line}
+    for word in BROKEN[name]:
+        assert word in line
+    folder = project.store / "inputs" / dataset_name(name)
     assert not folder.exists() or list(folder.iterdir()) == []
 
 
-def test_strict_stops_before_any_embedding_and_without_it_the_last_lines_count_the_rejected(project):
-    (project.folder / "in.fasta").write_text(">a\nMKV\n>b\nM-V\n>c\nMKV\n")
-    project.configure(inputs=["in.fasta"], strict=True)
-    run = project.snakemake()
+def test_broken_inputs_stop_a_run_before_any_embedding(broken):
+    _, run = broken
+    assert len(set(run.errors)) == len(BROKEN)
+    assert run.rules == Counter({"fetch_model": 1, "ingest": len(BROKEN)})
+
+
+def test_strict_stops_before_any_embedding_and_without_it_the_last_lines_count_the_rejected(small):
+    (small.folder / "in.fasta").write_text(">a\nMKV\n>b\nM-V\n>c\nMKV\n")
+    small.configure(inputs=["in.fasta"], model="tiny.pt", strict=True)
+    run = small.snakemake()
     assert_one_line(run, "in.fasta", "record 2", "strict")
     assert run.rules["embed"] == 0
-    project.configure(inputs=["in.fasta"])
-    run = project.snakemake()
+    small.configure(inputs=["in.fasta"], model="tiny.pt")
+    run = small.snakemake("results/tiny/datasets/in/manifest.json")
     assert "Records     3 = 1 accepted + 1 duplicate + 1 rejected" in run.output
 
 
-def test_an_input_that_changes_after_planning_is_one_line(project, tmp_path):
+def test_an_input_that_changes_after_planning_is_one_line(small, tmp_path):
     """A job that comes before ingest changes it: to Snakemake the plan stands."""
     for folder in ("workflow", "scripts", "envs"):
         shutil.copytree(ROOT / folder, tmp_path / "checkout" / folder)
     rules = tmp_path / "checkout" / "workflow" / "rules" / "ingest.smk"
     change = "rule change:\n    output: 'changed'\n    shell: 'echo MKV >> in.fasta; touch {output}'\n"
     rules.write_text(rules.read_text().replace("fasta=fasta_of,", "fasta=fasta_of, after='changed',", 1) + change)
-    (project.folder / "in.fasta").write_text(">a\nMKV\n")
-    project.configure(inputs=["in.fasta"])
-    project.checkout = tmp_path / "checkout"
-    assert_one_line(project.snakemake(), "in.fasta", "changed since this run was planned")
+    (small.folder / "in.fasta").write_text(">a\nMKV\n")
+    small.configure(inputs=["in.fasta"], model="tiny.pt")
+    small.checkout = tmp_path / "checkout"
+    assert_one_line(small.snakemake(), "in.fasta", "changed since this run was planned")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -113,22 +135,13 @@ class _Evil:
         return os.system, ("touch ran-code",)
 
 
-def _write(path, kind):
-    if kind == "garbage":
-        path.write_bytes(b"no checkpoint at all" * 100)
-    elif kind == "esm1":
-        torch.save({"args": argparse.Namespace(arch="roberta_large"), "model": {}}, path)
-    elif kind == "state-dict":
-        torch.save({"esm.embeddings.word_embeddings.weight": torch.zeros(33, 8)}, path)
-    elif kind == "code":
-        torch.save({"cfg": _Evil(), "model": {}}, path)
-    elif kind == "plain-pickle":
-        path.write_bytes(pickle.dumps(_Evil()))
-
-
-@pytest.mark.parametrize("kind", ["garbage", "esm1", "state-dict", "code", "plain-pickle"])
-def test_a_checkpoint_of_a_wrong_kind_is_one_line_and_runs_nothing(project, kind):
-    _write(project.folder / "wrong.pt", kind)
+@pytest.mark.parametrize(
+    "content",
+    [{"cfg": _Evil(), "model": {}}, {"esm.embeddings.word_embeddings.weight": None}],
+    ids=["code", "Hugging-Face"],
+)
+def test_a_checkpoint_of_a_wrong_kind_is_one_line_and_runs_nothing(project, content):
+    torch.save(content, project.folder / "wrong.pt")
     project.configure(model="wrong.pt")
     run = project.snakemake()
     assert_one_line(run, "wrong.pt")
@@ -136,18 +149,6 @@ def test_a_checkpoint_of_a_wrong_kind_is_one_line_and_runs_nothing(project, kind
     assert not (project.folder / "results/wrong/settings.json").exists()
 
 
-def test_a_layer_that_does_not_exist_is_one_line(project):
-    project.configure(layers=[7])
-    assert_one_line(project.snakemake(), "layers", "7")
-
-
-def test_a_setting_that_would_not_match_the_store_is_one_line_before_any_job(example):
-    project, _ = example
-    before = (project.folder / "config" / "config.yaml").read_text()
-    try:
-        project.configure(**yaml.safe_load(before) | {"precision": "bfloat16"})
-        run = project.snakemake()
-    finally:
-        (project.folder / "config" / "config.yaml").write_text(before)
-    assert_one_line(run, "precision is float32 there and bfloat16 in the config", "results")
-    assert_before_any_job(run)
+def test_a_layer_that_does_not_exist_is_one_line(small):
+    small.configure(inputs=["in/*.fasta"], model="tiny.pt", layers=[7])
+    assert_one_line(small.snakemake(), "layers", "7")

@@ -100,13 +100,8 @@ def test_renamed_file(project):
     assert rerun(project) == (Counter(["ingest", "plan", "assemble", "summarize", "all"]), 0)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"batch_tokens": 64}, {"job_minutes": 1}, {"shard_bytes": 65536}],
-    ids=lambda change: next(iter(change)),
-)
-def test_how_work_is_cut(project, change):
-    reconfigure(project, **change)
+def test_how_work_is_cut(project):
+    reconfigure(project, batch_tokens=64, job_minutes=1, shard_bytes=65536)
     assert rerun(project) == (NOTHING, 0)
 
 
@@ -121,6 +116,7 @@ def test_what_the_numbers_are_is_refused(project, change):
     run = project.snakemake()
     assert run.code == 1
     assert run.rules == NOTHING
+    assert "Traceback" not in run.output
     (line,) = run.errors
     assert next(iter(change)) in line
     assert "there and" in line
@@ -141,9 +137,9 @@ def test_the_same_weights_copied_again(project):
     assert rerun(project) == (NOTHING, 0)
 
 
-@pytest.mark.parametrize("script", ["embed.py", "plan.py", "assemble.py"])
-def test_touched_script(finished, project, script):
-    os.utime(finished[0].checkout / "scripts" / script)
+def test_touched_scripts(finished, project):
+    for script in (finished[0].checkout / "scripts").glob("*.py"):
+        os.utime(script)
     assert rerun(project) == (NOTHING, 0)
 
 

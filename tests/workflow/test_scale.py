@@ -1,5 +1,7 @@
 """A store of as many jobs as a plan may have: what a run that has nothing to do costs."""
 
+import functools
+import os
 import re
 import time
 import warnings
@@ -7,28 +9,26 @@ import warnings
 import pytest
 from project import Project, random_sequences
 
-from lengthwise.embed import embed_job
+from lengthwise import embed
 from lengthwise.plan import MAX_JOBS, read_jobs
 from lengthwise.store import commit_path, spec_path
 
 JOBS = MAX_JOBS
 
 
-def planned(folder) -> tuple[Project, list[str]]:
-    project = Project.with_tiny_model(folder / "project", a=random_sequences(JOBS, seed=5))
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory) -> Project:
+    project = Project.with_tiny_model(tmp_path_factory.mktemp("planned") / "project", a=random_sequences(JOBS, seed=5))
     # Jobs so short that each holds one protein.
     project.configure(inputs=["in/*.fasta"], model="tiny.pt", job_minutes=1e-9)
     run = project.snakemake("results/tiny/plan/jobs.tsv")
     assert run.code == 0, run.output
-    jobs = read_jobs(project.store / "plan" / "jobs.tsv")["job"]
-    assert len(jobs) == JOBS
-    return project, jobs
+    return project
 
 
-def test_a_dry_run_with_every_job_to_do_takes_under_a_minute(tmp_path):
-    project, _ = planned(tmp_path)
+def test_a_dry_run_with_every_job_to_do_takes_under_a_minute(planned):
     started = time.monotonic()
-    run = project.snakemake("--dry-run", "--quiet", "rules")
+    run = planned.snakemake("--dry-run", "--quiet", "rules")
     seconds = time.monotonic() - started
     assert re.search(rf"^embed +{JOBS}$", run.output, re.MULTILINE), run.output[-2000:]
     warnings.warn(f"{JOBS} jobs, all to do (dry run): {seconds:.1f} s", stacklevel=1)
@@ -36,12 +36,19 @@ def test_a_dry_run_with_every_job_to_do_takes_under_a_minute(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    project, jobs = planned(tmp_path_factory.mktemp("large"))
+def large(planned, tmp_path_factory):
+    project = planned.copy(tmp_path_factory.mktemp("large") / "project")
+    jobs = read_jobs(project.store / "plan" / "jobs.tsv")["job"]
+    assert len(jobs) == JOBS
     receipt = project.store / "weights.json"
     receipt.write_text(receipt.read_text().replace('"tiny.pt"', f'"{project.folder / "tiny.pt"}"'))
-    for job in jobs:  # as Snakemake would, without its second for each
-        embed_job(project.store, spec_path(project.store, job), commit_path(project.store, job))
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # without Snakemake's second, a load of the model and a disk's wait for each
+        patch.setattr(embed, "Engine", functools.cache(embed.Engine))
+        patch.setattr(os, "fsync", lambda _: None)
+        for job in jobs:
+            embed.embed_job(project.store, spec_path(project.store, job), commit_path(project.store, job))
     run = project.snakemake()
     assert run.code == 0, run.output
     assert run.rules["embed"] == 0
