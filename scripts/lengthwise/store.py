@@ -10,7 +10,9 @@ import fcntl
 import hashlib
 import json
 import math
+import mmap
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,8 @@ _DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U32": np.uint
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 # What to do about a shard that is not what it should be: a run notices that it is gone.
 REMAKE = "remove it and run snakemake: it will be made again"
+# A map without a file descriptor of its own, so that a process can hold more of them than it may open files.
+_NO_DESCRIPTOR = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 _ALIGNMENT = 4096
 _MAX_HEADER = 1 << 20
 # Written rows are synced as they go, so that the commit has little left to wait for.
@@ -218,24 +222,19 @@ class Shard:
             with open(self.path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 self.metadata, self.tensors = _read_header(self.path, file, size)
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY, **_NO_DESCRIPTOR)
         except FileNotFoundError as error:
             raise LengthwiseError(
                 f"{self.path}: the shard is missing; restore it, or remove its job's commit"
             ) from error
-        self._maps: dict[str, np.ndarray] = {}
+        self._arrays: dict[str, np.ndarray] = {}
 
     def __getitem__(self, name: str) -> np.ndarray:
         """A tensor as an array over the file, without a copy; writing to it does not reach the file."""
-        if name not in self._maps:
+        if name not in self._arrays:
             tensor = self.tensors[name]
-            if tensor.nbytes:
-                self._maps[name] = np.memmap(self.path, tensor.dtype, "c", tensor.start, tensor.shape)
-            else:
-                self._maps[name] = np.empty(tensor.shape, tensor.dtype)
-        return self._maps[name]
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_maps": {}}  # a worker maps the file itself
+            self._arrays[name] = np.ndarray(tensor.shape, tensor.dtype, self._map, tensor.start)
+        return self._arrays[name]
 
     @property
     def data_names(self) -> list[str]:
