@@ -1,19 +1,25 @@
 """Lengthwise: batch protein embedding with ESM-2.
 
 >>> import lengthwise
->>> ds = lengthwise.open("results/demo/datasets/example")  # doctest: +SKIP
->>> ds["sp|P69905|HBA_HUMAN"].shape  # doctest: +SKIP
-(142, 320)
+>>> ds = lengthwise.open("results/demo/datasets/example")
+>>> ds["sp|P02135|HBB_LITCT"].shape
+(140, 320)
 """
+
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
 
+if TYPE_CHECKING:
+    from lengthwise.reading import Dataset
+
 __all__ = ["LengthwiseError", "__version__", "open"]
 
 
-def open(path):
+def open(path: str | Path) -> "Dataset":
     """Open a finished dataset for reading: see `lengthwise.reading.Dataset`."""
-    from lengthwise.reading import Dataset  # here, so that the Snakefile imports the package without pandas
+    from lengthwise.reading import Dataset  # here, so that the Snakefile imports the package without numpy
 
     return Dataset(path)

@@ -11,12 +11,11 @@ import pyarrow.parquet as pq
 from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import atomic, read_json, write_json
+from lengthwise.index import SCHEMA, write_lookup
 from lengthwise.settings import require
 from lengthwise.shapes import ModelConfig
 from lengthwise.status import REASONS
 from lengthwise.store import REMAKE, Shard, commit_path, shard_path, spec_path
-
-SCHEMA = 1
 
 
 def assemble(
@@ -33,7 +32,7 @@ def assemble(
     jobs
         The committed jobs that it stands on.
     index, rejected, manifest
-        The files to write.
+        The files to write; ``lookup.arrow`` is written beside the index.
     strict
         Whether a single rejected record is an error; ingest knows of most, but not of those that embedding rejects.
 
@@ -76,7 +75,8 @@ def assemble(
         )
     shards = sorted(set(rows.column("shard").to_pylist()) - {None})
     with atomic(index) as part:
-        pq.write_table(rows, part, compression="zstd")
+        pq.write_table(rows, part, compression="zstd", write_page_checksum=True)
+    write_lookup(rows, index)
     with atomic(rejected) as part:
         _write_rejected(rows, part)
     commits = [read_json(commit_path(store, job)) for job in jobs]

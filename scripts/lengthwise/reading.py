@@ -1,116 +1,233 @@
 """Reading: a finished dataset as ids and arrays."""
 
-import difflib
+import errno
 import warnings
-from functools import cached_property
+from collections.abc import Iterator
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-import pandas as pd
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import read_json
-from lengthwise.settings import resolve_layers
+from lengthwise.ids import Ids
+from lengthwise.index import LOOKUP, SCHEMA, Index
+from lengthwise.settings import fingerprint, resolve_layers
+from lengthwise.status import GOOD
 from lengthwise.store import REMAKE, Shard, shard_path
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lengthwise.reading_torch import TorchDataset
+
+# Shards that stay mapped: before Python 3.13 each takes a file descriptor, of which a process often has but 1,024.
+OPEN_SHARDS = 128
 
 
 class Dataset:
-    """The embeddings of one FASTA file.
+    """The embeddings of one FASTA file, or of a selection of its records.
+
+    Its records are those that can be read, accepted and duplicate, in the file's order; `records` lists the rejected ones too.
 
     Parameters
     ----------
     path
         The folder ``results/<model>/datasets/<dataset>``.
 
+    Attributes
+    ----------
+    ids
+        The ids of the records: a sequence of str.
+    layers
+        The stored layers; the first is the one that is read, see `layer`.
+    manifest
+        What the dataset was made of and with.
+
     Raises
     ------
     LengthwiseError
-        The dataset is not complete, or is damaged.
+        The dataset is not complete, is damaged, or was written by a newer Lengthwise.
 
     Examples
     --------
-    >>> ds = lengthwise.open("results/demo/datasets/example")  # doctest: +SKIP
-    >>> ds["sp|P69905|HBA_HUMAN"].shape  # one row per residue  # doctest: +SKIP
-    (142, 320)
+    >>> ds = lengthwise.open("results/demo/datasets/example")
+    >>> ds["sp|P02135|HBB_LITCT"].shape  # one row per residue
+    (140, 320)
+    >>> len(ds), ds.ids[0]
+    (79, 'sp|P02135|HBB_LITCT')
+    >>> [rows.shape for rows in ds[:2]]  # a slice, or a list of ids, is a dataset too
+    [(140, 320), (338, 320)]
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not (self.path / "manifest.json").exists():
-            raise LengthwiseError(f"{path}: no finished dataset here (no manifest.json); run snakemake to make it")
-        self.manifest = read_json(self.path / "manifest.json")
-        self.store = self.path.resolve().parent.parent
-        settings = self.manifest["settings"]
-        self.layers: list[int] = settings["layers"]
-        self._layer = self.layers[0]
-        self._shards: dict[str, Shard] = {}
+        self._load(Path(path))
         if self.manifest["random_weights"]:
             warnings.warn(
                 f"{path}: RANDOM WEIGHTS: these embeddings come from the model {self.manifest['model']!r} and mean nothing",
                 stacklevel=3,
             )
 
-    @cached_property
-    def records(self) -> pd.DataFrame:
-        """Every record of the FASTA file, in its order, with its status and where its rows are."""
-        try:
-            return pd.read_parquet(self.path / "index.parquet")
-        except (OSError, ValueError) as error:
-            raise LengthwiseError(
-                f"{self.path / 'index.parquet'}: missing or damaged; remove it and run snakemake again"
-            ) from error
+    def _load(self, path: Path) -> None:
+        self.path = path
+        self.manifest = _read_manifest(path)
+        settings = self.manifest["settings"]
+        self.store = path.resolve().parent.parent
+        self.layers: list[int] = settings["layers"]
+        self._layer = self.layers[0]
+        self._index = Index(path.absolute(), self.manifest["accepted"] + self.manifest["duplicate"])
+        if not self.manifest["shards"].keys() >= set(self._index.shard_names):
+            raise self._index.damaged()
+        self.ids = Ids(self._index, range(len(self._index)))
+        self._shard = lru_cache(OPEN_SHARDS)(partial(_open_shard, path, self.store, settings, self._index.shard_names))
 
-    @cached_property
-    def ids(self) -> list[str]:
-        """The ids of accepted and duplicate records, in the file's order."""
-        return self._readable["id"].tolist()
+    @property
+    def records(self) -> "pd.DataFrame":
+        """Every record of the FASTA file, in its order, with its status and where its rows are; of a selection, its own."""
+        frame = self._index.frame
+        if isinstance(self.ids.places, range) and self.ids.places == range(len(self._index)):
+            return frame
+        return frame.iloc[np.searchsorted(frame["record_no"], self._index.record_no[self.ids.array()])]
+
+    def where(self, condition: str) -> "Dataset":
+        """The records for which a SQL condition holds.
+
+        Parameters
+        ----------
+        condition
+            As DuckDB understands it, over the columns of `records`. It can reach nothing else: no file, no network.
+
+        Raises
+        ------
+        LengthwiseError
+            It is no such condition.
+
+        Examples
+        --------
+        >>> ds = lengthwise.open("results/demo/datasets/example")
+        >>> short = ds.where("length < 100 AND id LIKE 'sp|%'")
+        >>> short.pooled("mean").shape
+        (26, 320)
+        """
+        places = self.ids.array()
+        return self._view(places[self._index.where(condition)[places]], self._layer)
 
     def layer(self, layer: int) -> "Dataset":
-        """The same dataset, reading another stored layer, by resolved or negative index."""
+        """The same records, reading another stored layer, by resolved or negative index.
+
+        Raises
+        ------
+        LengthwiseError
+            The model does not have this layer, or it was not stored.
+        """
         resolved = resolve_layers([layer], self.manifest["settings"]["num_layers"])[0]
         if resolved not in self.layers:
             raise LengthwiseError(f"{self.path}: layer {layer} was not stored; stored are {self.layers}")
-        other = object.__new__(Dataset)
-        other.__dict__.update(self.__dict__, _layer=resolved)
-        return other
+        return self._view(self.ids.places, resolved)
 
     def __len__(self) -> int:
-        return len(self._readable)
+        return len(self.ids)
 
-    def __contains__(self, record_id: str) -> bool:
-        return record_id in self._numbers
+    def __contains__(self, record_id: object) -> bool:
+        return record_id in self.ids
 
-    def __getitem__(self, key: str | int) -> np.ndarray:
-        """A protein's (L, D) array, by its id or its place in `ids`; memory-mapped, copy-on-write.
+    @overload
+    def __getitem__(self, key: str | int) -> np.ndarray: ...
+
+    @overload
+    def __getitem__(self, key: slice | list[str] | list[int] | np.ndarray) -> "Dataset": ...
+
+    def __getitem__(self, key: str | int | slice | list[str] | list[int] | np.ndarray) -> "np.ndarray | Dataset":
+        """A record's (L, D) array, by its id or its number in `ids`; by a slice or a list of these or of bools, a selection.
+
+        The arrays are the file itself, memory-mapped copy-on-write: what is written into one never reaches the file, but
+        whoever reads the same rows again in this process may see it. ``np.array(ds[...])`` is a copy.
 
         Raises
         ------
         KeyError
-            No such id, or the record was rejected: with its reason.
+            No such id, with those near it; or the record was rejected, with its reason.
+        IndexError
+            No such number.
+        LengthwiseError
+            Residues were not stored; a shard is missing, damaged, or another than the dataset was made of.
         """
-        row = self._readable.iloc[self._number(key)]
-        shard, start = self._shard(row["shard"]), int(row["row_start"])
-        name = f"layer_{self._layer}"
-        if name not in shard.tensors:
-            raise LengthwiseError(f"{self.path}: residues are not among the stored outputs; use pooled()")
-        return shard[name][start : start + int(row["length"])]
+        if isinstance(key, str | int | np.integer):
+            return self._rows(self._place(key))
+        if isinstance(key, slice):
+            return self._view(self.ids.places[key], self._layer)
+        if isinstance(key, bytes):
+            raise TypeError(f"an id is a str, and {key!r} is not")
+        keys = list(key)
+        if keys and isinstance(keys[0], bool | np.bool_):
+            return self._view(self.ids.array()[np.array(keys)], self._layer)
+        return self._view(np.array([self._place(one) for one in keys], np.int64), self._layer)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """The (L, D) arrays in the order of `ids`; `in_storage_order` is faster."""
+        return (self._rows(int(place)) for place in self.ids.places)
+
+    def in_storage_order(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(id, (L, D) array) of each record, shard by shard from front to back: the fastest way to see all.
+
+        Examples
+        --------
+        >>> ds = lengthwise.open("results/demo/datasets/example")
+        >>> for record_id, rows in ds[:3].in_storage_order():
+        ...     print(record_id, len(rows))
+        sp|P02135|HBB_LITCT 140
+        sp|Q1RIB3|DHAS_RICBR 338
+        sp|P63739|CARB_STAAM 1057
+        """
+        places = self.ids.array()
+        for numbers in self._by_shard():
+            for place in places[numbers].tolist():
+                yield self._index.id(place), self._rows(place)
 
     def pooled(self, kind: str = "mean") -> np.ndarray:
-        """(N, D) float32: `mean` over residues or `bos`, one row for each of `ids`."""
-        name = f"{kind}_{self._layer}"
+        """(N, D) float32, a row for each of `ids`: `mean` over residues, or `bos`.
+
+        Raises
+        ------
+        LengthwiseError
+            It was not stored; a shard is missing, damaged, or another than the dataset was made of.
+        """
         if kind not in self.manifest["settings"]["outputs"]:
             raise LengthwiseError(f"{self.path}: {kind!r} was not stored; 'outputs' in the config says what is")
         if kind == "residue":
             raise LengthwiseError(f"{self.path}: 'residue' is not pooled; read it by id")
         out = np.empty((len(self), self.manifest["settings"]["embed_dim"]), np.float32)
-        rows = self._readable.reset_index(drop=True)
-        for shard, group in rows.groupby("shard"):
-            out[group.index] = self._shard(shard)[name][group["sequence_no"].to_numpy(np.int64)]
+        places = self.ids.array()
+        for numbers in self._by_shard():
+            here = places[numbers]
+            shard, rows = self._shard(self._index.shard.item(here[0])), self._index.sequence_no[here]
+            try:
+                same = np.array_equal(shard["digests"][rows], self._index.digest[here])
+                if not same or (shard["status"][rows] != GOOD).any():
+                    raise _another(self.path, shard)
+            except IndexError:
+                raise _another(self.path, shard) from None
+            out[numbers] = shard[f"{kind}_{self._layer}"][rows]
         return out
 
-    def torch(self):
-        """A map-style torch Dataset of (id, (L, D) tensor)."""
-        return _TorchDataset(self)
+    def torch(self) -> "TorchDataset":
+        """A map-style torch Dataset of (id, (L, D) tensor), which can `pad` or `pack` a batch of them.
+
+        Examples
+        --------
+        >>> from torch.utils.data import DataLoader
+        >>> data = lengthwise.open("results/demo/datasets/example").torch()
+        >>> batch = next(iter(DataLoader(data, batch_size=2, collate_fn=data.pad)))
+        >>> batch.rows.shape, batch.mask.sum(dim=1).tolist()
+        (torch.Size([2, 338, 320]), [140, 338])
+        >>> batch = next(iter(DataLoader(data, batch_size=2, collate_fn=data.pack)))
+        >>> batch.rows.shape, batch.cu_seqlens.tolist()
+        (torch.Size([478, 320]), [0, 140, 478])
+        """
+        from lengthwise.reading_torch import TorchDataset
+
+        return TorchDataset(self)
 
     def verify(self, good: set[str] | None = None) -> int:
         """Check the index, and sizes and checksums of every shard that the dataset uses; returns its number of records.
@@ -126,10 +243,9 @@ class Dataset:
             The index or a shard is missing or damaged; the first damaged sequence is named.
         """
         good = set() if good is None else good
-        if len(self.records) != self.manifest["records"]:
-            raise LengthwiseError(
-                f"{self.path / 'index.parquet'}: has {len(self.records)} records, not as the manifest says"
-            )
+        records = self._index.check()
+        if records != self.manifest["records"]:
+            raise LengthwiseError(f"{self.path / 'index.parquet'}: has {records} records, not as the manifest says")
         for name, size in self.manifest["shards"].items():
             if name in good:
                 continue
@@ -143,48 +259,145 @@ class Dataset:
                     f"{shard.path}: {len(bad)} sequences are damaged, number {bad[0]} the first; {REMAKE}"
                 )
             good.add(name)
-        return len(self.records)
+        return records
 
-    @cached_property
-    def _readable(self) -> pd.DataFrame:
-        return self.records[self.records["status"] != "rejected"]
+    def _view(self, places: range | np.ndarray, layer: int) -> "Dataset":
+        """Some of the records, or another layer, over the same open files."""
+        other = object.__new__(Dataset)
+        other.__dict__.update({**self.__dict__, "ids": Ids(self._index, places), "_layer": layer})
+        return other
 
-    @cached_property
-    def _numbers(self) -> dict[str, int]:
-        numbers: dict[str, int] = {}
-        for number, record_id in enumerate(self.ids):
-            numbers.setdefault(record_id, number)  # a repeated id stands for the same sequence
-        return numbers
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker opens the files itself.
+        return {"path": self.path, "places": self.ids.places, "layer": self._layer, "index_bytes": self._index.bytes}
 
-    def _number(self, key: str | int) -> int:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._load(state["path"])
+        if self._index.bytes != state["index_bytes"]:
+            raise LengthwiseError(f"{self.path}: was made again in the meantime; open it again")
+        self.ids, self._layer = Ids(self._index, state["places"]), state["layer"]
+
+    def _place(self, key: str | int) -> int:
         if isinstance(key, int | np.integer):
-            return int(key)
-        if key in self._numbers:
-            return self._numbers[key]
-        same = self.records[self.records["id"] == key]
-        if len(same):
-            raise KeyError(f"{key!r} was rejected: {same['reason'].iloc[0]}")
-        near = difflib.get_close_matches(key, self.ids, n=3)
-        raise KeyError(f"no record {key!r}" + (f"; near it: {', '.join(near)}" if near else ""))
+            return int(self.ids.places[key])
+        if not isinstance(key, str):
+            raise TypeError(f"a record is asked for by an id or a number, not by {key!r}")
+        place = self.ids.place(key)
+        if place is None:
+            raise NoRecordError(key, self)
+        return place
 
-    def _shard(self, name: str) -> Shard:
-        if name not in self._shards:
-            self._shards[name] = Shard(shard_path(self.store, name))
-        return self._shards[name]
+    def explain(self, record_id: str) -> str:
+        """Why there is nothing to read under this id."""
+        if next(self._index.find(record_id), None) is not None:
+            return f"{record_id!r} is not among the {len(self):,} records that were selected"
+        try:
+            return self._index.explain(record_id)
+        except LengthwiseError:
+            return f"no record {record_id!r}"
+
+    def _rows(self, place: int) -> np.ndarray:
+        """A record's rows, if its shard agrees with the index about where they are and what they are of."""
+        if "residue" not in self.manifest["settings"]["outputs"]:
+            raise LengthwiseError(f"{self.path}: residues are not among the stored outputs; use pooled()")
+        index = self._index
+        shard = self._shard(index.shard.item(place))
+        number, start = index.sequence_no.item(place), index.row_start.item(place)
+        stop = start + index.length.item(place)
+        try:
+            if (
+                shard["offsets"].item(number) != start
+                or shard["offsets"].item(number + 1) != stop
+                or shard["digests"][number].tobytes() != index.digest[place].tobytes()
+                or shard["status"].item(number) != GOOD
+            ):
+                raise _another(self.path, shard)
+        except IndexError:
+            raise _another(self.path, shard) from None
+        return shard[f"layer_{self._layer}"][start:stop]
+
+    def _by_shard(self) -> Iterator[np.ndarray]:
+        """Numbers in `ids` of the records of one shard after the other, each in its order."""
+        places = self.ids.array()
+        shards = self._index.shard[places]
+        order = np.lexsort((self._index.sequence_no[places], shards))
+        if len(order):
+            yield from np.split(order, np.flatnonzero(np.diff(shards[order])) + 1)
 
 
-class _TorchDataset:
-    """Map-style: (id, tensor) by number."""
+def _open_shard(dataset: Path, store: Path, settings: dict[str, Any], names: list[str], number: int) -> Shard:
+    """One of the shards that a dataset names, if it is what a store of these settings has."""
+    try:
+        path = shard_path(store, names[number])
+        shard = Shard(path)
+    except IndexError as error:
+        raise LengthwiseError(f"{dataset / LOOKUP}: damaged; remove it and run snakemake again") from error
+    except OSError as error:
+        held = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+        advice = "too many arrays of different shards are held; keep copies instead, np.array(ds[...])"
+        raise LengthwiseError(f"{path}: {error.strerror}" + (f": {advice}" if held else "")) from error
+    n, rows, d = len(shard["status"]), shard["offsets"].item(-1), settings["embed_dim"]
+    kinds = {
+        "residue": ("layer", rows, settings["storage_dtype"]),
+        "mean": ("mean", n, "float32"),
+        "bos": ("bos", n, "float32"),
+    }
+    expected = {
+        f"{name}_{layer}": ((length, d), np.dtype(dtype))
+        for name, length, dtype in map(kinds.__getitem__, settings["outputs"])
+        for layer in settings["layers"]
+    }
+    found = {name: (shard.tensors[name].shape, shard.tensors[name].dtype) for name in shard.data_names}
+    if shard.metadata.get("fingerprint") != settings["fingerprint"] or found != expected:
+        raise _another(dataset, shard)
+    return shard
 
-    def __init__(self, dataset: Dataset):
+
+def _another(dataset: Path, shard: Shard) -> LengthwiseError:
+    return LengthwiseError(
+        f"{shard.path}: does not hold what the index of {dataset} says; if python -m lengthwise verify finds no damage in "
+        f"the index, {REMAKE}"
+    )
+
+
+class NoRecordError(KeyError):
+    """Nothing to read under this id. Why is looked for when it is shown: among ten million ids that takes seconds."""
+
+    def __init__(self, record_id: str, dataset: Dataset):
+        super().__init__(record_id)
         self.dataset = dataset
 
-    def __len__(self) -> int:
-        return len(self.dataset)
+    def __str__(self) -> str:
+        return self.dataset.explain(self.args[0])
 
-    def __getitem__(self, number: int):
-        import torch
+    def __reduce__(self) -> tuple[type[KeyError], tuple[str]]:
+        return KeyError, (str(self),)
 
-        if not -len(self) <= number < len(self):
-            raise IndexError(number)
-        return self.dataset.ids[number], torch.from_numpy(np.array(self.dataset[number]))
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """A dataset's manifest, if it is whole and this version's."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        raise LengthwiseError(_no_dataset(folder))
+    manifest = read_json(path, "schema", "settings", "model", "random_weights", "accepted", "duplicate", "shards")
+    try:
+        if manifest["schema"] > SCHEMA:
+            raise LengthwiseError(
+                f"{path}: written by a newer Lengthwise (schema {manifest['schema']}); update this one"
+            )
+        settings = manifest["settings"]
+        whole = fingerprint(settings) == settings["fingerprint"] and {"num_layers", "embed_dim"} <= settings.keys()
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise LengthwiseError(f"{path}: damaged; remove it and run snakemake again")
+    return manifest
+
+
+def _no_dataset(path: Path) -> str:
+    """Why this folder cannot be opened."""
+    if not path.is_dir():
+        return f"{path}: no such folder"
+    if (path / "settings.json").exists() and (found := sorted(path.glob("datasets/*/manifest.json"))):
+        return f"{path}: is a store; open one of its datasets: {', '.join(str(manifest.parent) for manifest in found)}"
+    return f"{path}: no finished dataset here (no manifest.json); run snakemake to make it"

@@ -162,18 +162,27 @@ def test_a_rejected_record_raises_with_its_reason(ds):
 
 
 @pytest.mark.parametrize(
-    ("asked", "near"), [("midle", "middle"), ("sp|P1|ON", "sp|P1|ONE"), ("hidden_stop", "hidden.stop")]
+    ("asked", "near"),
+    [
+        ("midle", "middle"),
+        ("MIDDLE", "middle"),
+        ("sp|P1|ON", "sp|P1|ONE"),
+        ("hidden_stop", "hidden.stop"),
+        ("P1", "sp|P1|ONE"),
+        ("ONE", "sp|P1|ONE"),
+        ("tr|one|ELSE", "one"),
+    ],
 )
 def test_an_id_nearly_right_is_answered_with_the_right_one(ds, asked, near):
     with pytest.raises(KeyError) as caught:
         ds[asked]
-    assert f"no record {asked!r}; near it: {near}" in caught.value.args[0]
+    assert f"no record {asked!r}; near it: {near}" in str(caught.value)
 
 
 def test_an_id_like_no_other_suggests_nothing(ds):
     with pytest.raises(KeyError) as caught:
         ds["XXXXXXXXXXXXXXX"]
-    assert caught.value.args[0] == "no record 'XXXXXXXXXXXXXXX'"
+    assert str(caught.value) == "no record 'XXXXXXXXXXXXXXX'"
 
 
 @pytest.mark.parametrize(("asked", "absolute"), [(-1, 2), (2, 2), (-2, 1), (0, 0), (-3, 0)])

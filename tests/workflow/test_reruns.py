@@ -181,9 +181,10 @@ def test_who_only_looks_changes_no_file(project, argument):
         assert times(project.store) == before
 
 
-def test_deleted_index(project):
+def test_deleted_index_and_lookup(project):
     (project.store / "datasets/a/index.parquet").unlink()
-    assert rerun(project) == (Counter(["assemble", "summarize", "all"]), 0)
+    (project.store / "datasets/b/lookup.arrow").unlink()
+    assert rerun(project) == (Counter({"assemble": 2, "summarize": 1, "all": 1}), 0)
 
 
 def test_deleted_plan(project):

@@ -71,6 +71,7 @@ except (LengthwiseError, OSError) as error:
 MANIFEST = f"{STORE}/datasets/{{dataset}}/manifest.json"
 WEIGHTS = f"{STORE}/weights.json"
 INDEX = f"{STORE}/datasets/{{dataset}}/index.parquet"
+LOOKUP = f"{STORE}/datasets/{{dataset}}/lookup.arrow"
 JOBS = f"{STORE}/plan/jobs.tsv"
 
 

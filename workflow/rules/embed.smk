@@ -1,7 +1,7 @@
 """Plan, embed, assemble.
 
-In: sequences of all datasets. Out: jobs.tsv, a commit per job (its shards lie in shards/), an index and a manifest per dataset.
-Specs and weights are ancient: their names are their content. jobs.tsv is ancient to all that stands on it, so that
+In: sequences of all datasets. Out: jobs.tsv, a commit per job (its shards lie in shards/), an index, its lookup and a manifest
+per dataset. Specs and weights are ancient: their names are their content. jobs.tsv is ancient to all that stands on it, so that
 planning again reruns nothing by itself.
 """
 
@@ -54,6 +54,7 @@ rule assemble:
         plan=ancient(JOBS),
     output:
         index=INDEX,
+        lookup=LOOKUP,
         rejected=f"{STORE}/datasets/{{dataset}}/rejected.tsv",
         manifest=MANIFEST,
     log:

@@ -1,0 +1,77 @@
+"""Ids: a dataset's, or those of a selection of its records, as a sequence."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import overload
+
+import numpy as np
+
+from lengthwise.index import Index
+
+
+class Ids(Sequence[str]):
+    """Ids that are read when they are asked for: a list of ten million would take a gigabyte.
+
+    Parameters
+    ----------
+    index
+        The dataset's index.
+    places
+        The records' places in it.
+    """
+
+    def __init__(self, index: Index, places: range | np.ndarray):
+        self._index, self.places = index, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, number: int) -> str: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> "Ids": ...
+
+    def __getitem__(self, number: int | slice) -> "str | Ids":
+        if isinstance(number, slice):
+            return Ids(self._index, self.places[number])
+        return self._index.id(int(self.places[number]))
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._index.id(int(place)) for place in self.places)
+
+    def __contains__(self, record_id: object) -> bool:
+        return isinstance(record_id, str) and self.place(record_id) is not None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str | bytes):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        first = [repr(record_id) for record_id in self[:5]]
+        return f"[{', '.join(first)}{', ...' if len(self) > 5 else ''}]"
+
+    def __reduce__(self) -> tuple[type[list[str]], tuple[list[str]]]:
+        return list, (list(self),)  # another process has no map of the index
+
+    def place(self, record_id: str) -> int | None:
+        """The place of the first of these records with this id."""
+        for place in self._index.find(record_id):
+            if isinstance(self.places, range):
+                if place in self.places:
+                    return place
+            elif place in self._sorted[(at := self._sorted.searchsorted(place)) : at + 1]:
+                return place
+        return None
+
+    def array(self) -> np.ndarray:
+        """The places as an array."""
+        places = self.places
+        return np.arange(places.start, places.stop, places.step) if isinstance(places, range) else places
+
+    @cached_property
+    def _sorted(self) -> np.ndarray:
+        return np.sort(self.array())
