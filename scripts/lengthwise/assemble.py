@@ -8,20 +8,21 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import atomic, read_json, write_json
 from lengthwise.index import SCHEMA, write_lookup
+from lengthwise.provenance import content_sha256, makers, readme
 from lengthwise.settings import require
 from lengthwise.shapes import ModelConfig
 from lengthwise.status import REASONS
 from lengthwise.store import REMAKE, Shard, commit_path, shard_path, spec_path
+from lengthwise.weights import origin
 
 
 def assemble(
     store: Path, dataset: str, jobs: list[str], index: Path, rejected: Path, manifest: Path, strict: bool = False
 ) -> dict:
-    """Write a dataset's index, its rejected records, and its manifest last.
+    """Write a dataset's index, its rejected records, a README.md beside them, and its manifest last.
 
     Parameters
     ----------
@@ -88,13 +89,20 @@ def assemble(
         **{key: summary[key] for key in ("input", "input_bytes", "input_sha256", "records")},
         **counts,
         "residues": summary["residues"],
+        **{
+            key: summary.get(key) for key in ("changes", "rare_residues", "policy")
+        },  # the last came with a later version
         "settings": settings,
+        "weights": {"sha256": settings["weights_sha256"], "origin": origin(store)},
+        "devices": sorted({commit["device"] for commit in commits}),
+        "made_by": makers(commits),
         "jobs": jobs,
         "shards": {shard: shard_path(store, shard).stat().st_size for shard in shards},
-        "devices": sorted({commit["device"] for commit in commits}),
-        "versions": commits[0]["versions"] if commits else {"lengthwise": __version__},
+        "checksums": {shard: content_sha256(Shard(shard_path(store, shard))) for shard in shards},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    with atomic(manifest.with_name("README.md")) as part:
+        part.write_text(readme(result))
     write_json(manifest, result)
     return result
 

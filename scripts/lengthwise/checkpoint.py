@@ -171,12 +171,14 @@ def write_random(path: Path, config: ModelConfig, seed: int = 0) -> None:
         torch.save({"cfg": {"model": model}, "model": state}, file)
 
 
-def reference_model(path: Path):
-    """fair-esm's own ESM2 with a checkpoint's weights, in float32 on the CPU: the judge, not the engine."""
+def reference_model(path: Path, device: torch.device | str = "cpu"):
+    """fair-esm's own ESM2 with a checkpoint's weights, in float32: the judge, not the engine."""
     from esm.model import esm2
 
     config, state, _ = read(path)
-    model = esm2.ESM2(config.num_layers, config.embed_dim, config.attention_heads)
+    with torch.device("meta"):  # its own first weights would take longer to draw than the checkpoint's to load
+        model = esm2.ESM2(config.num_layers, config.embed_dim, config.attention_heads)
+    model.to_empty(device=device)
     model.load_state_dict(state, strict=False)  # the contact head's weights come in a file of their own
     return model.eval()
 

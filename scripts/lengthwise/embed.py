@@ -32,7 +32,9 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.files import write_json
 from lengthwise.logs import count, duration
 from lengthwise.metrics import write_metrics
+from lengthwise.parity import ParityError, receipt
 from lengthwise.plan import forecast_seconds
+from lengthwise.provenance import driver_version, git_commit
 from lengthwise.settings import require as require_settings
 from lengthwise.status import DOES_NOT_FIT, NON_FINITE
 from lengthwise.store import Shard, ShardWriter, is_made, metrics_path, shard_path
@@ -96,7 +98,7 @@ def embed_job(
     Raises
     ------
     LengthwiseError
-        No such device or weights, or no space.
+        No such device or weights, no space, or what was made is not what fair-esm computes.
     """
     settings = require_settings(store)
     set_threads(threads)
@@ -109,7 +111,7 @@ def embed_job(
             f"{spec}: was restored without sequences that no input has; run snakemake --forcerun plan"
         )
     todo = [s for s in shards if not is_made(shard_path(store, s.name), s.digests, settings["fingerprint"])]
-    made, load_seconds, embed_seconds = [], 0.0, 0.0
+    made, load_seconds, embed_seconds = set(), 0.0, 0.0
     if todo:
         begin = time.perf_counter()
         lengths = np.concatenate([shard.lengths for shard in todo])
@@ -126,6 +128,9 @@ def embed_job(
             # The longest sequences first: what does not fit shows at once.
             made = walk.make(todo[::-1], batch_tokens)
         embed_seconds = walk.progress.seconds
+        del engine, walk.engine  # their memory is the reference's
+    maker = {"device": device_name(device), "versions": versions()}
+    parity = _compare(store, settings, checkpoint, device, maker, shards, made)
     result = {
         "job": job,
         "shards": {shard.name: shard_path(store, shard.name).stat().st_size for shard in shards},
@@ -134,11 +139,11 @@ def embed_job(
         "sequences": sum(len(shard.lengths) for shard in shards),
         "residues": sum(int(shard.lengths.sum()) for shard in shards),
         "made_residues": walk.progress.done if todo else 0,
-        "device": device_name(device),
+        **maker,
         "precision": settings["precision"],
         "batch_tokens": batch_tokens,
         "threads": torch.get_num_threads(),
-        "versions": versions(),
+        "parity": parity,
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_seconds": round(load_seconds, 3),
@@ -148,13 +153,34 @@ def embed_job(
     return result
 
 
+def _compare(
+    store: Path,
+    settings: dict,
+    checkpoint: Path,
+    device: torch.device,
+    maker: dict,
+    shards: list[PlannedShard],
+    made: set[str],
+) -> dict:
+    """The parity receipt of what this process made, or of all shards if it made none; what is wrong is removed again."""
+    try:
+        return receipt(store, settings, checkpoint, device, maker, [s for s in shards if s.name in made] or shards)
+    except ParityError as error:
+        for shard in made:  # or the next run would take them for finished work
+            shard_path(store, shard).unlink()
+        done = f"what this job had made is removed ({count(len(made), 'shard')})" if made else "remove that file"
+        raise LengthwiseError(f"{error}; {done}: run again, on another device if it comes back") from error
+
+
 def versions() -> dict[str, str | None]:
     """Versions of what the numbers depend on."""
     return {
         "lengthwise": __version__,
+        "git": git_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "driver": driver_version(),
     }
 
 

@@ -9,7 +9,7 @@ import hashlib
 import operator
 from bisect import bisect_right
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import duckdb
@@ -105,7 +105,7 @@ def ingest(
             else:
                 raise RuntimeError("three times two digests had the same eight bytes; please report this file")
             _settle_ids(database, fasta, records_part, counts, policy)
-    result = {"input": str(fasta), **counts}
+    result = {"input": str(fasta), **counts, "policy": asdict(policy)}
     write_json(summary, result)
     return result
 

@@ -109,6 +109,17 @@ def location(store: Path) -> tuple[Path, dict]:
     return path, receipt
 
 
+def origin(store: Path) -> str:
+    """Where a store's checkpoint came from: an address, a path, or the workflow itself."""
+    receipt = read_json(store / "weights.json", "path", "model")
+    record = _record_path(store / receipt["path"])
+    if record.exists():
+        return read_json(record, "url")["url"]
+    if receipt["model"] == DEMO:
+        return "made on the spot, seeded and random"
+    return receipt["model"] if receipt["model"].endswith(".pt") else receipt["path"]
+
+
 def require_unchanged(store: Path, expected_sha256: str) -> Path:
     """The store's checkpoint, if it is the one that the store was made with; hashed only if its size or time changed.
 

@@ -184,3 +184,13 @@ def test_shards_are_written_while_the_gpu_computes_and_the_metrics_say_so(weight
     assert found["n_residues"].sum() == lengths.sum()
     busy = (found["gpu_busy"] * found["wall_ms"]).sum() / found["wall_ms"].sum()
     print(f"gpu_busy {busy:.2f}, wait_write_ms {found['wait_write_ms'].sum():.0f} of {found['wall_ms'].sum():.0f}")
+
+
+def test_a_job_is_compared_with_fair_esm_on_its_gpu(small_store, random_proteins):
+    store = small_store(device="cuda")
+    store.ingest("a", random_proteins(30))
+    (job,) = store.plan()["job"]
+    commit = store.embed(job)
+    assert commit["device"] == torch.cuda.get_device_name()
+    assert commit["parity"]["min_cosine"] > 0.9999
+    assert commit["versions"]["driver"]
