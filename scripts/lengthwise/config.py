@@ -15,6 +15,8 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.shapes import MODELS
 
 DEMO = "demo"
+# The outputs that each export is made of.
+EXPORTS = {"h5": ("residue", "mean"), "pt": (), "biotrainer": ("residue", "mean"), "parquet": ("mean",)}
 _COMPRESSION = re.compile(r"\.(gz|bgz|zst)$", re.IGNORECASE)
 _FASTA = re.compile(r"\.(fasta|fas|fa|faa|fsa|mpfa|pep|seq)$", re.IGNORECASE)
 
@@ -44,6 +46,12 @@ def validate(config: dict, schema_path: Path) -> dict:
     require_secure(filled["weights_url"])
     if model.endswith(".pt") and not os.path.isfile(model):
         raise LengthwiseError(f"config: model: there is no file {model}")
+    for export in filled["exports"]:
+        if missing := [output for output in EXPORTS[export] if output not in filled["outputs"]]:
+            raise LengthwiseError(
+                f"config: exports: {export} is made of the outputs {' and '.join(EXPORTS[export])}, and 'outputs' has no "
+                f"{missing[0]}; take {export} out, or store that too"
+            )
     return filled
 
 

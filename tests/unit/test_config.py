@@ -269,3 +269,18 @@ def test_names_that_snakemake_cannot_take_are_one_line(tmp_path, refused, name):
     for inputs in ([str(tmp_path / name)], [str(tmp_path / "*.fasta")], {"a": str(tmp_path / name)}):
         with refused("config: inputs", name, "rename it"):
             config.datasets(inputs)
+
+
+@pytest.mark.parametrize(
+    ("export", "outputs", "missing"),
+    [
+        ("h5", ["mean"], "residue"),
+        ("h5", ["residue"], "mean"),
+        ("biotrainer", ["mean", "bos"], "residue"),
+        ("parquet", ["residue", "bos"], "mean"),
+    ],
+)
+def test_an_export_of_what_is_not_stored_is_refused(refused, export, outputs, missing):
+    with refused("exports", export, f"'outputs' has no {missing}"):
+        validate(exports=["pt", export], outputs=outputs)
+    assert validate(exports=["pt"], outputs=outputs)["exports"] == ["pt"]

@@ -1,0 +1,12 @@
+"""Write one dataset in the layout of another tool."""
+
+from pathlib import Path
+
+from lengthwise.logs import log, reporting
+
+with reporting(snakemake.log[0], snakemake.scriptdir):
+    from lengthwise.exports import export
+
+    folder = Path(snakemake.params.folder)  # exports/<kind>
+    n = export(folder.parents[1], folder.name, memory_bytes=snakemake.resources.mem_mb * 10**6 * 2 // 5)
+    log.info("%s: %s entries in %s", snakemake.wildcards.dataset, f"{n:,}", folder)

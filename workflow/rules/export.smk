@@ -1,0 +1,55 @@
+"""Exports: datasets in the layouts of other tools.
+
+In: a dataset's manifest and index. Out: a folder for each export that the config names, replaced as a whole.
+"""
+
+EXPORTS = f"{STORE}/datasets/{{dataset}}/exports"
+EXPORTED = {
+    "h5": f"{EXPORTS}/h5/per-residue.h5",
+    "pt": f"{EXPORTS}/pt/files.tsv",
+    "biotrainer": f"{EXPORTS}/biotrainer/embeddings_file_{Path(STORE).name}.h5",
+    "parquet": f"{EXPORTS}/parquet/pooled.parquet",
+}
+
+
+rule export_h5:
+    input:
+        manifest=MANIFEST,
+        index=INDEX,
+    output:
+        entries=EXPORTED["h5"],
+        means=f"{EXPORTS}/h5/per-protein.h5",
+    log:
+        f"{STORE}/logs/export/h5/{{dataset}}.log",
+    conda:
+        "../../envs/lengthwise.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+    params:
+        folder=subpath(output.entries, parent=True),
+    script:
+        "../../scripts/export.py"
+
+
+# Its files beside the table are no outputs: there may be thousands, and the table says that they are all there.
+use rule export_h5 as export_pt with:
+    output:
+        entries=EXPORTED["pt"],
+    log:
+        f"{STORE}/logs/export/pt/{{dataset}}.log",
+
+
+use rule export_h5 as export_biotrainer with:
+    output:
+        entries=EXPORTED["biotrainer"],
+        means=f"{EXPORTS}/biotrainer/reduced_embeddings_file_{Path(STORE).name}.h5",
+    log:
+        f"{STORE}/logs/export/biotrainer/{{dataset}}.log",
+
+
+use rule export_h5 as export_parquet with:
+    output:
+        entries=EXPORTED["parquet"],
+    log:
+        f"{STORE}/logs/export/parquet/{{dataset}}.log",
