@@ -96,7 +96,8 @@ def tokenize(sequence: bytes) -> np.ndarray:
 
 def is_tokens(residues: bytes) -> bool:
     """Whether each byte is a residue, and so exactly one token: L of them are then L + 2 tokens."""
-    return not residues.translate(None, RESIDUES)
+    codes = np.frombuffer(residues or RESIDUES, np.uint8)
+    return codes.min() >= ord("A") and codes.max() <= ord("Z") and b"J" not in residues  # every other capital is one
 
 
 def normalize(raw: bytes, letters: Letters = Letters()) -> tuple[bytes, list[str], str]:
@@ -145,8 +146,12 @@ def digest(sequence: bytes) -> bytes:
 
 def digests(residues: bytes, bounds: np.ndarray) -> np.ndarray:
     """The digests of sequences that lie end to end between these bounds, as uint8 of n rows and 24 columns."""
-    sha512 = hashlib.sha512
-    long = b"".join([sha512(residues[start:stop]).digest() for start, stop in pairwise(bounds.tolist())])
+    new, long = hashlib.sha512().copy, []  # a copy of what is there is made faster than a new one
+    for start, stop in pairwise(bounds.tolist()):
+        sha512 = new()
+        sha512.update(residues[start:stop])
+        long.append(sha512.digest())
+    long = b"".join(long)
     return np.ascontiguousarray(np.frombuffer(long, np.uint8).reshape(-1, 64)[:, :24])
 
 

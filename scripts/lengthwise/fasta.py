@@ -42,8 +42,7 @@ _OTHER_FORMATS = [
     (re.compile(rb"data_"), "mmCIF; export its sequences as FASTA"),
     (re.compile(rb"# STOCKHOLM|CLUSTAL"), "an alignment; export its sequences, without gaps, as FASTA"),
 ]
-_PRINTABLE = bytes(range(32, 127))
-_LINE_END, _HEADER_MARK, _SPACE = b"\n> "
+_LINE_END, _HEADER_MARK, _SPACE, _DELETE = b"\n> \x7f"
 
 
 def read_chunks(fasta: Path, seen: Callable[[bytes], None] = lambda raw: None) -> Iterator[bytes]:
@@ -68,11 +67,11 @@ def read_chunks(fasta: Path, seen: Callable[[bytes], None] = lambda raw: None) -
         block = block.removesuffix(returns)
         if b"\r" in block:
             block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        text = rest + block
-        cut = text.rfind(b"\n>") + 1
+        cut = block.rfind(b"\n>") + 1
         if cut:
-            yield text[:cut]
-        rest = text[cut:]
+            yield b"".join([rest, memoryview(block)[:cut]])
+            rest = b""
+        rest += block[cut:]
         if len(rest) > MAX_RECORD_BYTES:
             raise LengthwiseError(
                 f"{fasta}: a record of more than {MAX_RECORD_BYTES >> 20} MiB begins {rest[:40]!r}: no protein is so long; "
@@ -131,20 +130,19 @@ def split_records(chunk: bytes) -> tuple[pa.Array, pa.Array, np.ndarray]:
 
     Returns
     -------
-    (headers, bodies, lines)
-        Headers without ``>``; bodies with their line ends, and how many LF there are in each.
+    (headers, lines, first)
+        Headers without ``>``; all lines of sequences without their ends; where in `lines` each record begins, and the last ends.
     """
-    line_ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == _LINE_END)
-    line_starts = np.concatenate([[0], line_ends[:-1] + 1])
-    header_lines = np.flatnonzero(np.frombuffer(chunk, np.uint8)[line_starts] == _HEADER_MARK)
-    bounds = np.empty(3 * len(header_lines) + 1, np.int32)  # of the mark, the header and the body of each record
-    bounds[0:-1:3] = line_starts[header_lines]
-    bounds[1::3] = bounds[0:-1:3] + 1
-    bounds[2::3] = line_ends[header_lines]
-    bounds[-1] = len(chunk)
+    codes = np.frombuffer(chunk, np.uint8)
+    line_ends = np.flatnonzero(codes == _LINE_END)
+    bounds = np.empty(2 * len(line_ends) + 1, np.int32)  # of each line and what is between it and the next
+    bounds[0], bounds[1::2], bounds[2::2] = 0, line_ends, line_ends + 1
+    is_header = codes[bounds[:-1:2]] == _HEADER_MARK
+    header_lines = np.flatnonzero(is_header)
+    bounds[2 * header_lines] += 1
     pieces = _slices(pa.binary(), chunk, bounds)
-    lines = np.diff(header_lines, append=len(line_ends))
-    return pieces.take(_every_third(1, len(bounds) - 1)), pieces.take(_every_third(2, len(bounds) - 1)), lines
+    headers, lines = (pieces.take(pa.array(2 * chosen)) for chosen in (header_lines, np.flatnonzero(~is_header)))
+    return headers, lines, np.append(header_lines - np.arange(len(headers)), len(lines))
 
 
 def split_headers(headers: pa.Array) -> tuple[pa.Array, pa.Array]:
@@ -153,22 +151,23 @@ def split_headers(headers: pa.Array) -> tuple[pa.Array, pa.Array]:
     Bytes that are not UTF-8 become ``\\xNN``.
     """
     text, bounds = joined(headers)
-    codes = np.frombuffer(text + b"\n", np.uint8)
+    codes = np.frombuffer(text + b"-", np.uint8)  # one more, to look behind the last header
+    spaces = pc.find_substring(headers, " ").to_numpy()
+    ends = np.where(spaces < 0, bounds[1:], bounds[:-1] + spaces)  # of the ids
+    starts = np.minimum(ends + 1, bounds[1:])  # of the descriptions
     plain = (
-        not text.translate(None, _PRINTABLE)
-        and b"  " not in text
-        and not (codes[bounds[:-1]] == _SPACE).any()
-        and not (codes[bounds[1:] - 1] == _SPACE).any()
+        codes.min() >= _SPACE
+        and codes.max() < _DELETE
         and np.diff(bounds).all()
+        and spaces.all()
+        and not (codes[starts] == _SPACE).any()
+        and not (codes[bounds[1:] - 1] == _SPACE).any()
     )
     if plain:
-        spaces = pc.find_substring(headers, " ").to_numpy()
         thirds = np.empty(3 * len(headers) + 1, np.int32)  # id, space, description
-        thirds[0:-1:3], thirds[-1] = bounds[:-1], bounds[-1]
-        thirds[1::3] = np.where(spaces < 0, bounds[1:], bounds[:-1] + spaces)
-        thirds[2::3] = np.where(spaces < 0, bounds[1:], bounds[:-1] + spaces + 1)
+        thirds[0::3], thirds[1::3], thirds[2::3] = bounds, ends, starts
         pieces = _slices(pa.string(), text, thirds)
-        ids, descriptions = (pieces.take(_every_third(k, len(thirds) - 1)) for k in (0, 2))
+        ids, descriptions = (pieces.take(pa.array(np.arange(k, len(pieces), 3))) for k in (0, 2))
     else:
         words = [header.decode("utf-8", "backslashreplace").strip().split(None, 1) for header in headers.to_pylist()]
         ids = pa.array([pair[0] if pair else "" for pair in words], pa.string())
@@ -188,10 +187,6 @@ def joined(array: pa.Array) -> tuple[bytes, np.ndarray]:
 def _slices(kind: pa.DataType, text: bytes, bounds: np.ndarray) -> pa.Array:
     """The pieces of a text between these bounds, not copied."""
     return pa.Array.from_buffers(kind, len(bounds) - 1, [None, pa.py_buffer(bounds), pa.py_buffer(text)])
-
-
-def _every_third(first: int, stop: int) -> pa.Array:
-    return pa.array(np.arange(first, stop, 3, dtype=np.int32))
 
 
 def _from_first_header(fasta: Path, blocks: Iterator[bytes]) -> Iterator[bytes]:

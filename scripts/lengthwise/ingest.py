@@ -6,7 +6,6 @@ asked of the table afterwards, out of core.
 """
 
 import hashlib
-import operator
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -36,7 +35,7 @@ RECORDS = pa.schema(
     ]
 )
 SEQUENCES = pa.schema([("digest", pa.binary(24)), ("length", pa.int32()), ("sequence", pa.binary())])
-ROWS_PER_GROUP = 65_536
+ROWS_PER_GROUP, BYTES_PER_GROUP = 65_536, 1 << 26
 
 STATUS = ("accepted", "duplicate", "rejected")
 DIGEST_WORDS = 3  # of eight bytes
@@ -46,7 +45,8 @@ TOO_LONG = "too_long"
 ID_SUFFIXED = "id_suffixed"
 
 # Of a chunk's first residues, so many at least, this share of A, C, G, T, U and N is no protein's: theirs is a quarter.
-_NUCLEOTIDES, _NUCLEOTIDES_SHARE, _NUCLEOTIDES_SAMPLE = b"ACGTUNacgtun", 0.95, range(60, 1 << 16)
+_NUCLEOTIDES, _NUCLEOTIDES_SHARE, _NUCLEOTIDES_SAMPLE = b"ACGTUNacgtun", 0.95, range(60, 1 << 14)
+_OTHER_CAPITALS = set(range(ord("A"), ord("Z") + 1)) - set(alphabet.STANDARD)
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,9 @@ def _read(fasta: Path, records: Path, sequences: Path, policy: Policy, word: int
             residues += int(judged.lengths[accepted].sum())
             status.update(accepted=int(accepted.sum()), rejected=int((~judged.good).sum()))
             status["duplicate"] += int((judged.good & ~accepted).sum())
-            for i in judged.rejected:
-                reasons[judged.reasons[i].split(":")[0]] += 1
-                first_rejected = first_rejected or (first_no + i, judged.ids[i].as_py(), judged.reasons[i])
+            for i, reason in sorted(judged.reasons.items()):
+                reasons[reason.split(":")[0]] += 1
+                first_rejected = first_rejected or (first_no + i, judged.ids[i].as_py(), reason)
             for names in judged.changed.values():
                 changes.update(names)
             rare.update(judged.rare)
@@ -166,20 +166,18 @@ class _Judged:
     bounds: np.ndarray
     digests: np.ndarray
     lengths: np.ndarray
-    reasons: list[str]
+    reasons: dict[int, str]
     changed: dict[int, list[str]]
     rare: Counter
 
     def __post_init__(self):
-        self.good = np.fromiter(map(operator.not_, self.reasons), bool, len(self.reasons))
-        self.rejected = np.flatnonzero(~self.good).tolist()
+        self.good = np.ones(len(self.ids), bool)
+        self.good[list(self.reasons)] = False
 
     def records(self, first_no: int, accepted: np.ndarray) -> pa.RecordBatch:
         n = len(self.ids)
         fates = np.where(self.good, np.where(accepted, 0, 1), 2).astype(np.int8)
-        changes = [""] * n
-        for i, names in self.changed.items():
-            changes[i] = ",".join(names)
+        changes = {i: ",".join(names) for i, names in self.changed.items()}
         columns = [
             pa.array(np.arange(first_no, first_no + n)),
             self.ids,
@@ -187,8 +185,8 @@ class _Judged:
             self._digest_column(self.good),
             pa.array(self.lengths),
             pa.DictionaryArray.from_arrays(fates, pa.array(STATUS)).cast(pa.string()),
-            pa.array(self.reasons, pa.string()),
-            pa.array(changes, pa.string()),
+            _mostly_empty(self.reasons, n),
+            _mostly_empty(changes, n),
         ]
         return pa.record_batch(columns, schema=RECORDS)
 
@@ -204,38 +202,37 @@ class _Judged:
 
 def _judge(fasta: Path, chunk: bytes, first_no: int, policy: Policy) -> _Judged:
     """Judge each record by itself; only those with another letter than the twenty amino acids are taken one by one."""
-    headers, bodies, lines = split_records(chunk)
+    headers, lines, first = split_records(chunk)
     ids, descriptions = split_headers(headers)
-    text, bounds = joined(bodies)
-    residues = text.replace(b"\n", b"")
-    bounds = bounds - np.concatenate([[0], np.cumsum(lines)])
+    residues, line_bounds = joined(lines)
+    bounds = line_bounds[first]
     _refuse_nucleotides(fasta, residues, first_no, policy)
-    lengths, reasons = np.diff(bounds).astype(np.int32), [""] * len(ids)
-    mended, changed, rare = {}, {}, Counter()
+    lengths = np.diff(bounds).astype(np.int32)
+    mended, reasons, changed, rare = {}, {}, {}, Counter()
     for i in _unusual(residues, bounds):
-        raw = b"".join(map(bytes.rstrip, bodies[i].as_py().split(b"\n")))
-        sequence, changes, reasons[i] = alphabet.normalize(raw, policy.letters)
-        lengths[i], mended[i] = len(sequence), b"" if reasons[i] else sequence
+        raw = b"".join(map(bytes.rstrip, lines[first[i] : first[i + 1]].to_pylist()))
+        sequence, changes, reason = alphabet.normalize(raw, policy.letters)
+        lengths[i], mended[i] = len(sequence), b"" if reason else sequence
+        if reason:
+            reasons[i] = reason
         if changes:
             changed[i] = changes
     if policy.long_policy == "skip":
         for i in np.flatnonzero(lengths > policy.max_residues).tolist():
-            reasons[i] = reasons[i] or (
-                f"{TOO_LONG}: {lengths[i]} residues, more than max_residues = {policy.max_residues}"
-            )
+            reasons.setdefault(i, f"{TOO_LONG}: {lengths[i]} residues, more than max_residues = {policy.max_residues}")
     for i in np.flatnonzero(pc.binary_length(ids).to_numpy() == 0).tolist():
         reasons[i] = NO_ID
     for i in mended:
-        if reasons[i]:
+        if i in reasons:
             changed.pop(i, None)
         else:
             rare.update(mended[i].translate(None, alphabet.STANDARD))
     residues, bounds = _replaced(residues, bounds, mended)
-    if not alphabet.is_tokens(b"".join(mended.values())):  # the others are the twenty amino acids
+    digests = alphabet.digests(residues, bounds)
+    judged = _Judged(ids, descriptions, residues, bounds, digests, lengths, reasons, changed, rare)
+    if not alphabet.is_tokens(residues) or (np.diff(bounds) != lengths)[judged.good].any():
         raise RuntimeError("a residue would have no token of its own; please report this file")
-    return _Judged(
-        ids, descriptions, residues, bounds, alphabet.digests(residues, bounds), lengths, reasons, changed, rare
-    )
+    return judged
 
 
 def _refuse_nucleotides(fasta: Path, residues: bytes, first_no: int, policy: Policy) -> None:
@@ -254,15 +251,16 @@ def _refuse_nucleotides(fasta: Path, residues: bytes, first_no: int, policy: Pol
 
 def _unusual(residues: bytes, bounds: np.ndarray) -> list[int]:
     """The records that are empty, or have a byte in them that is none of the twenty amino acids."""
-    found = np.flatnonzero(np.diff(bounds) == 0).tolist()
-    unusual = residues.translate(None, alphabet.STANDARD)  # in their order, so the next of them is found by its value
-    seen, start, edges = 0, 0, bounds.tolist()
-    while seen < len(unusual):
-        at = residues.index(unusual[seen], start)
-        i = bisect_right(edges, at) - 1
-        found.append(i)
-        start = edges[i + 1]
-        seen += len(residues[edges[i] : start].translate(None, alphabet.STANDARD))
+    no_capitals = np.flatnonzero(np.frombuffer(residues, np.uint8) - ord("A") > ord("Z") - ord("A"))
+    found = set(np.unique(np.searchsorted(bounds, no_capitals, side="right") - 1).tolist())
+    found.update(np.flatnonzero(np.diff(bounds) == 0).tolist())
+    edges = bounds.tolist()
+    for letter in _OTHER_CAPITALS:
+        at = residues.find(letter)
+        while at >= 0:
+            i = bisect_right(edges, at) - 1
+            found.add(i)
+            at = residues.find(letter, edges[i + 1])
     return sorted(found)
 
 
@@ -283,18 +281,21 @@ class _Seen:
 
     def add(self, keys: np.ndarray) -> np.ndarray:
         """Whether each key is a repeat; from now on all of them are known."""
-        order = np.argsort(keys, kind="stable")
-        ordered = keys[order]
+        if not len(keys):
+            return np.zeros(0, bool)
+        order = np.argsort(keys)  # not a stable sort, which takes longer: the first of equal keys has the least number
+        keys = keys[order]
+        starts = np.append(0, np.flatnonzero(np.diff(keys)) + 1)
+        first, keys = np.minimum.reduceat(order, starts), keys[starts]
         known = np.zeros(len(keys), bool)
-        known[1:] = ordered[1:] == ordered[:-1]
         for run in self.runs:
-            known |= run[np.searchsorted(run[:-1], ordered)] == ordered
+            known |= run[np.searchsorted(run[:-1], keys)] == keys
         if not known.all():
-            self.runs.append(ordered[~known])
+            self.runs.append(keys[~known])
         while len(self.runs) > 1 and len(self.runs[-2]) < 4 * len(self.runs[-1]):
             self.runs[-2:] = [np.sort(np.concatenate(self.runs[-2:]), kind="stable")]  # merges what is sorted already
-        repeats = np.empty(len(keys), bool)
-        repeats[order] = known
+        repeats = np.ones(len(order), bool)
+        repeats[first] = known
         return repeats
 
 
@@ -372,6 +373,13 @@ def _rename(database: duckdb.DuckDBPyConnection, records: Path) -> int:
     return len(renamed)
 
 
+def _mostly_empty(values: dict[int, str], n: int) -> pa.Array:
+    """A column of n strings: these, and empty ones."""
+    numbers = np.zeros(n, np.int32)
+    numbers[list(values)] = range(1, len(values) + 1)
+    return pa.DictionaryArray.from_arrays(numbers, pa.array(["", *values.values()], pa.string())).cast(pa.string())
+
+
 def _shown(record_id: str) -> str:
     return repr(record_id if len(record_id) <= 80 else record_id[:77] + "...")
 
@@ -379,23 +387,29 @@ def _shown(record_id: str) -> str:
 class _Table:
     """Batches into a Parquet file, many to a row group. Digests and sequences would hardly shrink, so they are left plain."""
 
+    REPETITIVE = ("length", "status", "reason", "changes")
+    COMPRESSED = ("id", "description", "reason")
+
     def __init__(self, path: Path, schema: pa.Schema):
-        few = [name for name in ("status", "reason", "changes") if name in schema.names]
-        compression = {name: "none" if name in ("digest", "sequence") else "zstd" for name in schema.names}
         self.writer = pq.ParquetWriter(
-            path, schema, compression=compression, use_dictionary=few, write_statistics=False
+            path,
+            schema,
+            compression={name: "zstd" if name in self.COMPRESSED else "none" for name in schema.names},
+            use_dictionary=[name for name in schema.names if name in self.REPETITIVE],
+            column_encoding={"record_no": "DELTA_BINARY_PACKED"} if "record_no" in schema.names else None,
+            write_statistics=False,
         )
-        self.schema, self.batches, self.rows = schema, [], 0
+        self.schema = schema
+        self.batches: list[pa.RecordBatch] = []
 
     def append(self, batch: pa.RecordBatch) -> None:
         self.batches.append(batch)
-        self.rows += len(batch)
-        if self.rows >= ROWS_PER_GROUP:
+        if sum(map(len, self.batches)) >= ROWS_PER_GROUP or sum(b.nbytes for b in self.batches) >= BYTES_PER_GROUP:
             self.flush()
 
     def flush(self) -> None:
         self.writer.write_table(pa.Table.from_batches(self.batches, self.schema))
-        self.batches, self.rows = [], 0
+        self.batches = []
 
     def __enter__(self):
         return self

@@ -42,6 +42,12 @@ def test_a_sequence_has_the_tokens_of_fair_esm_one_per_residue_and_two_more(leng
     assert tokens.tolist() == esm_tokens(sequence)
 
 
+def test_is_tokens_knows_every_byte_as_fair_esm_does():
+    letters = {token for token in ESM.standard_toks if token.isalpha()}
+    assert {chr(byte) for byte in range(256) if alphabet.is_tokens(b"MK" + bytes([byte]) + b"V")} == letters
+    assert alphabet.is_tokens(b"")
+
+
 @pytest.mark.parametrize("raw", [b"MKJ", b"mkv", b"MK*", b"MK-", b"M K", b"\xff", b"<mask>"])
 def test_what_was_not_normalised_has_no_tokens(raw):
     with pytest.raises(ValueError, match="not residues"):

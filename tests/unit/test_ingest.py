@@ -346,6 +346,18 @@ def test_a_record_has_as_many_tokens_for_fair_esm_as_residues_and_two_more(run, 
         assert convert([("", row["sequence"].decode())])[2].shape[1] == row["length"] + 2
 
 
+@pytest.mark.parametrize("body", ["MKjV", "MKVL\nWWJ", "AC-DE"])
+def test_an_accepted_residue_without_a_token_of_its_own_stops_ingest(run, monkeypatch, body):
+    """As if the search for unusual letters had missed one, or the mending had."""
+    data = b">a\nMKV\n>b\n" + body.encode() + b"\n>c\nMKVL\n"
+    monkeypatch.setattr(alphabet, "normalize", lambda raw, letters: (raw, [], ""))
+    with pytest.raises(RuntimeError, match="no token of its own"):
+        run(data)
+    monkeypatch.setattr("lengthwise.ingest._unusual", lambda residues, bounds: [])
+    with pytest.raises(RuntimeError, match="no token of its own"):
+        run(data)
+
+
 def test_with_little_memory_the_same_tables_come_out_by_way_of_the_disk(tmp_path):
     """A quarter of a million ids do not fit into 24 MiB; what is spilled is gone afterwards."""
     expected = write(tmp_path / "in.fasta", 250_000)
