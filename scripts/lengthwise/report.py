@@ -18,7 +18,7 @@ from lengthwise.metrics import read_metrics
 from lengthwise.plan import read_jobs
 from lengthwise.scaling_table import FAIR_ESM, LENGTHWISE, OK, read_scaling
 from lengthwise.settings import require
-from lengthwise.store import commit_path, metrics_path
+from lengthwise.store import commit_path, find_metrics
 
 MEASURES = {"allocated": "allocated GPU memory", "resident": "resident memory"}
 STATUS_WORDS = {
@@ -62,7 +62,7 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
     settings = require(store)
     commits = _read_commits(store, jobs_tsv)
     shards = list(dict.fromkeys(shard for commit in commits for shard in commit["shards"]))
-    present = [path for shard in shards if (path := metrics_path(store, shard)).exists()]
+    present = [path for shard in shards if (path := find_metrics(store, shard))]
     rows = read_metrics(present)
     _write_tsv(pa.Table.from_pandas(rows, preserve_index=False), out / "metrics.tsv")
     batches = _batches(rows)

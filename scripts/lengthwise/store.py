@@ -46,7 +46,13 @@ def shard_path(store: Path, shard: str) -> Path:
 
 
 def metrics_path(store: Path, shard: str) -> Path:
-    return Path(store) / "metrics" / f"{shard}.parquet"
+    return Path(store) / "metrics" / shard[:2] / f"{shard}.parquet"
+
+
+def find_metrics(store: Path, shard: str) -> Path | None:
+    """A shard's metrics, if there are any; earlier versions had all of them in one folder."""
+    path = metrics_path(store, shard)
+    return next((found for found in (path, path.parent.parent / path.name) if found.exists()), None)
 
 
 def spec_path(store: Path, job: str) -> Path:

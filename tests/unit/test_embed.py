@@ -37,7 +37,7 @@ def new(small_store, random_proteins):
 
 
 def metrics(store) -> list[dict]:
-    files = str(store.path / "metrics" / "*.parquet")
+    files = str(store.path / "metrics" / "*" / "*.parquet")
     query = "SELECT * FROM read_parquet(?) ORDER BY shard, batch"
     return duckdb.sql(query, params=[files]).to_arrow_table().to_pylist()
 

@@ -70,7 +70,7 @@ class Store:
         name = f"job{len(self.jobs)}"
         for shard, rows in shards.items():
             if rows is not None:
-                metrics_path(self.folder, shard).parent.mkdir(exist_ok=True)
+                metrics_path(self.folder, shard).parent.mkdir(parents=True, exist_ok=True)
                 write_metrics(metrics_path(self.folder, shard), rows)
         commit = {"job": name, "shards": list(shards), "made": list(shards) if made is None else made}
         commit |= {"sequences": 10, "residues": 1234, "device": device, "precision": "float32", "threads": 1}

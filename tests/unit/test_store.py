@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from lengthwise.store import Shard, ShardWriter, bytes_per_sequence, metrics_path, shard_name, shard_path
+from lengthwise.store import Shard, ShardWriter, bytes_per_sequence, find_metrics, metrics_path, shard_name, shard_path
 
 LENGTHS = np.array([3, 1, 40, 41, 200])
 
@@ -143,7 +143,18 @@ def test_a_shard_is_the_same_bytes_however_it_is_batched(tmp_path, random_rows):
 
 def test_the_names_of_a_shard_and_its_metrics_tell_their_places(tmp_path):
     assert shard_path(tmp_path, "abcd") == tmp_path / "shards" / "ab" / "abcd.safetensors"
-    assert metrics_path(tmp_path, "abcd") == tmp_path / "metrics" / "abcd.parquet"
+    assert metrics_path(tmp_path, "abcd") == tmp_path / "metrics" / "ab" / "abcd.parquet"
+
+
+def test_metrics_are_found_where_earlier_versions_wrote_them_too(tmp_path):
+    flat = tmp_path / "metrics" / "abcd.parquet"
+    assert find_metrics(tmp_path, "abcd") is None
+    flat.parent.mkdir()
+    flat.touch()
+    assert find_metrics(tmp_path, "abcd") == flat
+    metrics_path(tmp_path, "abcd").parent.mkdir()
+    metrics_path(tmp_path, "abcd").touch()
+    assert find_metrics(tmp_path, "abcd") == metrics_path(tmp_path, "abcd")
 
 
 def test_a_name_depends_on_the_settings_the_sequences_and_their_order():
