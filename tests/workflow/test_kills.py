@@ -259,8 +259,8 @@ def test_every_name_is_given_to_bytes_that_are_on_disk(planned, tmp_path, monkey
     (spec,) = project.store.glob("plan/jobs/*.parquet")
     embed_job(project.store, spec, project.store / "jobs" / f"{spec.stem}.json")
     renames = [(i, *event[1:]) for i, event in enumerate(events) if event[0] == "rename"]
-    kinds = Counter(os.path.basename(os.path.dirname(target)) for _, _, target, _ in renames)
-    assert kinds["metrics"] == len(project.shards()) == sum(n for kind, n in kinds.items() if len(kind) == 2)
+    kinds = Counter(os.path.relpath(target, project.store).partition("/")[0] for _, _, target, _ in renames)
+    assert kinds["metrics"] == kinds["shards"] == len(project.shards())
     assert kinds["jobs"] == 1
     for i, part, target, thread in renames:
         history = [name for name, path, *_ in events[:i] if path == part]
