@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lengthwise.ingest import SEQUENCES
 
 # Shares of the twenty amino acids in Swiss-Prot, in percent (https://web.expasy.org/docs/relnotes/relstat.html).
 SHARES = dict(A=8.25, R=5.53, N=4.06, D=5.46, C=1.38, Q=3.93, E=6.72, G=7.07, H=2.27, I=5.91)
@@ -71,6 +75,25 @@ def write(path: Path, records: int, seed: int = 0) -> dict:
                     expected["residues"] += residues
             file.writelines(parts)
     return expected
+
+
+def write_sequences(path: Path, n: int, seed: int = 0) -> None:
+    """Write a table of so many short sequences as ingest does, with digests that are as random, but not theirs."""
+    rng = np.random.default_rng(seed)
+    letters = np.frombuffer("".join(SHARES).encode(), np.uint8)
+    with pq.ParquetWriter(path, SEQUENCES, compression="none", use_dictionary=["length"]) as writer:
+        for first in range(0, n, 65_536):
+            lengths = np.clip(rng.gamma(5, 9, min(65_536, n - first)).astype(np.int32), 10, 400)  # 45 on average
+            bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+            residues = letters[rng.integers(0, len(letters), bounds[-1], np.uint8)]
+            buffers = [None, pa.py_buffer(bounds), pa.py_buffer(residues)]
+            digests = [None, pa.py_buffer(rng.bytes(24 * len(lengths)))]
+            columns = [
+                pa.Array.from_buffers(pa.binary(24), len(lengths), digests),
+                pa.array(lengths),
+                pa.Array.from_buffers(pa.binary(), len(lengths), buffers),
+            ]
+            writer.write_batch(pa.record_batch(columns, schema=SEQUENCES))
 
 
 def _number(i: int) -> bytes:

@@ -361,7 +361,7 @@ def _rename(database: duckdb.DuckDBPyConnection, records: Path) -> int:
     renamed = database.sql("SELECT record_no, new FROM renamed ORDER BY record_no").to_arrow_table()
     numbers, new = renamed.column("record_no").to_numpy(), renamed.column("new")
     with atomic(records) as part, _Table(part, RECORDS) as table:
-        for batch in pq.ParquetFile(records).iter_batches(ROWS_PER_GROUP):
+        for batch in pq.ParquetFile(records, pre_buffer=False).iter_batches(ROWS_PER_GROUP):
             first = batch.column("record_no")[0].as_py()
             low, high = np.searchsorted(numbers, [first, first + len(batch)])
             ids, changes = batch.column("id").to_pylist(), batch.column("changes").to_pylist()

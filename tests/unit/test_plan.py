@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lengthwise.ingest import SEQUENCES, ingest
+from lengthwise.ingest import SEQUENCES
+from lengthwise.order import Ordered
 from lengthwise.plan import JOBS_COLUMNS, Sizes, cut, forecast_seconds, plan, read_jobs
 from lengthwise.store import Shard, bytes_per_sequence, commit_path, spec_path
-from realistic import write
+from realistic import write_sequences
 
 # A sequence of 40 residues is forecast to take 40 microseconds with the tiny model, and 2.7 kB in float16.
 SMALL_JOBS = {"job_seconds": 4e-4, "shard_bytes": 8_000}
@@ -284,26 +285,80 @@ def test_jobs_grow_rather_than_become_more_than_snakemake_can_look_at(store, mon
 
 
 def test_a_job_has_no_more_residues_than_its_spec_may_hold(store, monkeypatch):
-    monkeypatch.setattr("lengthwise.plan.JOB_RESIDUES", 500)
+    monkeypatch.setattr("lengthwise.plan.JOB_BYTES", 500)
+    monkeypatch.setattr("lengthwise.plan.BYTES_BESIDE", 0)
     table = store.plan(shard_bytes=8_000)
     assert len(table) > 1
     assert table["residues"].max() <= 500
 
 
-def test_a_plan_within_little_memory_is_the_same(store, tmp_path, monkeypatch):
-    """By way of the disk; what is spilled is gone afterwards."""
-    monkeypatch.setattr("lengthwise.ingest.ROWS_PER_GROUP", 4096)
-    write(tmp_path / "large.fasta", 300_000)
-    paths = [tmp_path / name for name in ("records.parquet", "sequences.parquet", "summary.json")]
-    ingest(tmp_path / "large.fasta", *paths)
-    tables = []
-    for memory_bytes in (1 << 30, 150 << 20):
+def test_a_plan_within_little_memory_is_the_same(store, tmp_path, monkeypatch, refused):
+    """By way of the disk, for new sequences and for those in specs; what is spilled is gone afterwards."""
+    files, tables, parts = {"many": tmp_path / "many.parquet"}, [], []
+    write_sequences(files["many"], 600_000)
+    ordered = Ordered._distribute
+    monkeypatch.setattr(Ordered, "_distribute", lambda *given: parts.append(ordered(*given)) or parts[-1])
+
+    def planned_within(memory_bytes) -> dict:
+        table = plan(store.path, files, Sizes(1.0, 1 << 26), store.jobs_tsv, memory_bytes)
+        assert sorted(path.name for path in (store.path / "plan").iterdir()) == ["jobs", "jobs.tsv"]
+        return table.to_dict("records")
+
+    for memory_bytes in (1 << 30, 52 << 20):
         shutil.rmtree(store.path / "plan", ignore_errors=True)
-        sizes = Sizes(1.0, 1 << 24)
-        tables.append(plan(store.path, {"large": paths[1]}, sizes, store.jobs_tsv, memory_bytes).to_dict("records"))
-    assert len(tables[0]) > 1
-    assert tables[0] == tables[1]
-    assert sorted(path.name for path in (store.path / "plan").iterdir()) == ["jobs", "jobs.tsv"]
+        tables += [planned_within(memory_bytes), planned_within(memory_bytes)]
+    assert len(tables[0]) > 10
+    assert tables[0] == tables[1] == tables[2] == tables[3]
+    assert [len(paths) for paths in parts] == [1, 0, 8, 0]
+    connect = duckdb.connect
+    monkeypatch.setattr(duckdb, "connect", lambda config: connect(config=config | {"temp_directory": ""}))
+    with refused("ran out of its 54,525,952 bytes of memory", "--set-resources plan:mem_mb="):  # so it was by the disk
+        planned_within(52 << 20)
+
+
+def test_of_unfinished_specs_that_share_sequences_those_first_in_name_count(store):
+    """As after an input that changed and changed back."""
+    store.plan(**SMALL_JOBS)
+    aside = snapshot(store.path / "plan" / "jobs")
+    shutil.rmtree(store.path / "plan")
+    store.plan(job_seconds=3e-4, shard_bytes=5_000)
+    for path, content in aside.items():
+        path.write_bytes(content)
+    specs = {path.stem: set(store.spec(path.stem)["digest"]) for path in (store.path / "plan" / "jobs").iterdir()}
+    expected, held = [], set()
+    for job, digests in sorted(specs.items()):
+        if not digests & held:
+            expected.append(job)
+            held |= digests
+    store.plan()
+    assert set(expected) < set(store.jobs["job"])
+    assert set(store.jobs["job"]) & set(specs) == set(expected)
+    assert sorted(planned(store)) == sorted(wanted(store))
+
+
+def test_sequences_that_several_new_datasets_share_are_planned_once_for_all_of_them(small_store, random_proteins):
+    store, proteins = small_store(), list(random_proteins(90).items())
+    parts = {"c": proteins[:60], "a": proteins[20:80], "b": proteins[10:30] + proteins[70:]}
+    for name, own in parts.items():
+        store.ingest(name, dict(own))
+    store.plan(**SMALL_JOBS)
+    assert len(store.jobs) > 3
+    assert sorted(planned(store)) == sorted(wanted(store))
+    for name in parts:
+        held = [set(store.spec(job)["digest"]) for job in store.jobs["job"]]
+        stands_on = [job for job, digests in zip(store.jobs["job"], held, strict=True) if digests & wanted(store, name)]
+        assert store.jobs_of(name) == stands_on
+
+
+def test_a_spec_that_is_damaged_is_one_line_that_says_what_to_do(store, refused):
+    store.plan(**SMALL_JOBS)
+    path = spec_path(store.path, store.jobs["job"][1])
+    path.write_bytes(path.read_bytes()[:-20])
+    with refused("damaged", path.name, "remove that file and run again"):
+        store.plan(**SMALL_JOBS)
+    path.unlink()
+    store.plan(**SMALL_JOBS)
+    assert sorted(planned(store)) == sorted(wanted(store))
 
 
 def test_the_work_is_cut_from_sequences_sorted_by_length(store):
