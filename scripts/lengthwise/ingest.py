@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lengthwise import alphabet
+from lengthwise.database import out_of_core
 from lengthwise.errors import LengthwiseError
 from lengthwise.fasta import joined, place, read_chunks, split_headers, split_records
 from lengthwise.files import atomic, emptied, write_json
@@ -95,16 +96,15 @@ def ingest(
         atomic(records) as records_part,
         atomic(sequences) as sequences_part,
         emptied(records.parent / ".spill") as spill,
+        out_of_core("ingest", memory_bytes, spill, threads=1) as database,
     ):
-        config = {"memory_limit": f"{memory_bytes}B", "temp_directory": str(spill), "threads": 1}
-        with duckdb.connect(config=config | {"preserve_insertion_order": "false"}) as database:
-            for word in range(DIGEST_WORDS):
-                counts = _read(fasta, records_part, sequences_part, policy, word)
-                if _repeats_are_repeats(database, records_part, counts):
-                    break
-            else:
-                raise RuntimeError("three times two digests had the same eight bytes; please report this file")
-            _settle_ids(database, fasta, records_part, counts, policy)
+        for word in range(DIGEST_WORDS):
+            counts = _read(fasta, records_part, sequences_part, policy, word)
+            if _repeats_are_repeats(database, records_part, counts):
+                break
+        else:
+            raise RuntimeError("three times two digests had the same eight bytes; please report this file")
+        _settle_ids(database, fasta, records_part, counts, policy)
     result = {"input": str(fasta), **counts, "policy": asdict(policy)}
     write_json(summary, result)
     return result

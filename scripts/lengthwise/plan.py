@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lengthwise.database import out_of_core
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import atomic, emptied
 from lengthwise.order import Ordered
@@ -134,15 +135,9 @@ def forecast_seconds(lengths: np.ndarray, settings: dict) -> np.ndarray:
 @contextmanager
 def _specs(store: Path, files: list[Path], spill: Path, memory_bytes: int) -> Iterator[Specs]:
     """The store's specs, to be asked within this memory; what does not fit is spilled."""
-    config = {"memory_limit": f"{memory_bytes}B", "temp_directory": str(spill / "duckdb"), "threads": 2}
-    with duckdb.connect(config=config | {"preserve_insertion_order": "false"}) as database:
+    with out_of_core("plan", memory_bytes, spill / "duckdb", threads=2) as database:
         try:
             yield Specs(store, files, database, spill)
-        except duckdb.OutOfMemoryException as error:
-            raise LengthwiseError(
-                f"{store}: planning ran out of its {memory_bytes:,} bytes of memory; give it more than the 2,000 MB that "
-                "it has by default, for example with --set-resources plan:mem_mb=8000"
-            ) from error
         except (duckdb.InvalidInputException, pa.ArrowInvalid) as error:
             what = str(error).splitlines()[0]
             raise LengthwiseError(f"{store}: a damaged file ({what}); remove that file and run again") from error

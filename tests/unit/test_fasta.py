@@ -2,7 +2,11 @@
 
 import gzip
 import io
+import random
+import time
+from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -96,17 +100,63 @@ def test_the_shipped_proteins_are_those_of_biopython(request):
     assert [r.description for r in records] == [f"{i} {description}".strip() for i, description, _ in parse(path)]
 
 
-@settings(ANY_FOLDER, max_examples=500)
-@given(data=st.binary(max_size=300), start=st.sampled_from([b"", b">", b">a\n", b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"]))
-def test_any_bytes_are_records_or_one_error(data, start, tmp_path):
-    (tmp_path / "in").write_bytes(start + data)
-    outcome = ""
-    try:
-        outcome = repr(parse(tmp_path / "in"))
-    except LengthwiseError as error:
-        outcome = str(error)
-    assert outcome
-    assert "\n" not in outcome
+PIECES = [
+    b">",
+    b"\n>",
+    b"\n",
+    b"\r",
+    b"\r\n",
+    b" ",
+    b"\0",
+    b"\xff",
+    b"*",
+    b"<mask>",
+    b"\xef\xbb\xbf",
+    b"@",
+    b">x\nMK\n",
+]
+PIECES += [b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18\0\0\0\0", gzip.compress(b">a\nMK\n"), bytes(300)]
+
+
+def mutated(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    """A file with a few defects more: bits flipped, pieces put in, taken out, doubled or taken over from another file."""
+    for _ in range(rng.randint(1, 5)):
+        at, other = rng.randint(0, len(data)), rng.choice(others)
+        stop = min(len(data), at + rng.choice([1, 4, 50]))
+        start = rng.randint(0, len(other))
+        flipped = bytes([data[at] ^ 1 << rng.randint(0, 7)]) if at < len(data) else b""
+        middle = rng.choice([flipped, rng.choice(PIECES), b"", data[at:stop] * 2, other[start : start + 50]])
+        data = data[:at] + middle + data[rng.choice([at, at + len(flipped), stop]) :]
+    return rng.choice([bytes, bytes, bytes, gzip.compress, zstd.compress])(data)
+
+
+def outcome(path: Path, block_bytes: int) -> list | None:
+    """The records, or None for an error of one line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lengthwise.fasta.BLOCK_BYTES", block_bytes)
+        try:
+            return parse(path)
+        except LengthwiseError as error:
+            if "\n" in str(error):
+                raise ValueError("an error of several lines") from error
+            return None
+
+
+@pytest.mark.parametrize("seconds", [10, pytest.param(600, marks=pytest.mark.slow)])
+def test_mutations_of_hostile_files_are_records_or_one_error_wherever_blocks_end(seconds, tmp_path):
+    files = [path.read_bytes() for path in sorted((Path(__file__).parents[1] / "hostile").iterdir())]
+    path, until, seed, ends = tmp_path / "in", time.monotonic() + seconds, time.time_ns(), Counter()
+    rng = random.Random(seed)
+    while time.monotonic() < until:
+        data = mutated(rng.choice(files), files, rng)
+        path.write_bytes(data)
+        try:
+            records = outcome(path, 2 << 20)
+            assert outcome(path, rng.choice([9, 30, 200])) == records
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {data!r}") from error
+        ends[records is None] += 1
+    assert min(ends[True], ends[False]) > 10 * seconds  # both are met, and often
 
 
 @settings(ANY_FOLDER, max_examples=200)

@@ -312,7 +312,9 @@ def test_a_plan_within_little_memory_is_the_same(store, tmp_path, monkeypatch, r
     assert [len(paths) for paths in parts] == [1, 0, 8, 0]
     connect = duckdb.connect
     monkeypatch.setattr(duckdb, "connect", lambda config: connect(config=config | {"temp_directory": ""}))
-    with refused("ran out of its 54,525,952 bytes of memory", "--set-resources plan:mem_mb="):  # so it was by the disk
+    with refused(
+        "plan ran out of its 54,525,952 bytes of memory", "--set-resources plan:mem_mb="
+    ):  # so it was by the disk
         planned_within(52 << 20)
 
 
