@@ -7,11 +7,12 @@ from lengthwise.logs import log, reporting
 with reporting(snakemake.log[0], snakemake.scriptdir):
     from lengthwise.alphabet import Letters
     from lengthwise.errors import LengthwiseError
-    from lengthwise.fasta import state
+    from lengthwise.files import read_json, stamp
     from lengthwise.ingest import Policy, ingest
 
-    fasta, params = Path(snakemake.input.fasta), snakemake.params
-    if state(fasta) != params.fasta:
+    fasta, params, dataset = Path(snakemake.input.fasta), snakemake.params, snakemake.wildcards.dataset
+    planned_inputs = Path(snakemake.output.records).parents[2] / "plan" / "inputs.json"
+    if stamp(fasta) != read_json(planned_inputs, dataset)[dataset]:
         raise LengthwiseError(f"{fasta}: changed since this run was planned; run again once nothing writes to it")
     summary = ingest(
         fasta,
@@ -30,6 +31,6 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
     )
     log.info(
         "%s: %s records: %s accepted, %s duplicate, %s rejected; %s residues",
-        snakemake.wildcards.dataset,
+        dataset,
         *(f"{summary[key]:,}" for key in ("records", "accepted", "duplicate", "rejected", "residues")),
     )

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from isal.igzip_lib import DECOMP_GZIP, IgzipDecompressor, IsalError
 
 from lengthwise.errors import LengthwiseError
+from lengthwise.files import stamp
 
 if sys.version_info >= (3, 14):
     from compression.zstd import ZstdDecompressor, ZstdError
@@ -89,7 +90,7 @@ def state(fasta: Path) -> str:
 def read_text(fasta: Path, seen: Callable[[bytes], None] = lambda raw: None) -> Iterator[bytes]:
     """Yield a file's decompressed content, block by block, without a byte-order mark."""
     try:
-        before = state(fasta)
+        before = stamp(fasta)
         with open(fasta, "rb") as file:
             pieces = _seen_by(seen, iter(lambda: file.read(BLOCK_BYTES), b""))
             first = next(pieces, b"")
@@ -100,7 +101,7 @@ def read_text(fasta: Path, seen: Callable[[bytes], None] = lambda raw: None) -> 
             first = next(pieces, b"")
             yield first.removeprefix(b"\xef\xbb\xbf")
             yield from pieces
-        if state(fasta) != before:
+        if stamp(fasta) != before:
             raise LengthwiseError(f"{fasta}: changed while it was read; run again once nothing writes to it")
     except OSError as error:
         raise LengthwiseError(f"{fasta}: cannot be read: {error.strerror or error}") from error

@@ -122,6 +122,19 @@ def test_an_input_that_changes_after_planning_is_one_line(small, tmp_path):
     assert_one_line(small.snakemake(), "in.fasta", "changed since this run was planned")
 
 
+def test_an_input_that_changes_before_its_job_on_another_node_is_one_line(project):
+    """Such a job reads the config and looks at the inputs once more; size and time of the change are those of before."""
+    fasta = project.folder / "in.fasta"
+    fasta.write_text(">a\nMKV\n")
+    project.configure(inputs=["in.fasta"])
+    assert project.snakemake("results/demo/weights.json").code == 0  # a run that has begun
+    before = fasta.stat()
+    fasta.write_text(">a\nMKA\n")
+    os.utime(fasta, ns=(before.st_atime_ns, before.st_mtime_ns))
+    on_node = ["--mode", "remote", "--target-jobs", "ingest:dataset=in", "--allowed-rules", "ingest", "--nolock"]
+    assert_one_line(project.snakemake(*on_node), "in.fasta", "changed since this run was planned")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_an_unreadable_input_is_one_line(project):
     (project.folder / "bad.fasta").write_text(">a\nM\n")

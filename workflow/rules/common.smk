@@ -20,7 +20,7 @@ import lengthwise.fasta
 from lengthwise.closing import failure_lines_of, success_lines_of
 from lengthwise.device import auto_device, refuse_missing_gpu
 from lengthwise.errors import LengthwiseError
-from lengthwise.files import write_json
+from lengthwise.files import stamp, write_json
 from lengthwise.recovery import broken_commits
 from lengthwise.settings import guard, load
 from lengthwise.weights import note_new_time
@@ -61,6 +61,7 @@ try:
     config.update(lengthwise.config.validate(config, Path(workflow.basedir) / "schemas" / "config.schema.yaml"))
     DATASETS = lengthwise.config.datasets(config["inputs"])
     STATES = {dataset: lengthwise.fasta.state(path) for dataset, path in DATASETS.items()}
+    STAMPS = {dataset: stamp(path) for dataset, path in DATASETS.items()}
     STORE = str(Path(config["results"]) / lengthwise.config.store_name(config["model"]))
     guard(Path(STORE), config)
     if workflow.is_main_process:
@@ -73,6 +74,7 @@ WEIGHTS = f"{STORE}/weights.json"
 INDEX = f"{STORE}/datasets/{{dataset}}/index.parquet"
 LOOKUP = f"{STORE}/datasets/{{dataset}}/lookup.arrow"
 JOBS = f"{STORE}/plan/jobs.tsv"
+PLANNED_INPUTS = f"{STORE}/plan/inputs.json"
 
 
 wildcard_constraints:
@@ -85,7 +87,7 @@ def fasta_of(wildcards):
 
 
 def fasta_state(wildcards):
-    """Size and time when the run was planned: a file replaced by an older one is noticed, and so is a change since."""
+    """Size and time: a file replaced by an older one is noticed."""
     return STATES[wildcards.dataset]
 
 
@@ -149,6 +151,7 @@ def begin():
     require_device()
     if workflow.is_main_process:
         note_new_time(Path(STORE))
+        write_json(Path(PLANNED_INPUTS), STAMPS)  # a job on another node reads its config and inputs again
 
 
 def require_device():
