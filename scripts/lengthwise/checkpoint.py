@@ -176,9 +176,8 @@ def reference_model(path: Path, device: torch.device | str = "cpu"):
     from esm.model import esm2
 
     config, state, _ = read(path)
-    with torch.device("meta"):  # its own first weights would take longer to draw than the checkpoint's to load
+    with torch.device(device):
         model = esm2.ESM2(config.num_layers, config.embed_dim, config.attention_heads)
-    model.to_empty(device=device)
     model.load_state_dict(state, strict=False)  # the contact head's weights come in a file of their own
     return model.eval()
 

@@ -308,9 +308,7 @@ def _write_pt(source: _Source, folder: Path) -> int:
             result: dict = {"label": protein.id}
             for name, array in protein.stored.items():
                 kind, layer = name.split("_")
-                # Copied: a file has this protein's numbers alone, and nothing of the shard that they are a view of.
-                tensor = torch.from_numpy(array.astype(np.float32, copy=True))
-                result.setdefault(words[kind], {})[int(layer)] = tensor
+                result.setdefault(words[kind], {})[int(layer)] = torch.from_numpy(array.astype(np.float32))
             buffer = io.BytesIO()
             torch.save(result, buffer)
             name = file_name(protein.id, shared)

@@ -2,13 +2,15 @@
 
 import csv
 import hashlib
-import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
-import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import unquote
 
 import h5py
@@ -263,22 +265,22 @@ def test_an_export_that_does_not_fit_is_refused_before_it_begins(small, monkeypa
         export(small, "pt")
 
 
-def _killed(folder, kind):
-    os.sync = lambda: os.kill(os.getpid(), signal.SIGKILL)
-    export(folder, kind)
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lengthwise.exports import export
+os.sync = lambda: os.kill(os.getpid(), signal.SIGKILL)
+export(Path(sys.argv[1]), "parquet")
+"""
 
 
 def test_what_a_killed_export_left_is_gone_after_the_next(small):
-    context = multiprocessing.get_context("fork")
-    child = context.Process(target=_killed, args=(small, "pt"))
-    with warnings.catch_warnings(action="ignore"):  # torch has threads
-        child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
-    assert [path.name for path in (small / "exports").iterdir() if path.name.startswith(".")] != []
-    export(small, "pt")
-    assert [path.name for path in (small / "exports").iterdir()] == ["pt"]
-    assert len(list((small / "exports" / "pt").iterdir())) == 13
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", KILLED, small], env=environment).returncode == -signal.SIGKILL
+    assert all(path.name.startswith(".") for path in (small / "exports").iterdir())
+    assert content(small / "exports") != {}
+    export(small, "parquet")
+    assert content(small / "exports").keys() == {Path("parquet/pooled.parquet")}
 
 
 def test_a_record_that_is_gone_has_no_file_after_the_next_export(small):
@@ -288,16 +290,10 @@ def test_a_record_that_is_gone_has_no_file_after_the_next_export(small):
     assert not (small / "exports" / "pt" / "gone.pt").exists()
 
 
-def test_two_exports_at_once_end_with_one_whole_export(small):
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=export, args=(small, "h5")) for _ in range(3)]
-    with warnings.catch_warnings(action="ignore"):
-        for child in children:
-            child.start()
-    for child in children:
-        child.join()
-    assert [child.exitcode for child in children] == [0, 0, 0]
-    assert [path.name for path in (small / "exports").iterdir()] == ["h5"]
+def test_exports_at_once_end_with_one_whole_export(small):
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(export, [small] * 3, ["h5"] * 3)) == [12] * 3
+    assert content(small / "exports").keys() == {Path("h5/per-residue.h5"), Path("h5/per-protein.h5")}
     with h5py.File(small / "exports" / "h5" / "per-residue.h5") as file:
         assert len(file) == 12
 
