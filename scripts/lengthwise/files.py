@@ -1,8 +1,12 @@
 """Files that are there whole or not at all."""
 
+import ctypes
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,21 +14,123 @@ from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
 
+# What only writing is refused for, whatever else a rule does meanwhile.
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+# What a file system says that has no locks, or cannot reserve bytes.
+_CANNOT = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+_temporaries: set[Path] = set()
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Write to the temporary path that this yields; it becomes `path` on success, fsynced, and vanishes on failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    part = temporary(path)
     try:
-        yield part
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        fsync_folder(path.parent)
+        with writing(path, _NO_SPACE):
+            yield part
+        with writing(path):
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+            fsync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def temporary(path: Path) -> Path:
+    """A name beside `path` for what is not finished; no other process, on whatever machine, gets the same."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    _temporaries.add(part)
+    return part
+
+
+def remove_temporaries() -> None:
+    """Remove what this process has under temporary names, because it ends at once."""
+    for part in tuple(_temporaries):
+        part.unlink(missing_ok=True)
+
+
+def claim(path: Path) -> tuple[Path, int]:
+    """Make a temporary file for `path` and lock it: the kernel lets go of the lock when this process ends, however it does."""
+    while True:
+        part = temporary(path)
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        lock(descriptor, fcntl.LOCK_EX)
+        if part.exists():
+            return part, descriptor
+        os.close(descriptor)  # between the two calls another process took it for a leftover
+
+
+def outlive_others(path: Path, wait: bool) -> None:
+    """Wait until nobody else is making `path`, and remove what those who died left of it.
+
+    Raises
+    ------
+    BlockingIOError
+        Somebody is, and `wait` is false.
+    """
+    for part in path.parent.glob(f".{path.stem}*.tmp"):
+        try:
+            descriptor = os.open(part, os.O_RDWR)
+        except (FileNotFoundError, PermissionError):  # renamed by now, or of another user
+            continue
+        try:
+            if lock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB):
+                part.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+
+def lock(descriptor: int, how: int) -> bool:
+    """Lock an open file; false where the file system has no locks, so that nobody knows who else is there.
+
+    Raises
+    ------
+    BlockingIOError
+        Another holds it, and `how` says not to wait.
+    """
+    try:
+        fcntl.flock(descriptor, how)
+    except OSError as error:
+        if error.errno in _CANNOT:
+            return False
+        raise
+    return True
+
+
+def reserve(descriptor: int, size: int, free: int) -> None:
+    """Give a file its bytes on the disk; where the file system cannot reserve any, at least ask whether so many are free.
+
+    `os.posix_fallocate` would write zeros there: every byte twice.
+
+    Raises
+    ------
+    OSError
+        There are not enough.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
+        return
+    refused = ctypes.get_errno()
+    if refused in _CANNOT and size <= free:
+        os.ftruncate(descriptor, size)
+    else:
+        number = errno.ENOSPC if refused in _CANNOT else refused
+        raise OSError(number, os.strerror(number))
+
+
+@contextmanager
+def writing(path: Path, refusals: set[int] | None = None) -> Iterator[None]:
+    """Say of an error in here that `path` cannot be written, and why: of any, or of these error numbers alone."""
+    try:
+        yield
+    except OSError as error:
+        if refusals is not None and error.errno not in refusals:
+            raise
+        why = os.strerror(error.errno) if error.errno else error
+        raise LengthwiseError(f"{path}: cannot be written: {why}; mend that and run again") from error
 
 
 @contextmanager
@@ -49,7 +155,7 @@ def fsync_folder(folder: Path) -> None:
 
 def write_json(path: Path, value: dict) -> None:
     """Write a JSON file atomically."""
-    with atomic(path) as part:
+    with atomic(path) as part, writing(path):
         part.write_text(json.dumps(value, indent=2) + "\n")
 
 

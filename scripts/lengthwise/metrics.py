@@ -7,7 +7,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lengthwise.files import atomic
+from lengthwise.files import atomic, writing
 
 # wall_ms is the host's time since the job's previous batch was finished, so that a job's rows add up to its time without
 # the model's load; on a CPU, which computes several batches at once, a batch's share of it. device_ms is the time of the
@@ -42,7 +42,7 @@ METRICS = pa.schema(
 
 def write_metrics(path: Path, rows: list[dict]) -> None:
     """Write the rows of one shard's batches atomically."""
-    with atomic(path) as part:
+    with atomic(path) as part, writing(path):
         pq.write_table(pa.Table.from_pylist(rows, METRICS), part)
 
 

@@ -6,22 +6,24 @@ float32 [n, D] (when they are outputs), `offsets` int64 [n + 1], `crc32c` uint32
 digest and status, then its rows of every `layer_<n>` in ascending order, then its `mean_<n>`, then its `bos_<n>`.
 """
 
-import fcntl
 import hashlib
+import itertools
 import json
 import math
 import mmap
 import os
+import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.files import fsync_folder
+from lengthwise.files import claim, fsync_folder, outlive_others, reserve, writing
 from lengthwise.status import DOES_NOT_FIT
 
 _DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U32": np.uint32, "U8": np.uint8}
@@ -30,10 +32,12 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 REMAKE = "remove it and run snakemake: it will be made again"
 # A map without a file descriptor of its own, so that a process can hold more of them than it may open files.
 _NO_DESCRIPTOR = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+_DATA = ("layer_", "mean_", "bos_")
 _ALIGNMENT = 4096
 _MAX_HEADER = 1 << 20
-# Written rows are synced as they go, so that the commit has little left to wait for.
-SYNC_BYTES = 64 << 20
+# What is written goes to the disk behind the work, so that the commit has little left to wait for.
+FLUSH_BYTES = 16 << 20
+_READ_BYTES = 16 << 20
 
 
 def shard_name(fingerprint: str, digests: Iterable[bytes]) -> str:
@@ -120,17 +124,21 @@ class ShardWriter:
 
     Use as a context manager; `commit` makes the shard, leaving without it makes nothing. A second writer of the same shard
     waits for the first, and then finds `already_there`; with `wait` false it raises BlockingIOError.
+
+    Raises
+    ------
+    LengthwiseError
+        The disk has no room for the shard, or refuses a write.
     """
 
     def __init__(
         self, store: Path, shard: str, digests: list[bytes], lengths: np.ndarray, settings: dict, wait: bool = True
     ):
         self.path = shard_path(store, shard)
-        self.part = self.path.with_name(f".{shard}.tmp")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.settings = settings
-        self.descriptor = _lock(self.part, wait)
-        self.unsynced = 0
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.descriptor = None
+        outlive_others(self.path, wait)
         self.already_there = is_made(self.path, digests, settings["fingerprint"])
         if self.already_there:
             return
@@ -140,16 +148,27 @@ class ShardWriter:
         self.status = np.zeros(len(lengths), np.uint8)
         self.digests = digests
         self.size = max(tensor.start + tensor.nbytes for tensor in self.tensors.values())
-        os.ftruncate(self.descriptor, 0)
+        self.unflushed = 0
+        with writing(self.path):
+            self.part, self.descriptor = claim(self.path)
         try:
-            os.posix_fallocate(self.descriptor, 0, self.size)  # a full disk shows now, not after an hour of work
-        except OSError as error:
+            self._reserve()
+            with writing(self.path):
+                _pwrite_all(self.descriptor, np.frombuffer(header, np.uint8), 0)
+        except BaseException:
             self.abandon()
+            raise
+
+    def _reserve(self) -> None:
+        """A full disk shows now, not after an hour of work."""
+        free = shutil.disk_usage(self.path.parent).free
+        try:
+            reserve(self.descriptor, self.size, free)
+        except OSError as error:
             raise LengthwiseError(
-                f"{self.path.parent}: cannot reserve {self.size:,} bytes for a shard: {error.strerror}; free some space "
-                "and run again"
+                f"{self.path.parent}: cannot reserve {self.size:,} bytes for a shard, {free:,} are free: {error.strerror}; "
+                "free some space and run again"
             ) from error
-        os.pwrite(self.descriptor, header, 0)
 
     def write(self, first: int, arrays: dict[str, np.ndarray], lengths: list[int], status: np.ndarray) -> None:
         """Write the sequences `first`, `first` + 1, ... of one batch.
@@ -166,34 +185,36 @@ class ShardWriter:
             [n] uint8, see `lengthwise.status`.
         """
         bounds = np.concatenate([[0], np.cumsum(lengths)])
-        crc = [google_crc32c.Checksum(self.digests[first + i] + bytes([status[i]])) for i in range(len(lengths))]
+        crc = [google_crc32c.value(self.digests[first + i] + bytes([status[i]])) for i in range(len(lengths))]
         for name in self.tensors:  # in the order that crc32c is defined by
             if name not in arrays:
                 continue
             array, tensor = np.ascontiguousarray(arrays[name]), self.tensors[name]
             by_residue = name.startswith("layer_")
             row = self.offsets[first] if by_residue else first
-            _pwrite_all(self.descriptor, array, tensor.start + row * array.strides[0])
-            self.unsynced += array.nbytes
-            for i, checksum in enumerate(crc):
-                part = array[bounds[i] : bounds[i + 1]] if by_residue else array[i : i + 1]
-                checksum.update(part.tobytes())
+            with writing(self.path):
+                _pwrite_all(self.descriptor, array, tensor.start + row * array.strides[0])
+            self.unflushed += array.nbytes
+            for i in range(len(crc)):
+                rows = array[bounds[i] : bounds[i + 1]] if by_residue else array[i : i + 1]
+                crc[i] = google_crc32c.extend(crc[i], rows)
         here = slice(first, first + len(lengths))
-        self.crc32c[here] = [int.from_bytes(checksum.digest(), "big") for checksum in crc]
+        self.crc32c[here] = crc
         self.status[here] = status
-        if self.unsynced > SYNC_BYTES:
-            os.fdatasync(self.descriptor)
-            self.unsynced = 0
+        if self.unflushed >= FLUSH_BYTES:
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # begins to write, and does not wait
+            self.unflushed = 0
 
     def commit(self) -> None:
         """Make the shard: fsync, then the rename."""
         digests = np.frombuffer(b"".join(self.digests), np.uint8)
         tails = {"offsets": self.offsets, "crc32c": self.crc32c, "digests": digests, "status": self.status}
-        for name, array in tails.items():
-            _pwrite_all(self.descriptor, array, self.tensors[name].start)
-        os.fsync(self.descriptor)
-        os.rename(self.part, self.path)
-        fsync_folder(self.path.parent)
+        with writing(self.path):
+            for name, array in tails.items():
+                _pwrite_all(self.descriptor, array, self.tensors[name].start)
+            os.fsync(self.descriptor)
+            os.rename(self.part, self.path)
+            fsync_folder(self.path.parent)
         self._close()
 
     def abandon(self) -> None:
@@ -233,6 +254,8 @@ class Shard:
             raise LengthwiseError(
                 f"{self.path}: the shard is missing; restore it, or remove its job's commit"
             ) from error
+        except OSError as error:
+            raise LengthwiseError(f"{self.path}: cannot be read: {error.strerror}") from error
         self._arrays: dict[str, np.ndarray] = {}
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -245,22 +268,71 @@ class Shard:
     @property
     def data_names(self) -> list[str]:
         """The tensors that crc32c covers, in its order."""
-        return [name for name in self.tensors if name.split("_")[0] in ("layer", "mean", "bos")]
+        return [name for name in self.tensors if name.startswith(_DATA)]
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor read into memory.
+
+        Raises
+        ------
+        LengthwiseError
+            The disk does not give it; through a map that would be the end of the process.
+        """
+        (tensor,) = self._read(name, [(0, self.tensors[name].shape[0])])
+        return tensor
 
     def damaged(self) -> list[int]:
-        """Numbers of the sequences whose bytes do not have their checksum."""
-        offsets, bad = self["offsets"], []
-        for i, expected in enumerate(self["crc32c"]):
-            checksum = google_crc32c.Checksum(self["digests"][i].tobytes() + self["status"][i].tobytes())
-            for name in self.data_names:
-                rows = slice(offsets[i], offsets[i + 1]) if name.startswith("layer_") else slice(i, i + 1)
-                checksum.update(self[name][rows].tobytes())
-            if int.from_bytes(checksum.digest(), "big") != int(expected):
-                bad.append(i)
-        return bad
+        """Numbers of the sequences whose bytes, as the disk has them, do not have their checksum.
+
+        Raises
+        ------
+        LengthwiseError
+            The disk does not give them.
+        """
+        with open(self.path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what memory remembers of it proves nothing
+        offsets, digests, status = self.read("offsets"), self.read("digests"), self.read("status")
+        crc = [google_crc32c.value(digests[i].tobytes() + status[i].tobytes()) for i in range(len(status))]
+        for name in self.data_names:
+            bounds = offsets if name.startswith("layer_") else np.arange(len(offsets))
+            row_bytes = self.tensors[name].nbytes // self.tensors[name].shape[0]
+            cuts = _cuts(bounds, _READ_BYTES // max(row_bytes, 1))
+            parts = [(bounds[start], bounds[stop]) for start, stop in itertools.pairwise(cuts)]
+            for (start, stop), rows in zip(itertools.pairwise(cuts), self._read(name, parts), strict=True):
+                for i in range(start, stop):
+                    crc[i] = google_crc32c.extend(
+                        crc[i], rows[bounds[i] - bounds[start] : bounds[i + 1] - bounds[start]]
+                    )
+        return np.flatnonzero(np.array(crc, np.uint32) != self.read("crc32c")).tolist()
+
+    def _read(self, name: str, parts: list[tuple[int, int]]) -> Iterator[np.ndarray]:
+        """The rows of a tensor from `first` to `last`, for each of these."""
+        tensor = self.tensors[name]
+        width = tensor.shape[1:]
+        per_row = math.prod(width)
+        try:
+            with open(self.path, "rb") as file:
+                for first, last in parts:
+                    file.seek(tensor.start + int(first) * per_row * tensor.dtype.itemsize)
+                    yield np.fromfile(file, tensor.dtype, int(last - first) * per_row).reshape(
+                        int(last - first), *width
+                    )
+        except (OSError, ValueError) as error:
+            raise LengthwiseError(f"{self.path}: cannot be read: {error}; {REMAKE}") from error
+
+
+def _cuts(bounds: np.ndarray, rows: int) -> list[int]:
+    """Where to cut consecutive sequences into runs of about so many rows, or of one sequence that has more."""
+    cuts = [0]
+    while cuts[-1] < len(bounds) - 1:
+        stop = int(np.searchsorted(bounds, bounds[cuts[-1]] + rows, side="right")) - 1
+        cuts.append(max(stop, cuts[-1] + 1))
+    return cuts
 
 
 def _read_header(path: Path, file, size: int) -> tuple[dict, dict[str, Tensor]]:
+    """The metadata and the places of the tensors, if they are what `layout` might have made, and so are the offsets."""
+
     def refuse(what: str) -> LengthwiseError:
         return LengthwiseError(f"{path}: damaged shard: {what}; {REMAKE}")
 
@@ -268,26 +340,59 @@ def _read_header(path: Path, file, size: int) -> tuple[dict, dict[str, Tensor]]:
     if not 0 < length <= min(_MAX_HEADER, size - 8):
         raise refuse(f"its header claims {length:,} bytes in a file of {size:,}")
     try:
-        entries = json.loads(file.read(length))
-        metadata = entries.pop("__metadata__", {})
+        text = file.read(length)
+        entries = json.loads(text, object_pairs_hook=_unique, parse_float=_no_number, parse_constant=_no_number)
+        metadata = dict(entries.pop("__metadata__", {}))
         tensors, expected = {}, 0
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             start, stop = entry["data_offsets"]
-            tensor = Tensor(np.dtype(_DTYPES[entry["dtype"]]), tuple(map(int, entry["shape"])), 8 + length + start)
+            tensor = Tensor(np.dtype(_DTYPES[entry["dtype"]]), tuple(map(index, entry["shape"])), 8 + length + start)
             if start != expected or stop - start != tensor.nbytes or min(tensor.shape, default=0) < 0:
                 raise refuse(f"the place of {name} in it is wrong")
             tensors[name], expected = tensor, stop
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if size != 8 + length + expected:
+            raise refuse(f"it has {size:,} bytes and should have {8 + length + expected:,}")
+        if missing := {"offsets", "crc32c", "digests", "status"} - tensors.keys():
+            raise refuse(f"it has no {sorted(missing)[0]}")
+        n = math.prod(tensors["status"].shape)
+        if tensors["offsets"].dtype != np.int64 or tensors["offsets"].shape != (n + 1,):
+            raise refuse(f"offsets is not for {n} sequences")
+        file.seek(tensors["offsets"].start)
+        offsets = np.frombuffer(file.read(tensors["offsets"].nbytes), np.int64)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, MemoryError) as error:
         raise refuse(f"its header is unreadable ({error})") from error
-    if missing := {"offsets", "crc32c", "digests", "status"} - tensors.keys():
-        raise refuse(f"it has no {sorted(missing)[0]}")
-    n = math.prod(tensors["status"].shape)
-    shapes = {"offsets": (n + 1,), "crc32c": (n,), "digests": (n, 24), "status": (n,)}
-    if wrong := [name for name, shape in shapes.items() if tensors[name].shape != shape]:
-        raise refuse(f"{wrong[0]} is not for {n} sequences")
-    if size != 8 + length + expected:
-        raise refuse(f"it has {size:,} bytes and should have {8 + length + expected:,}")
+    if offsets[0] != 0 or (offsets[1:] <= offsets[:-1]).any():
+        raise refuse("its offsets do not ascend from 0")
+    if wrong := [name for name, tensor in tensors.items() if not _fits(name, tensor, n, int(offsets[-1]))]:
+        raise refuse(f"{wrong[0]} is not for {n} sequences of {offsets[-1]:,} residues")
+    if len({tensor.shape[1] for name, tensor in tensors.items() if name.startswith(_DATA)}) > 1:
+        raise refuse("its vectors are not of one width")
     return metadata, tensors
+
+
+def _fits(name: str, tensor: Tensor, n: int, residues: int) -> bool:
+    """Whether a tensor has the type and, but for its width, the shape that its name asks for."""
+    width = tensor.shape[-1:]
+    kinds = {
+        "layer": ({"F16", "F32"}, (residues, *width)),
+        "mean": ({"F32"}, (n, *width)),
+        "bos": ({"F32"}, (n, *width)),
+        "crc32c": ({"U32"}, (n,)),
+        "digests": ({"U8"}, (n, 24)),
+        "status": ({"U8"}, (n,)),
+    }
+    dtypes, shape = kinds.get(name.split("_")[0], ({_NAMES[tensor.dtype]}, tensor.shape))
+    return _NAMES[tensor.dtype] in dtypes and tensor.shape == shape
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key is there twice")
+    return dict(pairs)
+
+
+def _no_number(text: str):
+    raise ValueError(f"{text} is no whole number")
 
 
 def is_made(path: Path, digests: list[bytes], fingerprint: str) -> bool:
@@ -303,23 +408,6 @@ def is_made(path: Path, digests: list[bytes], fingerprint: str) -> bool:
         return same and not (shard["status"] == DOES_NOT_FIT).all()
     except (LengthwiseError, KeyError):
         return False
-
-
-def _lock(part: Path, wait: bool) -> int:
-    """Open and lock the temporary file; another process that writes it is waited for, if at all."""
-    while True:
-        descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(descriptor)
-            raise
-        try:
-            if os.fstat(descriptor).st_ino == os.stat(part).st_ino:
-                return descriptor
-        except FileNotFoundError:
-            pass
-        os.close(descriptor)  # the one waited for renamed or removed it
 
 
 def _pwrite_all(descriptor: int, array: np.ndarray, place: int) -> None:

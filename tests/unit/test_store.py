@@ -1,15 +1,21 @@
 """Shards: the stock safetensors library reads what is written, and what is damaged is refused or found."""
 
+import ctypes
 import errno
+import fcntl
 import json
 import os
+import shutil
+import subprocess
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors import safe_open
 
+from lengthwise import store
 from lengthwise.store import Shard, ShardWriter, bytes_per_sequence, find_metrics, metrics_path, shard_name, shard_path
 
 LENGTHS = np.array([3, 1, 40, 41, 200])
@@ -27,7 +33,7 @@ def settings(**changes) -> dict:
 
 
 def digests_of(n: int) -> list[bytes]:
-    return [bytes([i + 1]) * 24 for i in range(n)]
+    return [(i + 1).to_bytes(2, "big") * 12 for i in range(n)]
 
 
 def writer_of(store: Path, how: dict | None = None, shard: str = "ab" * 16, lengths=LENGTHS) -> ShardWriter:
@@ -192,7 +198,8 @@ def test_what_a_killed_writer_left_is_written_over(tmp_path, random_rows, files_
     arrays = random_rows(LENGTHS, settings())
     path = shard_path(tmp_path, "ab" * 16)
     path.parent.mkdir(parents=True)
-    path.with_name(f".{path.stem}.tmp").write_bytes(b"\xff" * 1_000_000)
+    for name in (f".{path.stem}.tmp", f".{path.name}.0123abcd.tmp"):
+        path.with_name(name).write_bytes(b"\xff" * 1_000_000)
     with writer_of(tmp_path) as writer:
         fill(writer, arrays)
         writer.commit()
@@ -260,20 +267,178 @@ def test_a_second_writer_goes_ahead_when_the_first_gave_up(tmp_path):
     assert second.found is False
 
 
-def test_a_full_disk_is_one_line_with_the_bytes_and_leaves_nothing(tmp_path, refused, monkeypatch, files_in):
-    def full(descriptor, place, size):
-        sizes.append(size)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.fixture
+def file_system(monkeypatch):
+    """One that answers to a reservation with this error, and remembers how many bytes it was asked for."""
 
-    sizes: list[int] = []
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with refused(str(tmp_path / "shards" / "ab"), "No space left on device") as caught:
+    def make(number: int) -> list[int]:
+        class Libc:
+            @staticmethod
+            def fallocate(descriptor, mode, start, size):
+                sizes.append(size.value)
+                ctypes.set_errno(number)
+                return -1
+
+        sizes: list[int] = []
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: Libc)
+        return sizes
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.ENOSPC, "No space left on device"), (errno.EDQUOT, "quota"), (errno.EIO, "Input/output error")],
+)
+def test_a_full_disk_is_one_line_with_the_bytes_and_leaves_nothing(
+    tmp_path, refused, file_system, monkeypatch, files_in, number, words
+):
+    sizes = file_system(number)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 10**12 - 54_321, 54_321))
+    with refused(str(tmp_path / "shards" / "ab"), words, "54,321 are free") as caught:
         writer_of(tmp_path)
     assert f"{sizes[0]:,} bytes" in str(caught.value)
     assert files_in(tmp_path) == []
     monkeypatch.undo()
     with writer_of(tmp_path) as writer:  # the lock was let go
         assert writer.size == sizes[0]
+
+
+def test_a_shard_has_its_place_on_the_disk_before_anything_is_computed(tmp_path, random_rows):
+    lengths = np.array([30_000])
+    with writer_of(tmp_path, lengths=lengths) as writer:
+        assert writer.part.stat().st_size == writer.size
+        assert writer.part.stat().st_blocks * 512 >= writer.size
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSYS], ids=errno.errorcode.get)
+def test_where_nothing_can_be_reserved_the_free_bytes_are_asked(
+    tmp_path, random_rows, file_system, refused, monkeypatch, number
+):
+    file_system(number)
+    with writer_of(tmp_path) as writer:
+        fill(writer, arrays := random_rows(LENGTHS, settings()))
+        writer.commit()
+    np.testing.assert_array_equal(stock(writer.path)[0]["layer_2"], arrays["layer_2"])
+    writer.path.unlink()
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**12, 10**12 - 100, 100))
+    with refused("cannot reserve", "100 are free", "No space left"):
+        writer_of(tmp_path)
+
+
+def test_a_second_writer_that_must_not_wait_says_so_and_leaves_the_first_alone(tmp_path, random_rows, files_in):
+    with writer_of(tmp_path) as first:
+        for _ in range(2):
+            with pytest.raises(BlockingIOError):
+                ShardWriter(tmp_path, "ab" * 16, digests_of(5), LENGTHS, settings(), wait=False)
+        assert files_in(tmp_path) == [first.part]
+        fill(first, random_rows(LENGTHS, settings()))
+        first.commit()
+    assert Shard(first.path).damaged() == []
+
+
+def test_a_writer_whose_temporary_file_was_taken_away_makes_nothing(tmp_path, random_rows, refused, files_in):
+    """Where locks do not reach other machines, one of those may take it for a leftover."""
+    arrays = random_rows(LENGTHS, settings())
+    with writer_of(tmp_path) as first:
+        fill(first, arrays)
+        first.part.unlink()
+        with writer_of(tmp_path) as second:
+            with refused(str(first.path), "No such file"):
+                first.commit()
+            assert files_in(tmp_path) == [second.part]
+            fill(second, arrays)
+            second.commit()
+    assert Shard(second.path).damaged() == []
+    assert files_in(tmp_path) == [second.path]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_without_locks_two_writers_do_not_touch_each_others_files(tmp_path, random_rows, monkeypatch, number, files_in):
+    def none(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    arrays = random_rows(LENGTHS, settings())
+    with writer_of(tmp_path) as first, writer_of(tmp_path) as second:
+        fill(first, arrays)
+        assert first.part.exists()
+        fill(second, arrays)
+        first.commit()
+        assert Shard(first.path).damaged() == []
+        second.commit()
+    assert Shard(first.path).damaged() == []
+    assert files_in(tmp_path) == [first.path]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o027, 0o640), (0o077, 0o600)], ids=oct)
+def test_who_may_read_a_shard_is_the_umasks_to_say(tmp_path, random_rows, umask, mode):
+    before = os.umask(umask)
+    try:
+        with writer_of(tmp_path) as writer:
+            fill(writer, random_rows(LENGTHS, settings()))
+            writer.commit()
+    finally:
+        os.umask(before)
+    assert writer.path.stat().st_mode & 0o777 == mode
+
+
+def test_the_stock_library_reads_a_shard_of_more_than_4_gib(tmp_path, random_rows, monkeypatch):
+    """Sparse: only the first and the last sequences of each layer are written."""
+    monkeypatch.setattr(store, "reserve", lambda descriptor, size, free: os.truncate(descriptor, size))
+    how = settings(embed_dim=1280, layers=[6, 33], outputs=["residue", "mean"])
+    lengths = np.array([30, 200, *[30_000] * 30, 300, 40])
+    first, last = [random_rows(part, how) for part in (lengths[:2], lengths[-2:])]
+    with writer_of(tmp_path, how, lengths=lengths) as writer:
+        writer.write(len(lengths) - 2, last, lengths[-2:].tolist(), np.zeros(2, np.uint8))
+        writer.write(0, first, lengths[:2].tolist(), np.zeros(2, np.uint8))
+        writer.commit()
+    assert writer.path.stat().st_size > 4 << 30
+    assert writer.path.stat().st_blocks * 512 < 64 << 20
+    shard, total = Shard(writer.path), int(lengths.sum())
+    with safe_open(writer.path, "numpy") as file:
+        for name in ("layer_6", "layer_33"):
+            rows = file.get_slice(name)
+            assert rows.get_shape() == [total, 1280]
+            np.testing.assert_array_equal(rows[:230], first[name])
+            np.testing.assert_array_equal(rows[total - 340 :], last[name])
+            np.testing.assert_array_equal(shard[name][-340:], last[name])
+        assert file.get_tensor("offsets").tolist() == [0, *np.cumsum(lengths).tolist()]
+        np.testing.assert_array_equal(file.get_tensor("mean_33")[-2:], last["mean_33"])
+
+
+@pytest.mark.slow
+def test_writing_runs_at_four_fifths_of_the_disks_own_rate_at_least(tmp_path, random_rows, capsys):
+    """A shard of 1 GiB in batches of 32,768 tokens, everything included, beside dd in the same blocks, interleaved."""
+    how = settings(embed_dim=1280, layers=[33], outputs=["residue"])
+    batch, batches = np.full(109, 300), 13
+    arrays, status = random_rows(batch, how), np.zeros(109, np.uint8)
+    lengths = np.tile(batch, batches)
+    block = arrays["layer_33"].nbytes
+
+    def ours() -> None:
+        with writer_of(tmp_path, how, lengths=lengths) as writer:
+            for n in range(batches):
+                writer.write(n * 109, arrays, batch.tolist(), status)
+            writer.commit()
+
+    def dd() -> None:
+        command = ["dd", "if=/dev/zero", f"of={tmp_path / 'dd'}", f"bs={block}", f"count={batches}", "conv=fsync"]
+        subprocess.run(command, check=True, capture_output=True)
+
+    rates: dict[str, list[float]] = {"dd": [], "ours": []}
+    for _ in range(7):
+        for name, write in (("dd", dd), ("ours", ours)):
+            shutil.rmtree(tmp_path)
+            tmp_path.mkdir()
+            os.sync()
+            began = time.perf_counter()
+            write()
+            rates[name].append(block * batches / (time.perf_counter() - began) / 1e6)
+    medians = {name: float(np.median(found)) for name, found in rates.items()}
+    with capsys.disabled():
+        print(f"\n{rates}\n{medians} MB/s, {medians['ours'] / medians['dd']:.2f} of dd")
+    assert medians["ours"] >= 0.8 * medians["dd"]
 
 
 @pytest.mark.parametrize(
@@ -286,7 +451,7 @@ def test_a_full_disk_is_one_line_with_the_bytes_and_leaves_nothing(tmp_path, ref
         ("mean_2", 3),
         ("bos_2", 4),
         ("crc32c", 3),
-        ("offsets", 1),
+        ("offsets", 3),
         pytest.param("status", 2),
         pytest.param("digests", 2),
     ],
@@ -374,6 +539,31 @@ def moved(name: str, start: int, stop: int):
             lambda header: {**header, "more": {"dtype": "F32", "shape": [1 << 70], "data_offsets": [0, 0]}},
             id="shape-beyond-int64",
         ),
+        pytest.param(moved("layer_0", 0, 1 << 70), id="place-beyond-int64"),
+        pytest.param(changed("layer_2", data_offsets=[18240.0, 36480.0]), id="place-with-a-fraction"),
+        pytest.param(changed("layer_2", shape=[float("nan"), 32]), id="nan-shape"),
+        pytest.param(changed("layer_2", shape=[float("inf"), 32]), id="infinite-shape"),
+        pytest.param(changed("layer_2", shape=["285", "32"]), id="shape-of-words"),
+        pytest.param(changed("layer_2", shape=[32, 285]), id="turned-shape"),
+        pytest.param(changed("layer_2", shape=[9120]), id="flat-shape"),
+        pytest.param(changed("layer_2", shape=[570, 16]), id="narrow-shape"),
+        pytest.param(changed("layer_2", dtype="F32", shape=[285, 16]), id="wider-dtype-of-the-same-bytes"),
+        pytest.param(changed("mean_2", dtype="F16", shape=[5, 64]), id="mean-in-another-dtype"),
+        pytest.param(changed("mean_2", shape=[10, 16]), id="more-means-than-sequences"),
+        pytest.param(changed("status", shape=[5, 1]), id="status-with-columns"),
+        pytest.param(changed("status", shape=[]), id="status-without-a-shape"),
+        pytest.param(changed("offsets", dtype="U8", shape=[48]), id="offsets-in-another-dtype"),
+        pytest.param(changed("crc32c", dtype="F16", shape=[10]), id="checksums-in-another-dtype"),
+        pytest.param(changed("digests", shape=[24, 5]), id="turned-digests"),
+        pytest.param(lambda header: json.dumps(header).encode().replace(b'"status"', b'"crc32c"'), id="a-key-twice"),
+        pytest.param(
+            lambda header: json.dumps(header).encode().replace(b'"dtype"', b'"shape": [1], "dtype"', 1),
+            id="a-shape-twice",
+        ),
+        pytest.param(lambda header: {**header, "__metadata__": "fingerprint"}, id="metadata-of-text"),
+        pytest.param(lambda header: {**header, "__metadata__": 5}, id="metadata-of-a-number"),
+        pytest.param(lambda header: b'{"a":' * 100_000, id="deep-objects"),
+        pytest.param(lambda header: b'{"status":' + b"9" * 5_000 + b"}", id="a-number-of-5000-digits"),
         pytest.param(lambda header: [header], id="list"),
         pytest.param(lambda header: None, id="null"),
         pytest.param(lambda header: {}, id="nothing-in-it"),
@@ -391,6 +581,47 @@ def test_a_header_that_lies_is_one_line(made, refused, change):
     header, data = parts_of(path)
     path.write_bytes(join(change(header), data))
     with refused(str(path), "damaged shard"):
+        Shard(path)
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        pytest.param([1, 3, 4, 44, 85, 285], id="not-from-0"),
+        pytest.param([0, 4, 3, 44, 85, 285], id="descending"),
+        pytest.param([0, 3, 3, 44, 85, 285], id="an-empty-sequence"),
+        pytest.param([0, 3, 4, 44, 85, 286], id="beyond-the-rows"),
+        pytest.param([0, 3, 4, 44, 85, 284], id="short-of-the-rows"),
+        pytest.param([0, 3, 4, -44, 85, 285], id="negative"),
+        pytest.param([0, 3, 4, 44, 85, -(1 << 63)], id="as-negative-as-can-be"),
+        pytest.param([0, 3, 4, 44, 85, (1 << 63) - 1], id="as-large-as-can-be"),
+        pytest.param([0] * 6, id="zeros"),
+    ],
+)
+def test_offsets_that_do_not_fit_the_rows_are_one_line(made, refused, offsets):
+    path, _ = made
+    with open(path, "r+b") as file:
+        file.seek(Shard(path).tensors["offsets"].start)
+        file.write(np.array(offsets, np.int64).tobytes())
+    with refused(str(path), "damaged shard"):
+        Shard(path)
+
+
+def test_metadata_that_names_a_path_opens_nothing_else(made, tmp_path, files_in):
+    path, arrays = made
+    header, data = parts_of(path)
+    header["__metadata__"] |= {"path": "../../../../etc/passwd", "layer_2": "/dev/zero"}
+    before = files_in(tmp_path)
+    path.write_bytes(join(header, data))
+    np.testing.assert_array_equal(Shard(path)["layer_2"], arrays["layer_2"])
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("spoil", [Path.mkdir, lambda path: path.symlink_to(path)])
+def test_what_is_no_file_is_one_line(tmp_path, refused, spoil):
+    path = tmp_path / "odd.safetensors"
+    spoil(path)
+    with refused(str(path)):
         Shard(path)
 
 
