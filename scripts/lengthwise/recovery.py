@@ -1,9 +1,13 @@
-"""What a run puts right before it plans: commits whose shards are gone are withdrawn."""
+"""What a run puts right before it plans: commits whose shards are gone are withdrawn, and leftovers of kills removed."""
 
 import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
+from lengthwise.errors import LengthwiseError
 from lengthwise.files import read_json
+from lengthwise.presence import alone
 
 
 def broken_commits(store: Path) -> dict[Path, list[str]]:
@@ -19,6 +23,32 @@ def broken_commits(store: Path) -> dict[Path, list[str]]:
         if missing := [shard for shard, size in shards.items() if sizes.get(f"{shard}.safetensors") != size]:
             broken[commit] = missing
     return broken
+
+
+def leftovers(store: Path) -> list[Path]:
+    """Temporary files and scratch folders; of those who died, if nobody is at work in the store."""
+    found = []
+    for folder, folders, files in os.walk(store):
+        hidden = [name for name in (*folders, *files) if name.startswith(".") and name.endswith((".tmp", ".spill"))]
+        found += [Path(folder, name) for name in hidden]
+        folders[:] = set(folders) - {*hidden, "compiled"}  # that is torch's own
+    return sorted(found)
+
+
+def remove_leftovers(store: Path) -> None:
+    """Remove what killed runs and jobs left, as far as this user may, unless one is at work."""
+    with suppress(LengthwiseError), alone(store):
+        for path in leftovers(store):
+            with suppress(OSError):
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _folders(path: Path) -> list[str]:

@@ -9,6 +9,7 @@ import functools
 import os
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 sys.path.insert(0, str(Path(workflow.basedir).parent / "scripts"))
@@ -21,11 +22,14 @@ from lengthwise.closing import failure_lines_of, success_lines_of
 from lengthwise.device import auto_device, refuse_missing_gpu
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import stamp, write_json
-from lengthwise.recovery import broken_commits
+from lengthwise.presence import at_work
+from lengthwise.recovery import broken_commits, remove_leftovers
 from lengthwise.settings import guard, load
 from lengthwise.weights import note_new_time
 
 STARTED = time.time()
+PRESENCE = ExitStack()
+atexit.register(PRESENCE.close)
 
 
 # What these options of the command line ask for changes no result.
@@ -45,16 +49,21 @@ def may_change_files():
 
 
 def put_right(store):
-    """A job whose shards are gone runs again once its commit is gone too; lost settings come back from a manifest."""
+    """A job whose shards are gone runs again once its commit is gone too; lost settings come back from a manifest.
+
+    What killed runs left is removed; from then on `python -m lengthwise prune` knows that a run is at work.
+    """
     broken = broken_commits(store)
     lost = not (store / "settings.json").exists() and load(store)
     for commit, shards in broken.items():
         print(f"lengthwise: job {commit.stem}: {shards[0]} is gone or cut short; a run makes it again", file=sys.stderr)
-    if (broken or lost) and may_change_files():
+    if may_change_files():
         for commit in broken:
             commit.unlink()
         if lost:
             write_json(store / "settings.json", lost)
+        remove_leftovers(store)
+        PRESENCE.enter_context(at_work(store))
 
 
 try:
