@@ -1,5 +1,6 @@
 """Embed one job's sequences."""
 
+import os
 from pathlib import Path
 
 from lengthwise.logs import count, log, reporting
@@ -14,6 +15,7 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
         device=snakemake.config["device"],
         batch_tokens=snakemake.config["batch_tokens"],
         threads=snakemake.threads,
+        deadline=float(os.environ.get("SLURM_JOB_END_TIME", "inf")),
     )
     log.info(
         "job %s: %s, %d made now, in %.1f s on %s",

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import os
 import platform
 import time
@@ -34,6 +35,7 @@ from lengthwise.logs import count, duration
 from lengthwise.metrics import write_metrics
 from lengthwise.parity import ParityError, receipt
 from lengthwise.plan import forecast_seconds
+from lengthwise.presence import at_work
 from lengthwise.provenance import driver_version, git_commit
 from lengthwise.settings import require as require_settings
 from lengthwise.status import DOES_NOT_FIT, NON_FINITE
@@ -43,6 +45,8 @@ from lengthwise.weights import require_unchanged
 PROGRESS_SECONDS = 10.0
 # Batches that wait to be written while the device goes on: more only take memory.
 WRITES_AHEAD = 2
+# Between a job's last write and the end of its process, beside the last write itself.
+CLOSING_SECONDS = 20.0
 # Forecast seconds of a GPU from which on a job earns back what compiling takes, about a minute.
 COMPILING_PAYS_SECONDS = 300.0
 
@@ -72,7 +76,13 @@ class _Open:
 
 
 def embed_job(
-    store: Path, spec: Path, commit: Path, device: str = "auto", batch_tokens: int | str = "auto", threads: int = 1
+    store: Path,
+    spec: Path,
+    commit: Path,
+    device: str = "auto",
+    batch_tokens: int | str = "auto",
+    threads: int = 1,
+    deadline: float = math.inf,
 ) -> dict:
     """Make every shard of a job that is not there yet, then write the job's commit.
 
@@ -90,6 +100,8 @@ def embed_job(
         Tokens of a forward pass, or auto.
     threads
         CPU threads for torch, at most as many as this process has cores.
+    deadline
+        When this process is going to be ended, in seconds of the epoch: no shard is begun that would not be done by then.
 
     Returns
     -------
@@ -98,7 +110,7 @@ def embed_job(
     Raises
     ------
     LengthwiseError
-        No such device or weights, no space, or what was made is not what fair-esm computes.
+        No such device or weights, no space, no time, or what was made is not what fair-esm computes.
     """
     settings = require_settings(store)
     set_threads(threads)
@@ -124,7 +136,7 @@ def embed_job(
         require_unchanged(store, settings["weights_sha256"])  # nor was it exchanged while it was read
         batch_tokens = engine.auto_batch_tokens() if batch_tokens == "auto" else batch_tokens
         load_seconds = time.perf_counter() - begin
-        with Walk(store, settings, engine, Progress(job, int(lengths.sum()))) as walk:
+        with Walk(store, settings, engine, Progress(job, int(lengths.sum())), deadline) as walk:
             # The longest sequences first: what does not fit shows at once.
             made = walk.make(todo[::-1], batch_tokens)
         embed_seconds = walk.progress.seconds
@@ -221,17 +233,26 @@ class Walk:
     Use as a context manager; what is not committed on leaving is not made.
     """
 
-    def __init__(self, store: Path, settings: dict, engine: Engine, progress: Progress):
-        self.store, self.settings, self.engine, self.progress = store, settings, engine, progress
+    def __init__(self, store: Path, settings: dict, engine: Engine, progress: Progress, deadline: float = math.inf):
+        self.store, self.settings, self.engine = store, settings, engine
+        self.progress, self.deadline = progress, deadline
         self.open: deque[_Open] = deque()  # begun, and not yet given to the thread whole
+        self.begun = 0  # residues of all shards that were begun
         self.writes: deque[Future] = deque()
         self.stack = ExitStack()
+        self.stack.enter_context(at_work(store))
         self.thread = ThreadPoolExecutor(1)
 
     def make(self, shards: list[PlannedShard], batch_tokens: int) -> set[str]:
-        """Make shards in this order; returns those that this process made."""
+        """Make shards in this order; returns those that this process made.
+
+        Raises
+        ------
+        LengthwiseError
+            The rest would not be done by the deadline.
+        """
         rest, made = deque(shards), set()
-        while rest:
+        while rest and self._in_time(rest[0]):
             for result in self.engine.embed(self._batches(rest, batch_tokens)):
                 current = self.open[0]
                 self._take(current, *current.bounds[len(current.rows)], result, self.engine)
@@ -243,15 +264,29 @@ class Walk:
                     self.writes.append(self.thread.submit(self._commit, self.open.popleft()))
         while self.writes:
             self.writes.popleft().result()
+        if rest:
+            raise LengthwiseError(
+                f"job {self.progress.job}: its time ends at {time.strftime('%H:%M', time.localtime(self.deadline))}, before "
+                f"the next shard would be done; {count(len(rest), 'shard')} of {len(shards)} left: run again to go on"
+            )
         return made
 
-    def _batches(self, rest: deque[PlannedShard], batch_tokens: int) -> Iterator[list[bytes]]:
-        """The batches of shards that are not there yet, the longest first; ends early at one that another process makes.
+    def _in_time(self, shard: PlannedShard) -> bool:
+        """Whether a shard would be done by the deadline, after those that were begun, at the rate of this job so far."""
+        now = time.perf_counter()
+        seconds = 0.0
+        if self.progress.done:
+            waiting = self.begun - self.progress.done + int(shard.lengths.sum())
+            seconds = waiting * (now - self.progress.started) / self.progress.done
+        return time.time() + seconds + CLOSING_SECONDS < self.deadline
 
-        Waiting for that one while shards of its own are unfinished could make two processes wait for each other.
+    def _batches(self, rest: deque[PlannedShard], batch_tokens: int) -> Iterator[list[bytes]]:
+        """The batches of shards that are not there yet, the longest first.
+
+        Ends early at one that there is no time for, and at one that another process makes: waiting for that while shards of its
+        own are unfinished could make two processes wait for each other.
         """
-        while rest:
-            shard = rest[0]
+        while rest and self._in_time(shard := rest[0]):
             try:
                 writer = ShardWriter(
                     self.store, shard.name, shard.digests, shard.lengths, self.settings, wait=not self.open
@@ -263,6 +298,7 @@ class Walk:
             if writer.already_there:
                 writer.abandon()
                 continue
+            self.begun += int(shard.lengths.sum())
             bounds = list(cut_batches(shard.lengths, batch_tokens))[::-1]
             self.open.append(_Open(shard, writer, bounds, np.zeros(len(shard.lengths), np.uint8)))
             for start, stop in bounds:

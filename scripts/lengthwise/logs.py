@@ -1,7 +1,10 @@
 """What a rule says: to the terminal and its log, and of a failure one line."""
 
 import logging
+import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import lengthwise
 from lengthwise.errors import LengthwiseError
+from lengthwise.files import remove_temporaries
 
 FAILED = "lengthwise: error: "
 
@@ -19,7 +23,7 @@ log = logging.getLogger("lengthwise")
 def reporting(log_file: str, scripts: str) -> Iterator[None]:
     """Run a rule's work: log to the terminal and to `log_file`; a failure becomes one line, with exit code 1.
 
-    A failure that is nobody's mistake but the program's has its traceback in the log.
+    A failure that is nobody's mistake but the program's has its traceback in the log. A SIGTERM ends the process at once.
 
     Parameters
     ----------
@@ -34,6 +38,7 @@ def reporting(log_file: str, scripts: str) -> Iterator[None]:
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
     log.setLevel(logging.INFO)
+    _end_at_once_on_sigterm(log_file)
     try:
         _require_own_package(scripts)
         yield
@@ -44,11 +49,9 @@ def reporting(log_file: str, scripts: str) -> Iterator[None]:
         line = str(error)
         if not isinstance(error, LengthwiseError):
             line = f"unexpected {type(error).__name__}: {line.splitlines()[0] if line else ''} (details in {log_file})"
-        with open(log_file, "a") as file:
-            if not isinstance(error, LengthwiseError):
+            with open(log_file, "a") as file:
                 file.write(traceback.format_exc())
-            file.write(f"{FAILED}{line}\n")
-        print(f"{FAILED}{line}", file=sys.stderr, flush=True)
+        _say_why(log_file, line)
         sys.exit(1)
     finally:
         for handler in handlers:
@@ -66,6 +69,36 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
+
+
+def _say_why(log_file: str, line: str) -> None:
+    with open(log_file, "a") as file:
+        file.write(f"{FAILED}{line}\n")
+    print(f"{FAILED}{line}", file=sys.stderr, flush=True)
+
+
+def _end_at_once_on_sigterm(log_file: str) -> None:
+    """Schedulers send it before they kill: whatever the process is in the middle of, a thread of its own ends it.
+
+    Python's own handlers would wait for the main thread to come back from what it computes or loads.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def wait() -> None:
+        while signal.SIGTERM not in os.read(reading, 1):
+            pass
+        try:
+            _say_why(
+                log_file, "ended by SIGTERM: cancelled, preempted or out of time; what is finished is kept, run again"
+            )
+            remove_temporaries()
+        finally:
+            os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+    signal.set_wakeup_fd(writing)  # written to at once, whatever Python does
+    signal.signal(signal.SIGTERM, lambda *_: None)
 
 
 def _require_own_package(scripts: str) -> None:
