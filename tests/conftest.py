@@ -1,8 +1,10 @@
 """Shared by all tests: a tiny checkpoint, random proteins, and small stores made by the package's own functions."""
 
+import copy
 import ctypes
 import os
 import random
+import shutil
 import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -59,6 +61,13 @@ class SmallStore:
         self.settings = settings_module.create_or_check(self.path, self.config, self.receipt, "cpu")
         write_json(self.path / "weights.json", self.receipt)
         self.datasets: list[str] = []
+
+    def copy(self, folder: Path) -> "SmallStore":
+        """The same store elsewhere, to be changed."""
+        other = copy.copy(self)
+        other.folder, other.path, other.datasets = folder, folder / "results" / "tiny", [*self.datasets]
+        shutil.copytree(self.path, other.path)
+        return other
 
     @property
     def jobs_tsv(self) -> Path:

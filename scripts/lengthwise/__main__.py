@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-import warnings
 from pathlib import Path
 
 from lengthwise._version import __version__
@@ -18,7 +17,15 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     verifier = commands.add_parser("verify", help="check a store's weights, and every byte that its datasets use")
     verifier.add_argument("store", type=Path, help="results/<model>")
-    verifier.set_defaults(run=lambda given: verify(given.store))
+    depth = verifier.add_mutually_exclusive_group()
+    depth.add_argument("--full", action="store_false", dest="quick", help="every byte (as without it)")
+    depth.add_argument("--quick", action="store_true", help="sizes, headers and tables; no embeddings are read")
+    verifier.add_argument("--repair", action="store_true", help="take damaged files out of service for the next run")
+    verifier.set_defaults(quick=False, run=run_verify)
+    pruner = commands.add_parser("prune", help="list what no dataset of a store uses any more")
+    pruner.add_argument("store", type=Path, help="results/<model>")
+    pruner.add_argument("--delete", action="store_true", help="delete it")
+    pruner.set_defaults(run=run_prune)
     bench = commands.add_parser("benchmark", help="time this engine beside fair-esm, transformers and esm-cpp")
     bench.add_argument(
         "--model", nargs="+", default=["esm2_t6_8M_UR50D"], choices=MODELS, help="shapes, with random weights"
@@ -35,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         return given.run(given)
-    except LengthwiseError as error:
+    except (LengthwiseError, OSError) as error:
         print(f"lengthwise: error: {error}", file=sys.stderr)
         return 1
 
@@ -76,30 +83,41 @@ def run_benchmark(given: argparse.Namespace) -> int:
     return 0
 
 
-def verify(store: Path) -> int:
-    """Check the checkpoint against its receipt, and each dataset's shards; everything that is wrong gets a line."""
-    from lengthwise import weights
-    from lengthwise.logs import count
-    from lengthwise.reading import Dataset
+def run_verify(given: argparse.Namespace) -> int:
+    """Check the weights and each dataset; everything that is wrong gets a line."""
+    import logging
 
-    if not (store / "weights.json").exists():
-        print(f"lengthwise: error: {store}: no store here (no weights.json); give results/<model>", file=sys.stderr)
-        return 1
-    good: set[str] = set()
-    checks = {"weights": lambda: weights.verify(store)}
-    for manifest in sorted(store.glob("datasets/*/manifest.json")):
-        checks[f"dataset {manifest.parent.name}"] = lambda folder=manifest.parent: Dataset(folder).verify(good)
-    wrong = 0
-    for name, check in checks.items():
-        try:
-            with warnings.catch_warnings(action="ignore"):  # random weights are no damage
-                records = check()
-        except LengthwiseError as error:
-            print(f"lengthwise: error: {error}", file=sys.stderr)
-            wrong += 1
-        else:
-            print(f"{name}: good" + (f", {count(records, 'record')}" if records is not None else ""))
-    return 1 if wrong else 0
+    from lengthwise.verify import set_aside, verify
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    problems = []
+    for checked in verify(given.store, given.quick):
+        problems += checked.problems
+        for problem in checked.problems:
+            print(f"lengthwise: error: {problem.line}", file=sys.stderr)
+        if not checked.problems:
+            print(f"{checked.name}: good" + (f", {checked.note}" if checked.note else ""), flush=True)
+    mendable = all(problem.path for problem in problems)
+    if problems and not given.repair and any(problem.path for problem in problems):
+        print("--repair takes what is damaged out of service; the next run of snakemake makes it again")
+    if given.repair:
+        for path in set_aside(problems):
+            print(f"out of service: {path}")
+        if problems:
+            print("run snakemake: it makes again what is gone" + ("" if mendable else "; the rest is yours to mend"))
+    return 0 if not problems or (given.repair and mendable) else 1
+
+
+def run_prune(given: argparse.Namespace) -> int:
+    """List or delete what no dataset uses."""
+    from lengthwise.prune import prune
+
+    unused = prune(given.store, given.delete)
+    for path, size in unused.items():
+        print(f"{size:>16,}  {path}")
+    what = "deleted" if given.delete else "that no dataset uses" + ("; --delete deletes it" if unused else "")
+    print(f"{sum(unused.values()):>16,}  bytes {what}")
+    return 0
 
 
 if __name__ == "__main__":

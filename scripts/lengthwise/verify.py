@@ -1,0 +1,289 @@
+"""Verify: is all that a store's datasets use there, and is it what was made?
+
+What a run can make again is taken out of service on request: renamed, so that nothing reads it and nothing is lost.
+"""
+
+import itertools
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+
+from lengthwise import assemble, weights
+from lengthwise.alphabet import digest_name
+from lengthwise.errors import LengthwiseError
+from lengthwise.files import fsync_folder, read_json
+from lengthwise.index import Index
+from lengthwise.logs import count
+from lengthwise.settings import require
+from lengthwise.status import GOOD
+from lengthwise.store import Shard, Tensor, commit_path, layout, metrics_path, shard_name, shard_path
+
+PROGRESS_SECONDS = 10.0
+# Ends the name of what was taken out of service.
+ASIDE = ".damaged"
+# So many of the records that read a damaged sequence are named.
+NAMED = 5
+
+_NAME = re.compile("[0-9a-f]{16}|[0-9a-f]{32}")
+
+log = logging.getLogger("lengthwise")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong, and the file that a run makes again once it is gone, if there is one."""
+
+    line: str
+    path: Path | None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found about the weights or a dataset."""
+
+    name: str
+    problems: list[Problem]
+    note: str = ""
+
+
+def verify(store: Path, quick: bool = False) -> Iterator[Checked]:
+    """Check a store's weights and all that its datasets use, one after the other.
+
+    Parameters
+    ----------
+    store
+        The store.
+    quick
+        Leave out the bytes of embeddings and weights: sizes, headers and tables alone.
+
+    Raises
+    ------
+    LengthwiseError
+        There is no store, or its settings are damaged.
+    """
+    if not (store / "weights.json").exists():
+        raise LengthwiseError(f"{store}: no store here (no weights.json); give results/<model>")
+    shards = _Shards(store, require(store), quick)
+    yield Checked("weights", _problems_of(lambda: weights.verify(store, quick), None))
+    for manifest in sorted(store.glob("datasets/*/manifest.json")):
+        yield _check_dataset(manifest, shards)
+
+
+def set_aside(problems: list[Problem]) -> list[Path]:
+    """Take damaged files out of service, so that the next run makes them again; returns where they are now."""
+    moved = []
+    for path in sorted({problem.path for problem in problems if problem.path and problem.path.exists()}):
+        moved.append(path.with_name(path.name + ASIDE))
+        os.replace(path, moved[-1])
+        fsync_folder(path.parent)
+    return moved
+
+
+class _Shards:
+    """The shards of a store, each checked once, however many datasets use it."""
+
+    def __init__(self, store: Path, settings: dict, quick: bool):
+        self.store, self.settings, self.quick = store, settings, quick
+        self.known: dict[str, Shard | LengthwiseError] = {}
+        self.bad: dict[str, list[int]] = {}
+        self.bytes, self.said = 0, time.monotonic()
+
+    def check(self, name: str, size: int) -> Shard | LengthwiseError:
+        """The shard, or what is wrong with all of it; `bad` has the numbers of its sequences that are damaged."""
+        if name not in self.known:
+            try:
+                self.known[name] = shard = whole_shard(shard_path(self.store, name), size, self.settings)
+                self.bad[name] = [] if self.quick else shard.damaged()
+            except LengthwiseError as error:
+                self.known[name] = error
+            self.bytes += size
+            if time.monotonic() - self.said > PROGRESS_SECONDS:
+                self.said = time.monotonic()
+                log.info("%s of %.2f GB checked so far", count(len(self.known), "shard"), self.bytes / 1e9)
+        return self.known[name]
+
+
+def whole_shard(path: Path, size: int, settings: dict) -> Shard:
+    """A shard of this size that is what its name and the settings promise; its data are not read.
+
+    Raises
+    ------
+    LengthwiseError
+        It is not.
+    """
+    shard = Shard(path)
+    found = path.stat().st_size
+    if found != size:
+        raise LengthwiseError(f"{path}: has {found:,} bytes, and {size:,} in the manifest")
+    if shard.metadata.get("fingerprint") != settings["fingerprint"]:
+        raise LengthwiseError(f"{path}: was made with other settings than this store's")
+    if shard_name(settings["fingerprint"], [shard.read("digests").tobytes()]) != path.stem:
+        raise LengthwiseError(f"{path}: has other sequences than its name says")
+    expected = layout(np.diff(shard.read("offsets")), settings)[1]
+    if _kinds(shard.tensors) != _kinds(expected):
+        raise LengthwiseError(f"{path}: its header is not the one of its sequences")
+    return shard
+
+
+def _kinds(tensors: dict[str, Tensor]) -> list[tuple]:
+    return [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+
+
+def _check_dataset(path: Path, shards: _Shards) -> Checked:
+    name, index = f"dataset {path.parent.name}", path.with_name("index.parquet")
+    try:
+        manifest = _manifest(path, shards.settings)
+    except LengthwiseError as error:
+        return Checked(name, [Problem(str(error), path)])
+    if manifest["schema"] > assemble.SCHEMA:
+        return Checked(name, [Problem(f"{path}: written by a newer Lengthwise; update this one", None)])
+    problems, good = [], {}
+    for shard_id, size in manifest["shards"].items():
+        shard = shards.check(shard_id, size)
+        if isinstance(shard, LengthwiseError):
+            problems.append(Problem(str(shard), shard_path(shards.store, shard_id)))
+        elif bad := shards.bad[shard_id]:
+            problems += _damaged(index, shard, bad, "is damaged")
+        else:
+            good[shard_id] = shard
+    try:
+        with _records(index) as database:
+            _check_counts(database, index, manifest)
+            for shard_id, numbers in _check_rows(database, index, good).items():
+                problems += _damaged(index, good[shard_id], numbers, "has other rows or another status in the index")
+        lookup = Index(path.parent, manifest["accepted"] + manifest["duplicate"])
+        if not shards.quick:
+            lookup.check()
+    except LengthwiseError as error:
+        problems.append(Problem(str(error), index))
+    for job in manifest["jobs"]:
+        commit = commit_path(shards.store, job)
+        problems += _problems_of(lambda commit=commit: read_json(commit, "shards"), commit)
+    metrics = [metrics_path(shards.store, shard_id) for shard_id in manifest["shards"]]
+    there = [each for each in metrics if each.exists()]
+    for each in there:
+        problems += _problems_of(lambda each=each: pq.read_metadata(each), each)
+    lost = len(metrics) - len(there)
+    return Checked(name, problems, count(manifest["records"], "record") + (f", {lost} without metrics" if lost else ""))
+
+
+def _manifest(path: Path, settings: dict) -> dict:
+    """A manifest whose names are those of shards and jobs: they become paths."""
+    manifest = read_json(path, "schema", "records", "accepted", "duplicate", "rejected", "settings", "shards", "jobs")
+    try:
+        same = manifest["settings"]["fingerprint"] == settings["fingerprint"]
+        named = all(_NAME.fullmatch(name) and size > 0 for name, size in manifest["shards"].items())
+        whole = named and all(map(_NAME.fullmatch, manifest["jobs"])) and manifest["records"] >= 0
+    except (TypeError, KeyError, AttributeError):
+        same, whole = True, False
+    if not same:
+        raise LengthwiseError(f"{path}: was made with other settings than this store's")
+    if not whole:
+        raise LengthwiseError(f"{path}: damaged; remove it and run snakemake again")
+    return manifest
+
+
+def _problems_of(check: Callable, path: Path | None) -> list[Problem]:
+    try:
+        check()
+    except LengthwiseError as error:
+        return [Problem(str(error), path)]
+    except (OSError, pa.ArrowException) as error:
+        return [Problem(f"{path}: missing or damaged ({_first_line(error)})", path)]
+    return []
+
+
+@contextmanager
+def _records(index: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """An index as the table `records`.
+
+    Raises
+    ------
+    LengthwiseError
+        It is missing or damaged.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as spill, duckdb.connect(config={"temp_directory": spill}) as database:
+            database.register("records", pyarrow.dataset.dataset(index, format="parquet"))
+            yield database
+    except (OSError, pa.ArrowException, duckdb.Error, ValueError, IndexError, TypeError) as error:
+        raise LengthwiseError(f"{index}: missing or damaged ({_first_line(error)})") from error
+
+
+def _check_counts(database: duckdb.DuckDBPyConnection, index: Path, manifest: dict) -> None:
+    found = dict(database.execute("SELECT status, count(*) FROM records GROUP BY status ORDER BY status").fetchall())
+    said = {status: n for status in ("accepted", "duplicate", "rejected") if (n := manifest[status])}
+    if found != said or sum(found.values()) != manifest["records"]:
+        raise LengthwiseError(f"{index}: has other records ({found}) than the manifest says ({said})")
+    shards = database.execute("SELECT DISTINCT shard FROM records WHERE shard IS NOT NULL").fetchall()
+    if {shard for (shard,) in shards} != set(manifest["shards"]):
+        raise LengthwiseError(f"{index}: names other shards than the manifest")
+
+
+def _check_rows(database: duckdb.DuckDBPyConnection, index: Path, shards: dict[str, Shard]) -> dict[str, list[int]]:
+    """{shard: the numbers of its sequences whose rows or status are not what the index says}."""
+    wrong: dict[str, list[int]] = {}
+    batches = database.sql(
+        "SELECT shard, sequence_no, row_start, length, digest, status = 'rejected' AS rejected FROM records"
+        " WHERE shard IN (SELECT unnest(?::VARCHAR[])) ORDER BY shard",
+        params=[list(shards)],
+    ).to_arrow_reader(100_000)
+    current, digests, offsets, status = "", None, None, None
+    for batch in batches:
+        names = batch["shard"].to_numpy(zero_copy_only=False)
+        columns = {name: batch[name].to_numpy(zero_copy_only=False) for name in ("sequence_no", "row_start", "length")}
+        given = np.frombuffer(b"".join(batch["digest"].to_pylist()), np.uint8).reshape(-1, 24)
+        rejected = batch["rejected"].to_numpy(zero_copy_only=False)
+        starts = np.flatnonzero(np.concatenate([[True], names[1:] != names[:-1]])).tolist()
+        for start, stop in itertools.pairwise([*starts, len(names)]):
+            if names[start] != current:
+                current = names[start]
+                digests, offsets, status = (shards[current].read(name) for name in ("digests", "offsets", "status"))
+            numbers, first, length = (column[start:stop] for column in columns.values())
+            if numbers.min() < 0 or numbers.max() >= len(status) or (digests[numbers] != given[start:stop]).any():
+                raise LengthwiseError(
+                    f"{index}: its places in {shards[current].path.name} are not those of its sequences"
+                )
+            off = (offsets[numbers] != first) | (np.diff(offsets)[numbers] != length)
+            off |= (status[numbers] != GOOD) != rejected[start:stop]
+            if off.any():
+                wrong[current] = sorted({*wrong.get(current, []), *numbers[off].tolist()})
+    return wrong
+
+
+def _damaged(index: Path, shard: Shard, numbers: list[int], what: str) -> list[Problem]:
+    """One line for each of these sequences, with the records that read it."""
+    digests = shard.read("digests")
+    readers: dict[int, list[str]] = {}
+    with suppress(LengthwiseError), _records(index) as database:
+        readers = dict(
+            database.execute(
+                "SELECT sequence_no, list(id ORDER BY record_no) FROM records"
+                " WHERE shard = ? AND sequence_no IN (SELECT unnest(?::INTEGER[])) GROUP BY sequence_no",
+                [shard.path.stem, numbers],
+            ).fetchall()
+        )
+    problems = []
+    for number in numbers:
+        ids = readers.get(number, [])
+        more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
+        records = f"it is {', '.join(ids[:NAMED])}{more}" if ids else "no record here reads it"
+        line = f"{shard.path}: sequence {number}, {digest_name(digests[number].tobytes())}, {what}; {records}"
+        problems.append(Problem(line, shard.path))
+    return problems
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
