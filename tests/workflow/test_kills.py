@@ -1,5 +1,6 @@
 """Faults at any moment: the next run completes, finished shards are kept, and the end is the same."""
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -16,6 +17,7 @@ from project import Project, random_sequences
 from safetensors.numpy import load_file
 
 from lengthwise.embed import embed_job
+from lengthwise.recovery import leftovers
 
 SEQUENCES = random_sequences(600, seed=11, longest=300)
 SETTINGS = {"model": "tiny.pt", "inputs": ["in/*.fasta"], "shard_bytes": 400_000, "batch_tokens": 512}
@@ -103,7 +105,10 @@ def test_sigkills_of_the_embed_process(project, undisturbed, seconds, kills, mon
         after = project.shards()
         assert finished.items() <= after.items()  # finished shards are kept as they are
         finished = after
+        made = {name: content for name, content in contents(project).items() if "/." not in name}
+        assert made.items() <= undisturbed.items()  # and are what they are without a kill
         if list(project.store.glob("jobs/*.json")):
+            assert len(finished) == sum(name.startswith("shards/") for name in undisturbed)
             for path in [*project.store.glob("shards/*/*"), *project.store.glob("jobs/*")]:
                 path.unlink()
             finished = {}
@@ -111,6 +116,7 @@ def test_sigkills_of_the_embed_process(project, undisturbed, seconds, kills, mon
     assert run.code == 0, run.output
     assert finished.items() <= project.shards().items()
     assert contents(project) == undisturbed
+    assert leftovers(project.store) == []
 
 
 def test_one_kill_costs_one_shard_at_most(project, monkeypatch):
@@ -134,6 +140,58 @@ def test_one_kill_costs_one_shard_at_most(project, monkeypatch):
 def residues(project, shard):
     path = project.store / "shards" / shard[:2] / f"{shard}.safetensors"
     return int(load_file(path)["offsets"][-1])
+
+
+def test_a_job_that_gets_a_sigterm_says_so_and_the_next_run_goes_on(project, undisturbed):
+    process = subprocess.Popen(
+        project.command(DONE),
+        cwd=project.folder,
+        env=project.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not project.shards():
+        time.sleep(0.01)
+        assert process.poll() is None, process.stdout.read()
+    (job,) = [
+        pid
+        for pid, command in commands()
+        if f"{project.folder}/.snakemake/scripts" in command and "sh -c" not in command
+    ]
+    os.kill(job, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Traceback" not in output
+    assert "lengthwise: error: ended by SIGTERM" in output
+    assert leftovers(project.store) == []
+    kept = project.shards()
+    assert 0 < len(kept) < sum(name.startswith("shards/") for name in undisturbed)
+    run = project.snakemake(DONE)
+    assert run.code == 0, run.output
+    assert kept.items() <= project.shards().items()
+    assert contents(project) == undisturbed
+
+
+def commands():
+    """(process id, command line) of what runs on this machine."""
+    for entry in os.scandir("/proc"):
+        with contextlib.suppress(OSError, ValueError), open(f"{entry.path}/cmdline", "rb") as file:
+            yield int(entry.name), file.read().replace(b"\0", b" ").decode(errors="replace")
+
+
+def test_a_job_whose_time_is_known_to_end_begins_no_shard(project, undisturbed, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 1))
+    run = project.snakemake(DONE)
+    assert run.code != 0
+    (line,) = set(run.errors)
+    assert "its time ends at" in line
+    assert project.shards() == {}
+    monkeypatch.undo()
+    run = project.snakemake(DONE)
+    assert run.code == 0, run.output
+    assert contents(project) == undisturbed
 
 
 def locks(project):
@@ -279,10 +337,16 @@ def test_garbage_under_a_temporary_name_does_no_harm(project, undisturbed):
         if name.startswith("shards/"):
             folder, _, file = name.rpartition("/")
             (project.store / folder).mkdir(parents=True, exist_ok=True)
-            (project.store / folder / f".{file.removesuffix('.safetensors')}.tmp").write_bytes(b"garbage" * 100_000)
+            (project.store / folder / f".{file}.0123abcd.tmp").write_bytes(b"garbage" * 100_000)
+    unwanted = project.store / "shards" / "ab" / f".{'ab' * 16}.safetensors.0123abcd.tmp"
+    unwanted.parent.mkdir(exist_ok=True)
+    unwanted.write_bytes(b"garbage")
+    run = project.snakemake("--dry-run", DONE)
+    assert unwanted.exists()
     run = project.snakemake(DONE)
     assert run.code == 0, run.output
     assert contents(project) == undisturbed
+    assert leftovers(project.store) == []
 
 
 def test_a_truncated_shard_is_made_again(project, undisturbed, monkeypatch):
