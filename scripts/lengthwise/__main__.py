@@ -26,6 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
     pruner.add_argument("store", type=Path, help="results/<model>")
     pruner.add_argument("--delete", action="store_true", help="delete it")
     pruner.set_defaults(run=run_prune)
+    watcher = commands.add_parser("progress", help="how far a run is, over all its jobs, on whatever machines they are")
+    watcher.add_argument("store", type=Path, help="results/<model>")
+    watcher.add_argument("--once", action="store_true", help="say it once; otherwise until the run is complete")
+    watcher.set_defaults(run=run_progress)
     bench = commands.add_parser("benchmark", help="time this engine beside fair-esm, transformers and esm-cpp")
     bench.add_argument(
         "--model", nargs="+", default=["esm2_t6_8M_UR50D"], choices=MODELS, help="shapes, with random weights"
@@ -45,6 +49,17 @@ def main(arguments: list[str] | None = None) -> int:
     except (LengthwiseError, OSError) as error:
         print(f"lengthwise: error: {error}", file=sys.stderr)
         return 1
+
+
+def run_progress(given: argparse.Namespace) -> int:
+    """Show how far a run is; Ctrl-C ends the looking, not the run."""
+    import contextlib
+
+    from lengthwise.progress import watch
+
+    with contextlib.suppress(KeyboardInterrupt):
+        watch(given.store, given.once)
+    return 0
 
 
 def run_benchmark(given: argparse.Namespace) -> int:

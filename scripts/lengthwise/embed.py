@@ -36,6 +36,7 @@ from lengthwise.metrics import write_metrics
 from lengthwise.parity import ParityError, receipt
 from lengthwise.plan import forecast_seconds
 from lengthwise.presence import at_work
+from lengthwise.progress import Heartbeat
 from lengthwise.provenance import driver_version, git_commit
 from lengthwise.settings import require as require_settings
 from lengthwise.status import DOES_NOT_FIT, NON_FINITE
@@ -222,6 +223,10 @@ class Progress:
         elapsed, self.previous = now - self.previous, now
         return elapsed * 1000
 
+    def state(self) -> tuple[int, int, float]:
+        """Residues done, residues to do, and the seconds that they took."""
+        return self.done, self.total, self.seconds
+
     @property
     def seconds(self) -> float:
         return self.previous - self.started
@@ -241,6 +246,7 @@ class Walk:
         self.writes: deque[Future] = deque()
         self.stack = ExitStack()
         self.stack.enter_context(at_work(store))
+        self.stack.enter_context(Heartbeat(store, progress.job, device_name(engine.device), progress.state))
         self.thread = ThreadPoolExecutor(1)
 
     def make(self, shards: list[PlannedShard], batch_tokens: int) -> set[str]:

@@ -1,0 +1,267 @@
+"""Progress: how far a run is over all its jobs, seen from beside it; each running job says so in a small file.
+
+The totals are the plan's, a job is done when its commit is there, and what running jobs did so far is in their heartbeats.
+"""
+
+import csv
+import json
+import os
+import platform
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lengthwise.errors import LengthwiseError
+from lengthwise.logs import count, duration
+
+BEAT_SECONDS = 5.0
+# A heartbeat older than this is that of a job that was killed: some network file systems show files a minute late.
+STALE_SECONDS = 120.0
+REDRAW_SECONDS = 2.0
+LINE_SECONDS = 60.0
+
+
+class Heartbeat:
+    """Says every few seconds how far a job is, in a file beside the commits; a thread does, whatever the job is at.
+
+    Use as a context manager: on leaving the file goes.
+
+    Parameters
+    ----------
+    store
+        The store.
+    job
+        The job's name.
+    device
+        What it computes on, as people call it.
+    state
+        Gives (residues done, residues to do, seconds that it took so far).
+    """
+
+    def __init__(self, store: Path, job: str, device: str, state: Callable[[], tuple[int, int, float]]):
+        self.path, self.state = _heartbeat_path(store, job), state
+        self.known = {"job": job, "device": device, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
+        self.known |= {"host": platform.node(), "process": os.getpid()}
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._beat, daemon=True)
+
+    def _beat(self) -> None:
+        part = self.path.with_name(f".{self.path.name}.{self.known['host']}.{self.known['process']}.tmp")
+        while True:
+            done, residues, seconds = self.state()
+            now = {"time": time.time(), "done": done, "residues": residues, "seconds": round(seconds, 3)}
+            try:
+                part.write_text(json.dumps(self.known | now))
+                os.replace(part, self.path)  # not synced: it is of no use after a power cut
+            except OSError:  # a full disk is the shards' business
+                part.unlink(missing_ok=True)
+            if self.ended.wait(BEAT_SECONDS):
+                self.path.unlink(missing_ok=True)
+                return
+
+    def __enter__(self) -> "Heartbeat":
+        self.path.parent.mkdir(exist_ok=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+        self.thread.join()
+
+
+@dataclass(frozen=True)
+class Running:
+    """A job that is at work, or was when it was last heard of."""
+
+    job: str
+    place: str
+    residues_per_second: float
+    done: int  # residues, those that an earlier try finished with them
+    total: int
+    seconds_left: float | None
+    heard: float  # seconds ago
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a run is."""
+
+    done: int  # residues
+    total: int
+    jobs_done: int
+    jobs: int
+    running: list[Running]
+    silent: list[Running]  # killed, or cut off
+    residues_per_second: float
+    seconds_left: float | None  # None where nothing is known to go on
+
+    @property
+    def complete(self) -> bool:
+        return self.jobs_done == self.jobs
+
+
+def look(store: Path, now: float | None = None) -> State:
+    """How far the run of a store's plan is.
+
+    Parameters
+    ----------
+    store
+        The store.
+    now
+        Seconds of the epoch, against which the age of a heartbeat is taken.
+
+    Raises
+    ------
+    LengthwiseError
+        There is no plan.
+    """
+    jobs, now = _planned(store), time.time() if now is None else now
+    committed = {entry.name.removesuffix(".json") for entry in _entries(store / "jobs")} & jobs.keys()
+    beats = [
+        beat for entry in _entries(store / "running") if (beat := _read(Path(entry.path), jobs.keys() - committed))
+    ]
+    told = [(_running(beat, jobs[beat["job"]], now), jobs[beat["job"]]["seconds"]) for beat in beats]
+    running = sorted((r for r, _ in told if r.heard <= STALE_SECONDS), key=lambda r: (r.place, r.job))
+    silent = sorted((r for r, _ in told if r.heard > STALE_SECONDS), key=lambda r: r.heard)
+    # Long proteins take longer: what is left is counted in forecast seconds, and so is how fast they pass.
+    alive = [(r, forecast) for r, forecast in told if r.heard <= STALE_SECONDS]
+    left = sum(job["seconds"] for name, job in jobs.items() if name not in committed)
+    left -= sum(forecast * r.done / r.total for r, forecast in alive)
+    pace = sum(forecast * r.residues_per_second / r.total for r, forecast in alive)
+    last = max((r.seconds_left for r in running if r.seconds_left is not None), default=0.0)
+    return State(
+        done=sum(jobs[job]["residues"] for job in committed) + sum(r.done for r in running),
+        total=sum(job["residues"] for job in jobs.values()),
+        jobs_done=len(committed),
+        jobs=len(jobs),
+        running=running,
+        silent=silent,
+        residues_per_second=sum(r.residues_per_second for r in running),
+        seconds_left=max(left / pace, last) if pace else None,
+    )
+
+
+def watch(store: Path, once: bool = False) -> None:
+    """Show how far a run is, until it is complete: a block that redraws in a terminal, a line a minute elsewhere.
+
+    Raises
+    ------
+    LengthwiseError
+        There is no plan.
+    """
+    name, block, drawn = store.resolve().name, sys.stdout.isatty(), 0
+    while True:
+        state = look(store)
+        if block:
+            columns, rows = shutil.get_terminal_size()
+            lines = [line[: columns - 1] for line in block_of(name, state, columns - 1, rows - 1)]
+            up = f"\x1b[{drawn}F\x1b[J" if drawn else ""
+            print(up + "\n".join(lines), flush=True)
+            drawn = len(lines)
+        else:
+            print(f"{time.strftime('%H:%M:%S')}  {line_of(name, state)}", flush=True)
+        if once or state.complete:
+            return
+        time.sleep(REDRAW_SECONDS if block else LINE_SECONDS)
+
+
+def line_of(name: str, state: State) -> str:
+    """All of it in one line."""
+    parts = [_done(state)]
+    if not state.complete:
+        parts.append(f"{len(state.running):,} running")
+        parts += [_speed(state)] if state.running else []
+        parts += [f"{len(state.silent):,} stopped without an end"] if state.silent else []
+    return f"{name}: {', '.join(parts)}"
+
+
+def block_of(name: str, state: State, columns: int, rows: int) -> list[str]:
+    """The same, with a bar and a line for each running job, in at most so many lines."""
+    share = state.done / state.total if state.total else 1.0
+    filled = int(share * min(columns, 60))
+    lines = [f"{name}: {_done(state)}", "█" * filled + "░" * (min(columns, 60) - filled)]
+    if state.complete:
+        return [*lines, "complete"]
+    lines += [_speed(state) if state.running else "no job is running"]
+    room = rows - len(lines) - 2
+    shown = state.running if len(state.running) <= room else state.running[: room - 1]
+    width = max((len(r.place) for r in shown), default=0)
+    for r in shown:
+        left = f"{duration(r.seconds_left)} left" if r.seconds_left is not None else "begins"
+        late = f", last heard of {duration(r.heard)} ago" if r.heard > 4 * BEAT_SECONDS else ""
+        share, rate = 100 * r.done / r.total, f"{r.residues_per_second:,.0f} residues/s"
+        lines.append(f"  {r.place:{width}}  {r.job}  {share:3.0f} %  {rate}  {left}{late}")
+    if rest := state.running[len(shown) :]:
+        lines.append(f"  and {len(rest):,} more: {sum(r.residues_per_second for r in rest):,.0f} residues/s")
+    if state.silent:
+        last = state.silent[0]
+        many = f"{count(len(state.silent), 'job')} stopped without an end"
+        lines.append(f"  {many}, the last {duration(last.heard)} ago: {last.job} on {last.place}")
+    return lines
+
+
+def _done(state: State) -> str:
+    percent = 100 * state.done / state.total if state.total else 100.0
+    return f"{state.done:,} of {state.total:,} residues ({percent:.1f} %), {state.jobs_done:,} of {count(state.jobs, 'job')} done"
+
+
+def _speed(state: State) -> str:
+    devices = len({r.place for r in state.running})
+    rate = f"{state.residues_per_second:,.0f} residues/s on {count(devices, 'device')}"
+    if state.seconds_left is None:
+        return rate
+    ends = time.strftime("%a %H:%M", time.localtime(time.time() + state.seconds_left))
+    return f"{rate}, {duration(state.seconds_left)} left, until {ends}"
+
+
+def _heartbeat_path(store: Path, job: str) -> Path:
+    return store / "running" / f"{job}.json"
+
+
+def _planned(store: Path) -> dict[str, dict]:
+    """{job: its residues and forecast seconds} of the plan."""
+    try:
+        with open(store / "plan" / "jobs.tsv") as table:
+            rows = list(csv.DictReader(table, delimiter="\t"))
+    except FileNotFoundError as error:
+        raise LengthwiseError(f"{store}: no plan here yet (no plan/jobs.tsv); give results/<model> of a run") from error
+    # A job of next to nothing has 0.000 forecast seconds in the table.
+    return {
+        row["job"]: {"residues": int(row["residues"]), "seconds": max(float(row["forecast_seconds"]), 1e-3)}
+        for row in rows
+    }
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if entry.name.endswith(".json") and not entry.name.startswith(".")]
+
+
+def _read(path: Path, jobs: set[str]) -> dict | None:
+    """A heartbeat, if it is of one of these jobs; it may go, or be somebody's odd file."""
+    try:
+        beat = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return beat if path.stem in jobs else None
+
+
+def _running(beat: dict, job: dict, now: float) -> Running:
+    """What a heartbeat says; residues of shards that an earlier try finished are done too."""
+    kept = job["residues"] - beat["residues"]
+    rate = beat["done"] / beat["seconds"] if beat["seconds"] > 0 else 0.0
+    return Running(
+        job=beat["job"],
+        place=f"{beat['host']} {'GPU ' + beat['gpu'] + ' ' if beat['gpu'] else ''}{beat['device']}",
+        residues_per_second=rate,
+        done=kept + beat["done"],
+        total=job["residues"],
+        seconds_left=(beat["residues"] - beat["done"]) / rate if rate else None,
+        heard=max(now - beat["time"], 0.0),
+    )
