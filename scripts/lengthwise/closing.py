@@ -46,6 +46,14 @@ def success_lines_of(store: Path, datasets: list[str], commits: list[str], since
     return lines
 
 
+def forecast_lines_of(store: Path, since: float) -> list[str]:
+    """The forecast, if one was made since a time (seconds of the epoch)."""
+    made = store / "forecast" / "forecast.txt"
+    if not made.exists() or made.stat().st_mtime < since:
+        return []
+    return ["", *made.read_text(encoding="utf-8").splitlines(), f"Page        {made.with_name('index.html')}"]
+
+
 def failure_lines_of(store: Path, since: float) -> list[str]:
     """The reasons that rules wrote into their logs since a time (seconds of the epoch)."""
     reasons = []

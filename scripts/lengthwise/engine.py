@@ -26,15 +26,12 @@ from lengthwise.checkpoint import load_model
 from lengthwise.errors import LengthwiseError
 from lengthwise.memory import MemoryMeter, Peaks
 from lengthwise.model import Packing, onednn_serves
+from lengthwise.shapes import AUTO_BATCH_TOKENS, MOST_AT_ONCE
 from lengthwise.status import DOES_NOT_FIT, GOOD, NON_FINITE
 
 log = logging.getLogger("lengthwise")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Tokens per batch where `batch_tokens` is auto. On the CPU more gain nothing (8M and 150M, measured), and cost memory.
-AUTO_BATCH_TOKENS = {"cpu": 2_048, "cuda": 32_768}
-# Batches that a CPU computes at the same time, at most: each takes memory.
-MOST_AT_ONCE = 16
 # Of a GPU's free memory, what a batch may take: the rest is for what the formula leaves out, and for neighbours.
 MEMORY_MARGIN = 0.9
 

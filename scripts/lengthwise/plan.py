@@ -143,7 +143,7 @@ def _specs(store: Path, files: list[Path], spill: Path, memory_bytes: int) -> It
             raise LengthwiseError(f"{store}: a damaged file ({what}); remove that file and run again") from error
 
 
-def _cut_work(lengths: np.ndarray, counts: np.ndarray, settings: dict, sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
+def cut_work(lengths: np.ndarray, counts: np.ndarray, settings: dict, sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
     """The bounds of shards and of jobs, in sequences sorted by length; so many sequences have each length."""
     seconds = forecast_seconds(lengths, settings)
     most = np.broadcast_to(lengths[-1], counts.sum())
@@ -169,7 +169,7 @@ def _write_specs(store: Path, settings: dict, sizes: Sizes, work: Ordered) -> It
     """Cut new work into shards and jobs, and write one spec per job; yields jobs and the numbers of their datasets."""
     if not len(work.lengths):
         return
-    shards, jobs = _cut_work(work.lengths, work.counts, settings, sizes)
+    shards, jobs = cut_work(work.lengths, work.counts, settings, sizes)
     rows = _Rows(work.tables())
     for start, stop in itertools.pairwise(jobs.tolist()):
         taken = rows.take(stop - start)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import read_json, sha256, stamp, write_json
+from lengthwise.shapes import MODELS
 
 SCHEMA = 1
 # Raised when the engine's numbers change by more than rounding: stores of different numerics do not mix.
@@ -106,6 +107,15 @@ def require(store: Path) -> dict:
     if settings is None:
         raise LengthwiseError(f"{store}/settings.json is gone; run snakemake --forcerun fetch_model")
     return settings
+
+
+def expected(store: Path, config: dict, auto_device: str) -> dict:
+    """A store's settings, or what they will be: of a named model without its weights."""
+    if stored := load(store):
+        return stored
+    shape = MODELS[config["model"]]
+    known = {key: getattr(shape, key) for key in ("num_layers", "embed_dim", "attention_heads")}
+    return make(config, known | {"sha256": "", "random_weights": False}, auto_device)
 
 
 def guard(store: Path, config: dict, weights: dict | None = None) -> dict | None:

@@ -18,13 +18,14 @@ import snakemake.cli
 
 import lengthwise.config
 import lengthwise.fasta
-from lengthwise.closing import failure_lines_of, success_lines_of
+from lengthwise.closing import failure_lines_of, forecast_lines_of, success_lines_of
 from lengthwise.device import auto_device, refuse_missing_gpu
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import stamp, write_json
 from lengthwise.presence import at_work
 from lengthwise.recovery import broken_commits, remove_leftovers
 from lengthwise.settings import guard, load
+from lengthwise.shapes import MODELS
 from lengthwise.weights import note_new_time
 
 STARTED = time.time()
@@ -105,6 +106,11 @@ def checkpoint_given(wildcards):
     return ancient(config["model"]) if config["model"].endswith(".pt") else []
 
 
+def weights_of_unknown_shape(wildcards):
+    """A named model need not be downloaded to say what it will take."""
+    return [] if config["model"] in MODELS else ancient(WEIGHTS)
+
+
 @functools.lru_cache(maxsize=2)
 def jobs_by_dataset(size, mtime_ns):
     """{dataset: its commits} of the plan with this size and time; under "" all of them."""
@@ -144,6 +150,10 @@ def uses_gpu():
     return (settings["device"] if settings else auto_device(workflow.non_local_exec)) == "cuda"
 
 
+def device_of_new_store(wildcards):
+    return "cuda" if uses_gpu() else "cpu"
+
+
 def gpus(wildcards):
     return int(uses_gpu())
 
@@ -173,6 +183,8 @@ def require_device():
 
 
 def success_lines():
+    if lines := forecast_lines_of(Path(STORE), STARTED):
+        return lines
     commits = planned_commits("") if os.path.exists(JOBS) else []
     return success_lines_of(Path(STORE), list(DATASETS), commits, STARTED, time.time() - STARTED)
 

@@ -1,0 +1,24 @@
+"""Say what a run will take of disk, memory and time."""
+
+from pathlib import Path
+
+from lengthwise.logs import log, reporting
+
+with reporting(snakemake.log[0], snakemake.scriptdir):
+    from lengthwise import forecast
+    from lengthwise.plan import Sizes
+    from lengthwise.settings import expected
+
+    config, folders = snakemake.config, [Path(table).parent for table in snakemake.input.sequences]
+    store = folders[0].parent.parent
+    made = forecast.forecast(
+        store,
+        expected(store, config, snakemake.params.auto_device),
+        {folder.name: folder for folder in folders},
+        Sizes(config["job_minutes"] * 60, config["shard_bytes"]),
+        config["batch_tokens"],
+        snakemake.params.threads,
+        snakemake.resources.mem_mb * 10**6 * 2 // 5,
+    )
+    forecast.write(made, store / "forecast")
+    log.info("%s", store / "forecast" / "index.html")

@@ -1,0 +1,43 @@
+"""Is there room for what a plan is going to write?"""
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+from lengthwise.errors import LengthwiseError
+from lengthwise.logs import size
+from lengthwise.store import commit_path, shard_path, spec_path
+
+
+def require_space(store: Path, jobs: pd.DataFrame) -> None:
+    """Refuse work that the store's file system cannot hold.
+
+    Parameters
+    ----------
+    store
+        The store.
+    jobs
+        The table of `lengthwise.plan.plan`.
+
+    Raises
+    ------
+    LengthwiseError
+        The jobs that are not committed have more bytes to write than are free.
+    """
+    unfinished = jobs[[not commit_path(store, job).exists() for job in jobs["job"]]]
+    needed, free = int(unfinished["forecast_bytes"].sum()), shutil.disk_usage(store).free
+    if needed > free:  # reading their specs takes seconds where there are thousands
+        needed -= sum(_made_bytes(store, job) for job in unfinished["job"])
+    if needed > free:
+        raise LengthwiseError(
+            f"{store}: {size(needed)} are to be written and {size(free)} are free on its file system; free some space, set "
+            "'results' to another one, store less (see 'snakemake forecast'), or set disk_space: ignore"
+        )
+
+
+def _made_bytes(store: Path, job: str) -> int:
+    """Bytes of a job's shards that are there."""
+    shards = pq.read_table(spec_path(store, job), columns=["shard"]).column("shard").unique().to_pylist()
+    return sum(path.stat().st_size for shard in shards if (path := shard_path(store, shard)).exists())
