@@ -1,0 +1,27 @@
+"""What a rule's process imports: most of its time, where its work is small."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def imported_by(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; import sys; print(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_a_model_on_a_cpu_imports_no_compiler(tiny_checkpoint):
+    load = f"checkpoint.load_model({str(tiny_checkpoint)!r}, torch.device('cpu'), torch.float32)"
+    found = imported_by(f"import torch, lengthwise.embed; from lengthwise import checkpoint; {load}")
+    assert "torch" in found
+    assert "torch._dynamo" not in found
+
+
+@pytest.mark.parametrize("module", ["ingest", "plan", "assemble", "report"])
+def test_rules_without_a_model_import_no_torch(module):
+    found = imported_by(f"import lengthwise.{module}")
+    assert f"lengthwise.{module}" in found
+    assert "torch" not in found
