@@ -26,8 +26,8 @@ def broken_commits(store: Path) -> dict[Path, list[str]]:
 
 
 def leftovers(store: Path) -> list[Path]:
-    """Temporary files and scratch folders; of those who died, if nobody is at work in the store."""
-    found = []
+    """Temporary files, scratch folders and heartbeats; of those who died, if nobody is at work in the store."""
+    found = list(store.glob("running/*.json"))
     for folder, folders, files in os.walk(store):
         hidden = [name for name in (*folders, *files) if name.startswith(".") and name.endswith((".tmp", ".spill"))]
         found += [Path(folder, name) for name in hidden]

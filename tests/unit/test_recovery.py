@@ -18,12 +18,14 @@ def store(tmp_path):
     (tmp_path / "shards/ab").mkdir(parents=True)
     (tmp_path / "shards/ab/.x.safetensors.0123abcd.tmp").write_bytes(b"x")
     (tmp_path / "plan/.spill/deep").mkdir(parents=True)
+    (tmp_path / "running").mkdir()
+    (tmp_path / "running/job.json").write_text("{}")  # the last sign of life of a job that was killed
     (tmp_path / "settings.json").write_text("{}")
     return tmp_path
 
 
 def test_leftovers_go_when_nobody_is_at_work(store):
-    assert len(leftovers(store)) == 2
+    assert len(leftovers(store)) == 3
     remove_leftovers(store)
     assert leftovers(store) == []
     assert (store / "shards/ab").is_dir()
@@ -32,7 +34,7 @@ def test_leftovers_go_when_nobody_is_at_work(store):
 def test_leftovers_stay_while_somebody_is_at_work(store, refused):
     with at_work(store), at_work(store):
         remove_leftovers(store)
-        assert len(leftovers(store)) == 2
+        assert len(leftovers(store)) == 3
         with refused("at work", str(store)), alone(store):
             pass
     with alone(store), refused("at work"), alone(store):
@@ -93,7 +95,7 @@ def test_without_locks_nothing_is_removed_and_work_goes_on(store, monkeypatch, r
     monkeypatch.setattr(fcntl, "flock", none)
     with at_work(store):
         remove_leftovers(store)
-    assert len(leftovers(store)) == 2
+    assert len(leftovers(store)) == 3
     with refused("has no locks", str(store)), alone(store):
         pass
 
@@ -101,4 +103,4 @@ def test_without_locks_nothing_is_removed_and_work_goes_on(store, monkeypatch, r
 def test_what_may_not_be_removed_stops_nobody(store, monkeypatch):
     monkeypatch.setattr("lengthwise.recovery.remove", lambda path: os.unlink("/proc/self/none"))
     remove_leftovers(store)
-    assert len(leftovers(store)) == 2
+    assert len(leftovers(store)) == 3
