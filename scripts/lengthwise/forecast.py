@@ -276,15 +276,23 @@ def _time(rate: Rate, shape: ModelConfig, left: pd.DataFrame, sizes: Sizes) -> d
 
 def text(made: dict) -> str:
     """The forecast for a terminal."""
-    work, disk, memory = made["work"], made["disk"], made["memory"]
     lines = [f"Forecast    {made['store']}: {_numbers(made)}"]
     for row in made["datasets"][:DATASETS_SHOWN]:
         lines += ["", f"{row['dataset']}", *(f"            {line}" for line in _dataset_lines(row))]
-    if more := len(made["datasets"]) - DATASETS_SHOWN:
-        lines += ["", f"and {count(more, 'dataset')} more; the page has them all"] if more > 0 else []
+    if (more := len(made["datasets"]) - DATASETS_SHOWN) > 0:
+        lines += ["", f"and {count(more, 'dataset')} more; the page has them all"]
     lines += ["", f"To embed    {_work(made)}"]
+    lines += _needs(made) if made["work"]["sequences"] else []
+    if made["random_weights"]:
+        lines.append("RANDOM WEIGHTS: the embeddings will mean nothing")
+    return "\n".join(lines)
+
+
+def _needs(made: dict) -> list[str]:
+    """What the work that is left takes."""
+    work, disk, memory = made["work"], made["disk"], made["memory"]
     verdict = "" if disk["fits"] else "; IT DOES NOT FIT"
-    lines.append(f"Disk        {size(disk['needed_bytes'])} to write, {size(disk['free_bytes'])} free{verdict}")
+    lines = [f"Disk        {size(disk['needed_bytes'])} to write, {size(disk['free_bytes'])} free{verdict}"]
     lines += [f"              {way_name(way)}: {size(way['bytes'])}" for way in disk["ways"] if not way["chosen"]]
     lines.append(
         f"Memory      {size(memory['batch_bytes'])} for {_batches(memory)}, {size(memory['longest_bytes'])} for the longest"
@@ -295,9 +303,7 @@ def text(made: dict) -> str:
         lines.append(f"{'Time' if not number else '':12}{_time_line(row)}")
         basis = f"{row['source']}: {row['basis']}"
         lines += textwrap.wrap(basis, 100, initial_indent=" " * 14, subsequent_indent=" " * 14)
-    if made["random_weights"]:
-        lines.append("RANDOM WEIGHTS: the embeddings will mean nothing")
-    return "\n".join(lines)
+    return lines
 
 
 def _numbers(made: dict) -> str:
@@ -316,7 +322,7 @@ def way_name(way: dict) -> str:
 
 def _dataset_lines(row: dict) -> list[str]:
     lines = [
-        f"{row['records']:,} records = {row['accepted']:,} accepted + {row['duplicate']:,} duplicate"
+        f"{count(row['records'], 'record')} = {row['accepted']:,} accepted + {row['duplicate']:,} duplicate"
         f" + {row['rejected']:,} rejected"
     ]
     if row["reasons"]:
@@ -340,6 +346,8 @@ def _bars(histogram: list[int]) -> str:
 
 def _work(made: dict) -> str:
     work = made["work"]
+    if not work["sequences"]:
+        return f"nothing; {work['finished_sequences']:,} are finished"
     left = f"{count(work['sequences'], 'sequence')}, {count(work['residues'], 'residue')}"
     return left + (f"; {work['finished_sequences']:,} are finished" if work["finished_sequences"] else "")
 
@@ -366,5 +374,5 @@ def page(made: dict) -> str:
     )
     environment.filters |= {"n": "{:,.0f}".format, "size": size, "duration": duration, "way": way_name}
     return environment.get_template("forecast.html").render(
-        made=made, trained=TRAINED, numbers=_numbers(made), left=_work(made), batches=_batches(made["memory"])
+        made=made, trained=TRAINED, numbers=_numbers(made), batches=_batches(made["memory"])
     )

@@ -11,7 +11,7 @@ from lengthwise.logs import count
 from lengthwise.metrics import read_metrics
 from lengthwise.plan import ASSUMED_FLOPS
 from lengthwise.shapes import ModelConfig
-from lengthwise.store import metrics_path
+from lengthwise.store import find_metrics
 
 HERE, ELSEWHERE, ASSUMED = "measured in this store", "measured on another machine", "assumed"
 
@@ -85,7 +85,7 @@ def measured_here(store: Path, settings: dict, shape: ModelConfig) -> list[Rate]
         paths = [paths[i] for i in np.linspace(0, len(paths) - 1, MAX_JOBS).astype(int)]
     commits = [commit for path in paths if (commit := read_json(path))["made"]]
     shards = [shard for commit in commits for shard in commit["made"]]
-    rows = read_metrics(path for shard in shards if (path := metrics_path(store, shard)).exists())
+    rows = read_metrics(path for shard in shards if (path := find_metrics(store, shard)))
     if not len(rows):
         return []
     mean = (rows["n_tokens"] / rows["n_sequences"]).astype(float)  # a batch's lengths differ by a factor of two at most

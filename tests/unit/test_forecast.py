@@ -88,7 +88,9 @@ def test_what_is_finished_is_no_work(store):
     store.run()
     work = forecast_of(store)["work"]
     assert (work["sequences"], work["residues"], work["shards"], work["jobs"]) == (0, 0, 0, 0)
-    assert "60 are finished" in forecast.text(forecast_of(store))
+    made = forecast_of(store)
+    assert "To embed    nothing; 60 are finished" in forecast.text(made)
+    assert "Memory" not in forecast.text(made) + forecast.page(made)
 
 
 def test_a_sequence_of_two_datasets_is_embedded_once(store, random_proteins):
