@@ -5,12 +5,12 @@ import shutil
 import subprocess
 from collections import namedtuple
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, TINY
 from lengthwise import checkpoint, config, forecast, rates
 from lengthwise.closing import forecast_lines_of
 from lengthwise.engine import Engine, Output
@@ -21,6 +21,8 @@ from lengthwise.shapes import MODELS, ModelConfig
 from lengthwise.space import require_space
 from lengthwise.store import commit_path, metrics_path
 
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ModelConfig(2, 32, 2)
 # Of the tiny model, some ten jobs and more shards of 60 short proteins.
 SIZES = {"job_seconds": 4e-4, "shard_bytes": 8_000}
 Usage = namedtuple("Usage", "total used free")
