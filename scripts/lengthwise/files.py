@@ -46,8 +46,14 @@ def temporary(path: Path) -> Path:
     return part
 
 
+def goes_with_this_process(path: Path) -> Path:
+    """Have `remove_temporaries` remove this file too."""
+    _temporaries.add(path)
+    return path
+
+
 def remove_temporaries() -> None:
-    """Remove what this process has under temporary names, because it ends at once."""
+    """Remove what is of use to this process alone, because it ends at once."""
     for part in tuple(_temporaries):
         part.unlink(missing_ok=True)
 

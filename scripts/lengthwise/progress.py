@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
+from lengthwise.files import goes_with_this_process, temporary
 from lengthwise.logs import count, duration
 
 BEAT_SECONDS = 5.0
@@ -43,14 +44,14 @@ class Heartbeat:
     """
 
     def __init__(self, store: Path, job: str, device: str, state: Callable[[], tuple[int, int, float]]):
-        self.path, self.state = _heartbeat_path(store, job), state
+        self.path, self.state = goes_with_this_process(_heartbeat_path(store, job)), state
         self.known = {"job": job, "device": device, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
         self.known |= {"host": platform.node(), "process": os.getpid()}
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._beat, daemon=True)
 
     def _beat(self) -> None:
-        part = self.path.with_name(f".{self.path.name}.{self.known['host']}.{self.known['process']}.tmp")
+        part = temporary(self.path)
         while True:
             done, residues, seconds = self.state()
             now = {"time": time.time(), "done": done, "residues": residues, "seconds": round(seconds, 3)}
