@@ -89,9 +89,7 @@ def assemble(
         **{key: summary[key] for key in ("input", "input_bytes", "input_sha256", "records")},
         **counts,
         "residues": summary["residues"],
-        **{
-            key: summary.get(key) for key in ("changes", "rare_residues", "policy")
-        },  # the last came with a later version
+        **{key: summary.get(key) for key in ("changes", "rare_residues", "policy")},
         "settings": settings,
         "weights": {"sha256": settings["weights_sha256"], "origin": origin(store)},
         "devices": sorted({commit["device"] for commit in commits}),

@@ -22,7 +22,9 @@ from lengthwise._version import __version__
 from lengthwise.alphabet import digest_name
 from lengthwise.config import store_name
 from lengthwise.errors import LengthwiseError
-from lengthwise.files import emptied, fsync_folder, read_json
+from lengthwise.files import emptied, fsync_folder, lock, read_json
+from lengthwise.logs import size
+from lengthwise.presence import at_work
 from lengthwise.store import Shard, shard_path
 
 # UniProt's ids are database|accession|name.
@@ -65,7 +67,11 @@ def export(dataset: Path, kind: str, memory_bytes: int = 1 << 30) -> int:
     """
     folder = dataset / "exports" / kind
     try:
-        with _replacing(folder) as part, _Source(dataset, part.with_name("spill"), memory_bytes) as source:
+        with (
+            at_work(dataset.resolve().parent.parent),
+            _replacing(folder) as part,
+            _Source(dataset, part.with_name("spill"), memory_bytes) as source,
+        ):
             return _WRITERS[kind](source, part)
     except (OSError, duckdb.Error) as error:
         what = " ".join(str(error).split())[:300]
@@ -77,7 +83,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
     """An empty folder to write to, which takes this one's place on success, synced; what a killed attempt left goes first."""
     scratch = folder.with_name(f".{folder.name}.tmp")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(scratch.with_suffix(".lock")), emptied(scratch):
+    with _alone(folder.with_name(f".{folder.name}.lock.tmp")), emptied(scratch):
         part = scratch / "whole"
         part.mkdir()
         yield part
@@ -91,16 +97,16 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Wait until no other process holds this lock; its file is gone afterwards."""
+def _alone(path: Path) -> Iterator[None]:
+    """Wait until no other process has locked this file, which is gone afterwards."""
     while True:
-        with open(lock, "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if os.fstat(file.fileno()).st_nlink:  # else whoever held it removed it
+        with open(path, "w") as file:
+            lock(file.fileno(), fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:  # else whoever had it removed it
                 try:
                     yield
                 finally:
-                    lock.unlink()
+                    path.unlink(missing_ok=True)
                 return
 
 
@@ -154,8 +160,8 @@ class _Source:
         needed, free = numbers * itemsize + n * _ENTRY_BYTES, shutil.disk_usage(folder).free
         if needed > free:
             raise LengthwiseError(
-                f"{folder.parents[1]}: this export takes about {needed:,} bytes and {free:,} are free; free some space, or take "
-                "it out of 'exports'"
+                f"{folder.parents[1]}: this export takes about {size(needed)} and {size(free)} are free; free some space, or "
+                "take it out of 'exports'"
             )
 
     def shared(self, short: str) -> set[str]:
@@ -225,12 +231,12 @@ class _HDF5(io.FileIO):
             self.error = self.error or error
         return written
 
-    def truncate(self, size: int | None = None) -> int:
+    def truncate(self, length: int | None = None) -> int:
         try:
-            return super().truncate(size)
+            return super().truncate(length)
         except OSError as error:
             self.error = self.error or error
-            return size or 0
+            return length or 0
 
     def create(self, key: str, array: np.ndarray, record_id: str) -> None:
         """Add an array, with the id that it belongs to as its attribute `original_id`."""

@@ -23,6 +23,7 @@ import torch
 from lengthwise import exports
 from lengthwise.exports import export, file_name, h5_key
 from lengthwise.files import write_json
+from lengthwise.presence import alone
 from lengthwise.store import Shard, layout, shard_path
 
 KINDS = ("h5", "pt", "biotrainer", "parquet")
@@ -261,7 +262,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(small, kind, refused):
 def test_an_export_that_does_not_fit_is_refused_before_it_begins(small, monkeypatch, refused):
     usage = exports.shutil.disk_usage(small)._replace(free=30_000)
     monkeypatch.setattr(exports.shutil, "disk_usage", lambda _: usage)
-    with refused("takes about", "30,000 are free"):
+    with refused("takes about", "30.0 kB are free"):
         export(small, "pt")
 
 
@@ -296,6 +297,19 @@ def test_exports_at_once_end_with_one_whole_export(small):
     assert content(small / "exports").keys() == {Path("h5/per-residue.h5"), Path("h5/per-protein.h5")}
     with h5py.File(small / "exports" / "h5" / "per-residue.h5") as file:
         assert len(file) == 12
+
+
+def test_nobody_prunes_while_an_export_is_written(small, monkeypatch, refused):
+    tried = []
+
+    def prune_now():
+        with refused("at work in this store"), alone(small.parent.parent):
+            pass
+        tried.append(True)
+
+    monkeypatch.setattr(exports.os, "sync", prune_now)
+    export(small, "parquet")
+    assert tried
 
 
 def test_a_missing_shard_is_one_line(small, refused):
