@@ -1,5 +1,7 @@
 """A run's last lines: what was done and where it is, or why it failed."""
 
+import json
+import shlex
 from pathlib import Path
 
 from lengthwise.files import read_json
@@ -29,6 +31,7 @@ def success_lines_of(store: Path, datasets: list[str], commits: list[str], since
     total = {key: sum(m[key] for m in manifests) for key in ("records", "accepted", "duplicate", "rejected")}
     here = f"{store}/datasets/" + (datasets[0] if len(datasets) == 1 else "")
     rejected = f"; why: {here}{'/' if len(datasets) == 1 else '*/'}rejected.tsv" if total["rejected"] else ""
+    first = json.dumps(f"{store}/datasets/{datasets[0]}", ensure_ascii=False)
     lines = [
         "",
         f"Records     {total['records']:,} = {total['accepted']:,} accepted + {total['duplicate']:,} duplicate"
@@ -36,7 +39,7 @@ def success_lines_of(store: Path, datasets: list[str], commits: list[str], since
         f"Embeddings  {here}",
         f"Time        {seconds:.0f} s; {_made(commits, since)}",
         *([f"Report      {page}"] if (page := store / "report" / "index.html").exists() else []),
-        f"Next        python -c 'import lengthwise; print(lengthwise.open(\"{store}/datasets/{datasets[0]}\").records)'",
+        f"Next        python -c {shlex.quote(f'import lengthwise; print(lengthwise.open({first}).records)')}",
     ]
     if any(manifest["random_weights"] for manifest in manifests):
         lines.append(

@@ -1,6 +1,7 @@
 """Ids and paths are data: whatever is in them, they become no path, no wildcard and no word of a shell."""
 
 import shutil
+import subprocess
 
 import pytest
 from project import ROOT, Project
@@ -51,6 +52,16 @@ def test_nothing_in_a_name_was_run_or_became_a_path(odd):
     assert [path for path in project.folder.parent.rglob("ran")] == []
     names = {path.name for path in project.folder.rglob("*")}
     assert not any("passwd" in name or "iiii" in name for name in names)
+
+
+def test_the_command_that_a_run_ends_with_can_be_pasted_into_a_shell(odd):
+    project, run = odd
+    (line,) = [line for line in run.output.splitlines() if line.startswith("Next ")]
+    command = ["bash", "-c", line.removeprefix("Next")]
+    done = subprocess.run(command, cwd=project.folder, env=project.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "[1 rows x" in done.stdout
+    assert list(project.folder.rglob("ran")) == []
 
 
 def test_a_second_run_finds_nothing_to_do(odd):
