@@ -1,24 +1,26 @@
 """Report: batch metrics, ledgers and the scaling study, as tables, figures and one page."""
 
-import os
+from collections import Counter
 from pathlib import Path
 
-import duckdb
 import jinja2
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from markupsafe import Markup
 
-from lengthwise import figures
+from lengthwise import figures, tables
 from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import atomic, read_json
+from lengthwise.laws import Law, as_table, choose, crossing, laws, longest, longest_table
 from lengthwise.metrics import read_metrics
 from lengthwise.plan import read_jobs
-from lengthwise.scaling_table import FAIR_ESM, LENGTHWISE, OK, read_scaling
+from lengthwise.projection import Projection, project
+from lengthwise.scaling_table import FAIR_ESM, LENGTHWISE, OK, SERIES, read_scaling
 from lengthwise.settings import require
+from lengthwise.shapes import ModelConfig
 from lengthwise.store import commit_path, find_metrics
+from lengthwise.svg import save
 
 MEASURES = {"allocated": "allocated GPU memory", "resident": "resident memory"}
 STATUS_WORDS = {
@@ -26,10 +28,22 @@ STATUS_WORDS = {
     "skipped_memory": "would not have fitted in memory",
     "out_of_memory": "out of memory",
 }
-# Bounds of the bins of lengths: 1, 2, 3, 4, 6, 8, 12, 16, 24, ... Engine batches do not cross the powers of two.
-BOUNDS = np.unique(np.outer(2 ** np.arange(20), (1.0, 1.5)).astype(int))
-FIGURES = ("throughput", "memory", "scaling_throughput", "scaling_memory")
-JOBS_SHOWN = 25  # a longer table is folded
+FIGURES = (
+    "throughput",
+    "memory",
+    "time",
+    "fill",
+    "scaling_memory",
+    "no_grad",
+    "half_precision",
+    "copies",
+    "scaling_throughput",
+    "scaling_time",
+    "map",
+)
+SHOWN = 25  # rows of a long table: the files have them all
+SLOWEST = 10
+SHORT, LONG = 50, 500  # the lengths of the first question
 
 
 def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: Path, out: Path) -> dict:
@@ -42,11 +56,12 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
     jobs_tsv
         The table that `lengthwise.plan.plan` wrote.
     datasets
-        {dataset: its manifest.json}.
+        {dataset: its manifest.json}, the index beside it.
     scaling
         The table that `lengthwise.scaling.scaling` wrote.
     out
-        The folder for metrics.tsv, by_length.tsv, an SVG and a PNG of each of `FIGURES`, and index.html, which is last.
+        The folder for the tables (`lengthwise.tables.COLUMNS`) as TSV and Parquet, an SVG and a PNG of each of `FIGURES`, and
+        index.html, which is last.
 
     Returns
     -------
@@ -63,49 +78,48 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
     commits = _read_commits(store, jobs_tsv)
     shards = list(dict.fromkeys(shard for commit in commits for shard in commit["shards"]))
     present = [path for shard in shards if (path := find_metrics(store, shard))]
-    rows = read_metrics(present)
-    _write_tsv(pa.Table.from_pandas(rows, preserve_index=False), out / "metrics.tsv")
-    batches = _batches(rows)
-    bins = bin_by_length(batches)
-    _write_tsv(pa.Table.from_pandas(bins.drop(columns="group"), preserve_index=False), out / "by_length.tsv")
+    metrics = read_metrics(present)
+    batches = tables.batches(metrics, commits)
+    bins, jobs, devices = tables.bin_by_length(batches), tables.jobs(commits, batches), tables.devices(batches)
     study = read_scaling(scaling)
+    found = laws(study)
     ledger = [read_json(manifest) | {"dataset": name} for name, manifest in datasets.items()]
-    facts = _facts(settings, commits, batches, ledger)
+    projection, no_map = project(store, settings, datasets)
+    written = {
+        "metrics": metrics,
+        "by_length": bins.drop(columns="group"),
+        "jobs": jobs,
+        "devices": devices,
+        "datasets": tables.datasets(ledger),
+        "laws": as_table(found),
+        "map": projection.records if projection else pd.DataFrame(columns=list(tables.COLUMNS["map"]), dtype="string"),
+    }
+    tables.write(written, out)
+    tables.write_parquet(study, out / "scaling.parquet")
+    facts = _facts(settings, commits, batches, devices, ledger)
     facts |= {"shards": len(shards), "missing_metrics": len(shards) - len(present)}
     page = _template().render(
         facts=facts,
         settings=settings,
-        ledger=ledger,
-        figures=_figures(batches, bins, study, out),
+        ledger=ledger[:SHOWN],
+        reasons=sum((Counter(row["reasons"]) for row in ledger), Counter()).most_common(),
+        figures=_figures(batches, bins, devices, study, found, projection or no_map, settings, out),
         measures=_measures(batches),
         batches_shown=min(len(batches), figures.MAX_POINTS),
-        study=_study_facts(study),
-        jobs=_job_rows(commits, batches),
-        jobs_shown=JOBS_SHOWN,
+        study=_study_facts(study, found, settings),
+        map_of=projection.of if projection else "",
+        map_records=len(projection.records) if projection else 0,
+        jobs=jobs.sort_values("residues_per_second", kind="stable").head(SHOWN).to_dict("records"),
+        devices=devices.to_dict("records"),
+        slowest=tables.slowest(batches, bins, SLOWEST).to_dict("records"),
+        parity=_parity(store),
         versions=_versions(commits),
-        scaling_link=Path(os.path.relpath(scaling, out)).as_posix(),
+        columns=tables.COLUMNS,
+        names={engine: name for engine, (name, *_) in figures.ENGINES.items()},
     )
     with atomic(out / "index.html") as part:
         part.write_text(page, encoding="utf-8")
     return facts
-
-
-def bin_by_length(batches: pd.DataFrame) -> pd.DataFrame:
-    """Median and quartiles of throughput and peak memory for each device, precision, measure of memory and bin of lengths.
-
-    A bin holds the batches with length_from <= mean_length < length_to.
-    """
-    keys = ["group", "device", "precision", "memory_measure", "bin"]
-    bin_of = np.searchsorted(BOUNDS, batches["mean_length"], side="right")
-    groups = batches.assign(bin=bin_of).groupby(keys, dropna=False, sort=True)
-    table = groups.agg(n_batches=("batch", "size"), median_length=("mean_length", "median")).reset_index()
-    for quantity in ("residues_per_second", "peak_bytes"):
-        for name, quantile in (("q25", 0.25), ("median", 0.5), ("q75", 0.75)):
-            table[f"{quantity}_{name}"] = groups[quantity].quantile(quantile).to_numpy()
-    number = table.pop("bin").to_numpy(dtype=int)
-    table.insert(4, "length_from", BOUNDS[number - 1])
-    table.insert(5, "length_to", BOUNDS[number])
-    return table
 
 
 def _read_commits(store: Path, jobs_tsv: Path) -> list[dict]:
@@ -118,33 +132,12 @@ def _read_commits(store: Path, jobs_tsv: Path) -> list[dict]:
     return commits
 
 
-def _batches(rows: pd.DataFrame) -> pd.DataFrame:
-    """Metrics with what the figures draw: `residues_per_second`, `peak_bytes`, `memory_measure` and `group`."""
-    numbers = ["n_residues", "mean_length", "wall_ms", "peak_allocated_bytes", "peak_rss_bytes", "oom_splits"]
-    batches = rows[["job", "shard", "batch", "device", "precision", *numbers]].copy()
-    batches[numbers] = batches[numbers].astype(float)  # null becomes NaN
-    for name in ("job", "shard", "device", "precision"):
-        batches[name] = batches[name].astype(object)
-    allocated, resident = batches.pop("peak_allocated_bytes"), batches.pop("peak_rss_bytes")
-    batches["peak_bytes"] = allocated.fillna(resident)
-    measure = np.where(allocated.notna(), "allocated", np.where(resident.notna(), "resident", None))
-    batches["memory_measure"] = pd.Series(measure, index=batches.index, dtype=object)
-    batches["residues_per_second"] = batches["n_residues"] / (batches["wall_ms"] / 1000)
-    batches["group"] = batches["device"] + ", " + batches["precision"]
-    return batches
-
-
-def _facts(settings: dict, commits: list[dict], batches: pd.DataFrame, ledger: list[dict]) -> dict:
+def _facts(
+    settings: dict, commits: list[dict], batches: pd.DataFrame, devices: pd.DataFrame, ledger: list[dict]
+) -> dict:
     counts = {key: sum(row[key] for row in ledger) for key in ("records", "accepted", "duplicate", "rejected")}
-    rates = [
-        {
-            "device": device,
-            "precision": precision,
-            "batches": len(here),
-            "residues_per_second": float(here["n_residues"].sum() / (here["wall_ms"].sum() / 1000)),
-        }
-        for (device, precision), here in batches.groupby(["device", "precision"])
-    ]
+    tokens = batches["n_tokens"].sum()
+    padded = (batches["n_sequences"] * (batches["max_length"] + 2)).sum()
     return {
         "model": settings["model"],
         "precision": settings["precision"],
@@ -157,37 +150,63 @@ def _facts(settings: dict, commits: list[dict], batches: pd.DataFrame, ledger: l
         "jobs": len(commits),
         "batches": len(batches),
         "oom_splits": int(batches["oom_splits"].sum()),
-        "rates": rates,
+        "padding": int(tokens - (batches["n_residues"] + 2 * batches["n_sequences"]).sum()),
+        "padding_saved": float(padded / tokens - 1) if tokens else None,
+        "fill": float(np.average(batches["fill"], weights=batches["n_tokens"]))
+        if batches["fill"].notna().any()
+        else None,
+        "rates": devices[["device", "precision", "batches", "residues_per_second"]].to_dict("records"),
     }
 
 
-def _figures(batches: pd.DataFrame, bins: pd.DataFrame, study: pd.DataFrame, out: Path) -> dict[str, dict]:
+def _figures(
+    batches: pd.DataFrame,
+    bins: pd.DataFrame,
+    devices: pd.DataFrame,
+    study: pd.DataFrame,
+    found: list[Law],
+    projection: Projection | str,
+    settings: dict,
+    out: Path,
+) -> dict[str, dict]:
     """Write the figures; {name: {"svg": element}, or {"reason": why there is none}}."""
-    timed, sized = study[study["wall_ms"].notna()], study[study["peak_bytes"].notna()]
-    measures = _measures(batches)
-    drawn, missing = {}, {}
-    if len(batches):
-        drawn["throughput"] = figures.production(batches, bins, "residues_per_second", "Residues per second")
-    else:
-        missing["throughput"] = "No batch of these jobs has metrics, so there is no production throughput to show."
-    if measures:
-        label = f"Peak {measures[0]}" if len(measures) == 1 else "Peak memory"
-        drawn["memory"] = figures.production(_with_measure(batches), _with_measure(bins), "peak_bytes", label)
-    else:
-        missing["memory"] = "Peak memory of production batches was not measured, so there is no figure of it."
-    if len(timed):
-        drawn["scaling_throughput"] = figures.scaling_throughput(study)
-    else:
-        missing["scaling_throughput"] = "The scaling study had no time for a single point."
-    if len(sized):
-        drawn["scaling_memory"] = figures.scaling_memory(study, _measures(sized)[0])
-    else:
-        missing["scaling_memory"] = "Memory was not measured in the scaling study on this device."
-    shown = {name: {"svg": Markup(figures.save(figure, out, name))} for name, figure in drawn.items()}
-    for name, reason in missing.items():
-        figures.save(figures.note(reason), out, name)  # the file is there either way, and the page says it in words
-        shown[name] = {"reason": reason}
+    config, measures = _shape(settings), _measures(batches)
+    # The store's own precision, but for the figure that compares them.
+    own = study[study["precision"] == settings["precision"]]
+    plain, added = own[~own["gradients"]], " or ".join(_measures(study[study["peak_bytes"].notna()]))
+    none = "No batch of these jobs has metrics, so there is nothing to show of production."
+    label = f"Peak {measures[0]}" if len(measures) == 1 else "Peak memory"
+    drawn = {
+        "throughput": figures.production(batches, bins, "residues_per_second", "Residues per second")
+        if len(batches)
+        else none,
+        "memory": figures.production(_with_measure(batches), _with_measure(bins), "peak_bytes", label)
+        if measures
+        else "Peak memory of production batches was not measured, so there is no figure of it.",
+        "time": figures.time_shares(devices) if len(batches) else none,
+        "fill": figures.production(batches, bins, "fill", "Tokens of the batch, of the most allowed")
+        if batches["fill"].notna().any()
+        else none,
+        "scaling_memory": figures.scaling_memory(plain, found, config, added),
+        "no_grad": figures.no_grad(own, added),
+        "half_precision": figures.half_precision(study),
+        "copies": figures.copies(study),
+        "scaling_throughput": figures.scaling_throughput(plain),
+        "scaling_time": figures.scaling_time(plain, found, config),
+        "map": projection if isinstance(projection, str) else figures.embedding_map(projection),
+    }
+    shown = {}
+    for name, plot in drawn.items():
+        if isinstance(plot, str):
+            save(figures.note(plot), out, name)  # the file is there either way, and the page says it in words
+            shown[name] = {"reason": plot}
+        else:
+            shown[name] = {"svg": Markup(save(plot, out, name))}
     return shown
+
+
+def _shape(settings: dict) -> ModelConfig:
+    return ModelConfig(settings["num_layers"], settings["embed_dim"], settings["attention_heads"])
 
 
 def _measures(rows: pd.DataFrame) -> list[str]:
@@ -202,49 +221,101 @@ def _with_measure(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(group=table["group"] + ", " + table["memory_measure"].map(MEASURES).fillna("not measured"))
 
 
-def _study_facts(study: pd.DataFrame) -> dict:
+def _study_facts(study: pd.DataFrame, found: list[Law], settings: dict) -> dict:
     """What the page says of the scaling study."""
-    sized = study[study["peak_bytes"].notna()]
-    device = study["device"].iloc[0] if len(study) else "no device"
-    return {"device": device, "measures": _measures(sized), "ratios": _ratios(sized), "stops": _stops(study)}
+    sized, config, precision = study[study["peak_bytes"].notna()], _shape(settings), settings["precision"]
+    itemsize = 4 if precision == "float32" else 2
+    row = study.iloc[0] if len(study) else None
+    device_bytes = None if row is None or pd.isna(row["device_bytes"]) else int(row["device_bytes"])
+    times = {engine: choose(found, "time", engine, precision) for engine in (LENGTHWISE, FAIR_ESM)}
+    sizes = {engine: choose(found, "memory", engine, precision) for engine in (LENGTHWISE, FAIR_ESM)}
+    reach = {}
+    if device_bytes is not None:
+        free = 0.9 * device_bytes - 12 * config.num_layers * config.embed_dim**2 * itemsize
+        reach = {engine: longest(law, config, free) for engine, law in sizes.items() if law}
+    table = longest_table(device_bytes, itemsize)
+    clocks, warmth = study["clock_mhz"].dropna(), study["temperature_c"].dropna()
+    return {
+        "device": "no device" if row is None else row["device"],
+        "device_bytes": device_bytes and figures.bytes_text(device_bytes),
+        "measures": _measures(sized),
+        "ratios": _ratios(sized[sized["precision"] == precision]),
+        "precisions": _precisions(study),
+        "copies": _copies(study),
+        "stops": _stops(study),
+        "laws": found,
+        "equal_by_formula": 6 * config.embed_dim - 2,
+        "equal": {engine: crossing(law, config) for engine, law in times.items() if law},
+        "longest_measured": int(study["length"][study["wall_ms"].notna()].max())
+        if study["wall_ms"].notna().any()
+        else 0,
+        "reach": reach,
+        "longest": {"columns": list(table.columns[1:]), "rows": table.to_dict("records")},
+        "clock": (clocks.min(), clocks.max()) if len(clocks) else None,
+        "temperature": (warmth.min(), warmth.max()) if len(warmth) else None,
+    }
 
 
 def _ratios(sized: pd.DataFrame) -> list[dict]:
-    """What the memory of one sequence does between 50 and 500 residues, for each engine and mode."""
-    single = sized[sized["n_sequences"] == 1].set_index(["engine", "gradients", "length"])["peak_bytes"]
+    """What the memory of one sequence does between the two lengths, for each engine and mode."""
+    single = sized[sized["batch_tokens"].isna()].set_index(["engine", "gradients", "length"])["peak_bytes"]
     ratios = []
     for engine in (LENGTHWISE, FAIR_ESM):
         for gradients in (False, True):
-            short, long = (single.get((engine, gradients, length)) for length in (50, 500))
+            short, long = (single.get((engine, gradients, length)) for length in (SHORT, LONG))
             if short and long:
-                row = {"engine": engine, "gradients": gradients, "ratio": long / short}
+                row = {"engine": engine, "gradients": gradients, "ratio": long / short, "bytes": int(long)}
                 ratios.append(row | {"short": figures.bytes_text(short), "long": figures.bytes_text(long)})
     return ratios
 
 
+def _precisions(study: pd.DataFrame) -> list[dict]:
+    """Weights, memory and speed of Lengthwise's full batches in each precision, at the longest length that all reached."""
+    rows = study[(study["engine"] == LENGTHWISE) & ~study["gradients"] & study["wall_ms"].notna()]
+    rows = rows[(rows["batch_tokens"] == rows["batch_tokens"].max()).fillna(False).astype(bool)]
+    reached = rows.groupby("length")["precision"].nunique()
+    common = reached[reached == rows["precision"].nunique()].index
+    if not len(common):
+        return []
+    rows = rows[rows["length"] == common.max()]
+    bytes_text = figures.bytes_text
+    return [
+        {
+            "precision": row.precision,
+            "length": row.length,
+            "weights": None if pd.isna(row.weights_bytes) else bytes_text(row.weights_bytes),
+            "peak": None if pd.isna(row.peak_bytes) else bytes_text(row.peak_bytes),
+            "residues_per_second": row.residues_per_second,
+        }
+        for row in rows.itertuples()
+    ]
+
+
+def _copies(study: pd.DataFrame) -> float | None:
+    """The copies' largest share of the pass that they go with, in full batches; None where nothing is copied."""
+    rows = study[study["copy_out_ms"].notna() & study["batch_tokens"].notna()]
+    return float(((rows["copy_in_ms"] + rows["copy_out_ms"]) / rows["wall_ms"]).max()) if len(rows) else None
+
+
 def _stops(study: pd.DataFrame) -> list[str]:
     """Where series of the scaling study ended early, and why."""
-    ended = study[study["status"] != OK].assign(single=study["n_sequences"] == 1)
-    first = ended.sort_values("length").groupby(["engine", "gradients", "single"], sort=True).head(1)
+    first = (
+        study[study["status"] != OK]
+        .sort_values("length", kind="stable")
+        .groupby(SERIES, dropna=False, sort=False)
+        .head(1)
+    )
     return [
-        f"{row.engine} {'with' if row.gradients else 'without'} gradients, "
-        f"{'one sequence' if row.single else 'full batches'}: from {row.length:,} residues on ({STATUS_WORDS[row.status]})"
+        f"{row.engine}, {row.precision}, {'with' if row.gradients else 'without'} gradients, "
+        f"{'one at a time' if pd.isna(row.batch_tokens) else f'batches of {row.batch_tokens:,} tokens'}: "
+        f"from {row.length:,} residues on ({STATUS_WORDS[row.status]})"
         for row in first.itertuples()
     ]
 
 
-def _job_rows(commits: list[dict], batches: pd.DataFrame) -> list[dict]:
-    """One row per job; its rate counts the shards that it made itself, which is what its time went to."""
-    residues = batches.groupby("shard")["n_residues"].sum().to_dict()
-    splits = batches.groupby("shard")["oom_splits"].sum().to_dict()
-    rows = []
-    for commit in commits:
-        made, seconds = commit["made"], commit["embed_seconds"]
-        timed = made and seconds and all(shard in residues for shard in made)
-        rate = sum(residues[shard] for shard in made) / seconds if timed else None
-        oom_splits = sum(splits[shard] for shard in commit["shards"] if shard in splits)
-        rows.append({**commit, "residues_per_second": rate, "oom_splits": int(oom_splits)})
-    return rows
+def _parity(store: Path) -> list[dict]:
+    """The receipts of comparisons with fair-esm, one for each device and versions."""
+    return [read_json(path, "device", "versions", "parity") for path in sorted((store / "parity").glob("*.json"))]
 
 
 def _versions(commits: list[dict]) -> dict[str, str]:
@@ -257,18 +328,14 @@ def _versions(commits: list[dict]) -> dict[str, str]:
     return {name: ", ".join(versions) for name, versions in found.items()}
 
 
-def _write_tsv(table: pa.Table, path: Path) -> None:
-    with atomic(path) as part:
-        duckdb.from_arrow(table).write_csv(
-            str(part), sep="\t", header=True
-        )  # pandas would take a minute per million rows
-
-
 def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["n"] = "{:,.0f}".format
+    environment.filters["percent"] = lambda share: "" if pd.isna(share) else f"{100 * share:.1f}"
+    environment.filters["bytes"] = lambda count: "" if pd.isna(count) else figures.bytes_text(count)
+    environment.filters["some"] = lambda value: None if pd.isna(value) else value
     environment.filters["plural"] = lambda n, one, many=None: f"{n:,} {one if n == 1 else many or one + 's'}"
     return environment.get_template("report.html")

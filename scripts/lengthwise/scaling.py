@@ -1,7 +1,8 @@
 """Scaling: controlled forward passes on the user's device, for the laws that production metrics cannot show.
 
 Production packs batches, so that its memory is flat in sequence length on purpose. Here every batch holds sequences of
-one length, and this engine runs beside fair-esm's own forward pass, with and without gradients.
+one length, and this engine runs beside fair-esm's own forward pass, with and without gradients, in every precision that the
+device has instructions for.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,43 +21,75 @@ import torch
 from torch import Tensor, nn
 
 from lengthwise import alphabet, checkpoint
-from lengthwise.engine import AUTO_BATCH_TOKENS, DTYPES, device_name, is_out_of_memory, resolve_device, set_threads
+from lengthwise.engine import DTYPES, device_name, is_out_of_memory, resolve_device, set_threads
 from lengthwise.files import atomic
 from lengthwise.logs import count
 from lengthwise.memory import MemoryMeter
-from lengthwise.model import Packing
+from lengthwise.model import Packing, onednn_serves
 from lengthwise.scaling_table import COLUMNS, FAIR_ESM, LENGTHWISE, OK, OUT_OF_MEMORY, SKIPPED_MEMORY, SKIPPED_TIME
-from lengthwise.shapes import ModelConfig
+from lengthwise.sensors import clock_and_temperature
+from lengthwise.shapes import AUTO_BATCH_TOKENS, ModelConfig
 
 log = logging.getLogger("lengthwise")
 
-LENGTHS = (50, 100, 200, 350, 500, 700, 1000, 1500)
-# Tokens of a full batch. On the CPU half of production's, so that the study takes seconds and not minutes.
-BATCH_TOKENS = {"cpu": 1_024, "cuda": AUTO_BATCH_TOKENS["cuda"]}
-MAX_REPEATS = 3
+LENGTHS = (50, 100, 200, 350, 500, 700, 1000, 1500, 2500, 4000, 8000)
+# Tokens of full batches. On the CPU half of production's, so that the study takes seconds and not minutes.
+BATCH_TOKENS = {"cpu": (1_024,), "cuda": (4_096, AUTO_BATCH_TOKENS["cuda"])}
+SECONDS = {"cpu": 30.0, "cuda": 180.0}
+MAX_REPEATS = 5
 SEED = 0
 # The twenty standard amino acids: alphabet.RESIDUES goes on with X, B, U, Z and O.
 STANDARD_RESIDUES = np.frombuffer(alphabet.RESIDUES[:20], np.uint8)
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """A model on the device, ready for passes."""
+
+    engine: str
+    weights_bytes: int
+    forward: Callable[
+        [Tensor], Tensor
+    ]  # [N, L + 2] int64 tokens -> last layer's rows, [..., D]; they keep the graph alive
+
+
+@dataclass(frozen=True)
 class Series:
     """Points of ascending length that share an engine, a mode and a rule for the size of the batch."""
 
-    engine: str
+    loaded: Loaded
+    precision: str
     gradients: bool
-    forward: Callable[[Tensor], object]  # takes [N, L + 2] int64 tokens; what it returns keeps the graph alive
-    points: tuple[tuple[int, int], ...]  # (length, sequences of the batch)
+    batch_tokens: int | None  # None: one sequence at a time
+
+    @property
+    def points(self) -> list[tuple[int, int]]:
+        """(length, sequences of the batch); in a full batch at least two."""
+        if self.batch_tokens is None:
+            return [(length, 1) for length in LENGTHS]
+        return [(length, n) for length in LENGTHS if (n := round(self.batch_tokens / (length + 2))) > 1]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point that was measured at least once."""
+
+    row: dict
+    forward: Callable[[], Tensor]
+    residues: int
+    seconds: list[float]
 
 
 def scaling(
-    weights: Path, device: str, precision: str, table: Path, threads: int = 1, seconds: float = 30.0
+    weights: Path, device: str, precision: str, table: Path, threads: int = 1, seconds: float | None = None
 ) -> pd.DataFrame:
     """Time and memory of forward passes at controlled lengths.
 
-    Each engine runs one sequence per batch, without and with gradients (the forward pass keeps its graph; there is no
-    backward pass), and full batches of equal tokens without gradients. Equal lengths need no padding, so fair-esm is seen
-    at its best. Lengths ascend, and a series ends where its memory does, or where its share of the time does.
+    Each engine runs one sequence per batch and full batches of equal tokens, without gradients, in each precision that the
+    device has instructions for; and one sequence per batch with gradients (the forward pass keeps its graph; there is no
+    backward pass) in the store's precision. Equal lengths need no padding, so fair-esm is seen at its best. Lengths ascend,
+    and a series ends where its memory does, or where its share of the time does; what is left of its time goes to repeats, in
+    rounds over its lengths.
 
     Parameters
     ----------
@@ -66,17 +100,20 @@ def scaling(
     table
         The TSV to write.
     threads
-        CPU threads for torch.
+        CPU threads for torch: here a batch runs on all of them, while production gives each core a batch of its own.
     seconds
-        Time for all measurements together; loading the weights is not counted.
+        Time for all measurements together, `SECONDS` of the device by default; loading the weights is not counted.
 
     Returns
     -------
-    The rows of the TSV, one per engine, gradients, length and n_sequences. `wall_ms` is the median forward pass of
-    `repeats`, warm-up excluded. `peak_bytes` is the growth during one forward pass over the memory in use just before it,
-    so weights and libraries are not in it: of the allocator on CUDA (`memory_measure` "allocated"), of resident memory
-    on the CPU ("resident"), null where neither can be measured. `status` is ``ok``, ``skipped_time`` or
-    ``skipped_memory`` (would not fit in what is left), or ``out_of_memory``.
+    The rows of the TSV, one per engine, precision, gradients, batch_tokens (null: one sequence per batch) and length.
+    `wall_ms` is the median forward pass of `repeats`, beside the shortest and the longest, warm-up excluded. `peak_bytes` is
+    the growth during one forward pass over the memory in use just before it, so weights and libraries are not in it: of the
+    allocator on CUDA (`memory_measure` "allocated"), of resident memory on the CPU ("resident"), null where neither can be
+    measured. `weights_bytes` is what the engine's numbers take. `copy_in_ms` and `copy_out_ms` are the copies of tokens to the
+    device and of the rows, in float16, from it, between pinned memory: null where nothing is copied. Clock and temperature
+    are those at the end of the series. `status` is ``ok``, ``skipped_time`` or ``skipped_memory`` (would not fit in what is
+    left), or ``out_of_memory``.
 
     Raises
     ------
@@ -87,16 +124,23 @@ def scaling(
     place = resolve_device(device)
     config, *_ = checkpoint.read(weights)
     probe = Probe(place)
-    fixed = {"device": device_name(place), "precision": precision, "memory_measure": probe.memory_measure}
+    fixed = {"device": device_name(place), "device_bytes": probe.device_bytes(), "memory_measure": probe.memory_measure}
     rows: list[dict] = []
-    left, series_left = seconds, 6
-    for load in (_load_lengthwise, _load_fair_esm):
-        for series in _series(load, weights, place, DTYPES[precision]):
+    left, plan = SECONDS[place.type] if seconds is None else seconds, _plan(place, precision)
+    series_left = sum(len(sizes) for *_, sizes in plan)
+    for load, kind, gradients, sizes in plan:
+        loaded = load(weights, place, DTYPES[kind], gradients)
+        with torch.no_grad():  # warm-up: libraries set up workspaces that are no part of any point
+            loaded.forward(_random_tokens(np.random.Generator(np.random.PCG64(SEED)), 1, LENGTHS[0]).to(place))
+        for batch_tokens in sizes:
+            series = Series(loaded, kind, gradients, batch_tokens)
             began = time.perf_counter()
-            gradients, n = "with" if series.gradients else "without", max(n for _, n in series.points)
-            log.info("%s %s gradients, batches of %s at most", series.engine, gradients, count(n, "sequence"))
+            what = "one at a time" if batch_tokens is None else f"batches of {count(batch_tokens, 'token')}"
+            log.info("%s %s %s gradients, %s", loaded.engine, kind, "with" if gradients else "without", what)
             rows += [row | fixed for row in _measure_series(series, config, probe, left / series_left)]
             left, series_left = left - (time.perf_counter() - began), series_left - 1
+        del loaded, series
+        _release(place)
     frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
     with atomic(table) as part:
         frame.to_csv(part, sep="\t", index=False)
@@ -137,67 +181,86 @@ class Probe:
         del kept
         return (peaks.allocated if peaks.resident is None else peaks.resident) - before
 
+    def copies(self, tokens: Tensor, forward: Callable[[], Tensor]) -> dict[str, float]:
+        """Milliseconds of the copies to and from the device, between pinned memory; nothing where there are none."""
+        if self.device.type == "cpu":
+            return {}
+        tokens, rows = tokens.to(torch.uint8), forward().half()
+
+        def milliseconds(to: Tensor, of: Tensor) -> float:
+            copy = partial(to.copy_, of, non_blocking=True)
+            return 1000 * statistics.median(self.seconds(copy) for _ in range(3))
+
+        on_host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+        return {
+            "copy_in_ms": milliseconds(tokens, tokens.cpu().pin_memory()),
+            "copy_out_ms": milliseconds(on_host, rows),
+        }
+
     def available_bytes(self) -> int | None:
         """Memory that a pass may still take; None on CUDA, whose allocator refuses cleanly, and where it is not known."""
         if self.device.type == "cuda":
             return None
-        return min(_host_memory_left(), default=None)
+        return min(_host_memory("MemAvailable"), default=None)
+
+    def device_bytes(self) -> int | None:
+        """All the memory that the device has."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        return min(_host_memory("MemTotal"), default=None)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-def _series(load: Callable, weights: Path, device: torch.device, dtype: torch.dtype) -> Iterator[Series]:
-    """The three series of an engine; its weights leave memory with the last."""
-    single = tuple((length, 1) for length in LENGTHS)
-    tokens = BATCH_TOKENS[device.type]
-    full = tuple((length, n) for length in LENGTHS if (n := round(tokens / (length + 2))) > 1)
-    for gradients, runs in ((False, (full, single)), (True, (single,))):
-        engine, model, forward = load(weights, device, dtype, gradients)
-        with torch.no_grad():  # warm-up: libraries set up workspaces that are no part of any point
-            forward(_random_tokens(np.random.Generator(np.random.PCG64(SEED)), 1, LENGTHS[0]).to(device))
-        for points in runs:
-            yield Series(engine, gradients, forward, points)
-        del model, forward
-        _release(device)
+def _plan(device: torch.device, own: str) -> list[tuple[Callable, str, bool, tuple[int | None, ...]]]:
+    """(load, precision, gradients, sizes of batches) in the order of the work: what must not lack time comes first."""
+    served = [name for name, dtype in DTYPES.items() if device.type == "cuda" or onednn_serves(dtype)]
+    runs = [(kind, False, (*BATCH_TOKENS[device.type], None)) for kind in dict.fromkeys([own, *served])]
+    runs.insert(1, (own, True, (None,)))
+    return [(load, *run) for run in runs for load in (_load_lengthwise, _load_fair_esm)]
 
 
-def _load_lengthwise(
-    weights: Path, device: torch.device, dtype: torch.dtype, gradients: bool
-) -> tuple[str, nn.Module, Callable]:
+def _load_lengthwise(weights: Path, device: torch.device, dtype: torch.dtype, gradients: bool) -> Loaded:
     model = checkpoint.load_model(weights, device, dtype, pack=not gradients).requires_grad_(gradients)
+    packed = [module.packed for module in model.modules() if getattr(module, "packed", None) is not None]
 
-    def forward(tokens: Tensor) -> object:
+    def forward(tokens: Tensor) -> Tensor:
         packing = Packing.of([tokens.shape[1]] * tokens.shape[0]).to(device)
-        return model(tokens.flatten(), packing, (model.config.num_layers,))  # {layer: [T, D]}
+        return model(tokens.flatten(), packing, (model.config.num_layers,))[model.config.num_layers]  # [T, D]
 
-    return LENGTHWISE, model, forward
+    return Loaded(LENGTHWISE, _bytes(model) + sum(tensor.numel() * dtype.itemsize for tensor in packed), forward)
 
 
-def _load_fair_esm(
-    weights: Path, device: torch.device, dtype: torch.dtype, gradients: bool
-) -> tuple[str, nn.Module, Callable]:
+def _load_fair_esm(weights: Path, device: torch.device, dtype: torch.dtype, gradients: bool) -> Loaded:
     model = checkpoint.reference_model(weights).to(device, dtype).requires_grad_(gradients)
-    return FAIR_ESM, model, lambda tokens: model(tokens, repr_layers=[model.num_layers])
+
+    def forward(tokens: Tensor) -> Tensor:
+        return model(tokens, repr_layers=[model.num_layers])["representations"][model.num_layers]  # [N, L + 2, D]
+
+    return Loaded(FAIR_ESM, _bytes(model), forward)
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _measure_series(series: Series, config: ModelConfig, probe: Probe, budget: float) -> list[dict]:
     """The rows of a series, in at most about `budget` seconds."""
     rng = np.random.Generator(np.random.PCG64(SEED))
     ends = time.perf_counter() + budget
-    costs = [n * config.flops(length) for length, n in series.points]
     rows: list[dict] = []
+    measured: list[Point] = []
     # The best rate so far of the two passes that every point needs (one hiccup must not end a series), and the memory of
     # the point before.
     seconds_per_flop, bytes_per_square = np.inf, 0.0
-    for index, (length, n) in enumerate(series.points):
-        cost, square = costs[index], n * length**2
-        row = {"engine": series.engine, "gradients": series.gradients, "length": length, "n_sequences": n}
-        row |= {"n_tokens": n * (length + 2), "repeats": 0, "status": OK}
+    for length, n in series.points:
+        row = _row(series, config, length, n)
         rows.append(row)
+        flops, square = row["product_flops"] + row["attention_flops"], n * length**2
         left, available = ends - time.perf_counter(), probe.available_bytes()
-        if left <= 0 or (index and cost * seconds_per_flop > left):
+        if left <= 0 or (measured and flops * seconds_per_flop > left / 2):  # the other half is for repeats
             row["status"] = SKIPPED_TIME
             continue
         if available is not None and square * bytes_per_square > available:
@@ -206,7 +269,7 @@ def _measure_series(series: Series, config: ModelConfig, probe: Probe, budget: f
         tokens = _random_tokens(rng, n, length).to(probe.device)  # [N, L + 2]
         began = time.perf_counter()
         try:
-            row |= _measure_point(series, tokens, probe, allowance=left * cost / sum(costs[index:]))
+            measured.append(_measure_point(series, row, tokens, probe))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -214,32 +277,57 @@ def _measure_series(series: Series, config: ModelConfig, probe: Probe, budget: f
         if row["status"] == OUT_OF_MEMORY:  # outside of the handler, whose traceback keeps the tensors alive
             _release(probe.device)
             break
-        repeated = (row["repeats"] - 1) * row["wall_ms"] / 1000
-        seconds_per_flop = min(seconds_per_flop, (time.perf_counter() - began - repeated) / cost)
+        seconds_per_flop = min(seconds_per_flop, (time.perf_counter() - began) / flops)
         bytes_per_square = (row["peak_bytes"] or 0) / square
+    for _ in range(
+        MAX_REPEATS - 1
+    ):  # a slow moment of the machine falls on one repeat of each length, not on all of one
+        for point in measured:
+            if point.seconds[0] < ends - time.perf_counter():
+                point.seconds.append(probe.seconds(point.forward))
+    clock, temperature = clock_and_temperature(probe.device)
+    for point in measured:
+        middle = statistics.median(point.seconds)
+        point.row.update(repeats=len(point.seconds), residues_per_second=point.residues / middle)
+        point.row.update(
+            wall_ms=1000 * middle, wall_ms_min=1000 * min(point.seconds), wall_ms_max=1000 * max(point.seconds)
+        )
+        point.row.update(clock_mhz=clock, temperature_c=temperature)
     return rows
 
 
-def _measure_point(series: Series, tokens: Tensor, probe: Probe, allowance: float) -> dict:
-    """Memory, then the median time of as many repeats as the allowance holds, one at least."""
+def _row(series: Series, config: ModelConfig, length: int, n: int) -> dict:
+    """What is known of a point before it is measured."""
+    products, attention = config.flops_by_part(length)
+    return {
+        "engine": series.loaded.engine,
+        "precision": series.precision,
+        "gradients": series.gradients,
+        "batch_tokens": series.batch_tokens,
+        "length": length,
+        "n_sequences": n,
+        "n_tokens": n * (length + 2),
+        "product_flops": n * products,
+        "attention_flops": n * attention,
+        "repeats": 0,
+        "weights_bytes": series.loaded.weights_bytes,
+        "status": OK,
+    }
 
-    def forward() -> object:
+
+def _measure_point(series: Series, row: dict, tokens: Tensor, probe: Probe) -> Point:
+    """Memory, which is the warm-up for this shape too, the copies, and a first time."""
+
+    def forward() -> Tensor:
         # Not inference_mode: fair-esm keeps its rotary tables from call to call, and those of inference_mode would be
         # refused where gradients are wanted.
         with torch.set_grad_enabled(series.gradients):
-            return series.forward(tokens)
+            return series.loaded.forward(tokens)
 
-    began = time.perf_counter()
-    peak_bytes = probe.peak_bytes(forward)  # and the warm-up for this shape
-    repeats = int(np.clip(allowance / (time.perf_counter() - began) - 1, 1, MAX_REPEATS))
-    seconds = statistics.median(probe.seconds(forward) for _ in range(repeats))
-    residues = tokens.shape[0] * (tokens.shape[1] - 2)
-    return {
-        "repeats": repeats,
-        "wall_ms": seconds * 1000,
-        "residues_per_second": residues / seconds,
-        "peak_bytes": peak_bytes,
-    }
+    row["peak_bytes"] = probe.peak_bytes(forward)
+    if series.loaded.engine == LENGTHWISE and not series.gradients:
+        row |= probe.copies(tokens, forward)
+    return Point(row, forward, tokens.shape[0] * (tokens.shape[1] - 2), [probe.seconds(forward)])
 
 
 def _random_tokens(rng: np.random.Generator, n: int, length: int) -> Tensor:
@@ -254,16 +342,17 @@ def _release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _host_memory_left() -> Iterator[int]:
-    """What the machine, and this process's control group, still have; nothing where that is not known."""
+def _host_memory(what: str) -> Iterator[int]:
+    """MemAvailable or MemTotal of the machine and of this process's control group; nothing where that is not known."""
     try:
         with open("/proc/meminfo") as file:
-            yield next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+            yield next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{what}:"))
         with open("/proc/self/cgroup") as file:
             group = next(line.strip().removeprefix("0::/") for line in file if line.startswith("0::"))
         folder = Path("/sys/fs/cgroup") / group
         limit = (folder / "memory.max").read_text().strip()
         if limit != "max":
-            yield int(limit) - int((folder / "memory.current").read_text())
+            used = int((folder / "memory.current").read_text()) if what == "MemAvailable" else 0
+            yield int(limit) - used
     except (OSError, StopIteration):
         return

@@ -1,5 +1,6 @@
 import json
 import re
+import time
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -13,7 +14,9 @@ from lengthwise.metrics import write_metrics
 from lengthwise.plan import JOBS_COLUMNS
 from lengthwise.scaling_table import COLUMNS
 from lengthwise.settings import fingerprint
-from lengthwise.store import commit_path, metrics_path
+from lengthwise.shapes import ModelConfig
+from lengthwise.store import commit_path, layout, metrics_path, shard_path
+from lengthwise.tables import COLUMNS as MEANINGS
 
 SETTINGS = {
     "model": "demo",
@@ -23,7 +26,20 @@ SETTINGS = {
     "storage_dtype": "float16",
     "outputs": ["residue", "mean"],
     "random_weights": False,
+    "num_layers": 6,
+    "embed_dim": 320,
+    "attention_heads": 20,
 }
+SHAPE = ModelConfig(6, 320, 20)
+INDEX = {
+    "record_no": "int64",
+    "id": "string",
+    "length": "int32",
+    "digest": "string",
+    "status": "string",
+    "shard": "string",
+}
+INDEX["sequence_no"] = "int32"
 CPU, GPU = "Some CPU @ 2.00GHz", "Some GPU 80GB"
 
 
@@ -48,14 +64,39 @@ def batches_of(shard, n, device=CPU, **values):
 
 
 def study(peaks=True):
+    """fair-esm runs out of memory at 1,000 residues in full batches; in bfloat16 there is time for one length."""
     rows = []
-    for engine in ("lengthwise", "fair-esm"):
-        for gradients, n in ((False, 1), (True, 1), (False, 4)):
-            for length in (50, 500, 1000):
-                peak = 1000 * length**2 * (1 + gradients) if peaks else None
-                status, wall = ("ok", 10.0 * length) if length < 1000 or n == 1 else ("out_of_memory", None)
-                row = [engine, gradients, length, n, n * (length + 2), 3, wall, wall and n * length / wall * 1000]
-                rows.append([*row, peak if wall else None, "resident" if peaks else None, CPU, "float32", status])
+    for engine, weights in (("lengthwise", 30_000_000), ("fair-esm", 32_000_000)):
+        for precision, gradients, n in (
+            ("float32", False, 4),
+            ("float32", False, 1),
+            ("float32", True, 1),
+            ("bfloat16", False, 4),
+        ):
+            for length in (50, 200, 500, 1000):
+                products, attention = SHAPE.flops_by_part(length)
+                row = {
+                    "engine": engine,
+                    "precision": precision,
+                    "gradients": gradients,
+                    "length": length,
+                    "n_sequences": n,
+                }
+                row |= {
+                    "batch_tokens": None if n == 1 else 2_000,
+                    "n_tokens": n * (length + 2),
+                    "weights_bytes": weights,
+                }
+                row |= {"product_flops": n * products, "attention_flops": n * attention, "device": CPU, "repeats": 3}
+                row |= {"device_bytes": 8_000_000_000, "memory_measure": "resident" if peaks else None, "status": "ok"}
+                if length == 1000 and n > 1:
+                    row |= {"repeats": 0, "status": "out_of_memory"}
+                else:
+                    wall = 1 + n * (products * 1e-9 + attention * 2e-9)
+                    row |= {"wall_ms": wall, "residues_per_second": n * length / wall * 1000}
+                    squares = 20 * n * (length + 2) ** 2 if engine == "fair-esm" else 0
+                    row["peak_bytes"] = int(15_000 * n * (length + 2) * (1 + gradients) + squares) if peaks else None
+                rows.append(row)
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
 
 
@@ -66,14 +107,21 @@ class Store:
         self.folder, self.jobs, self.datasets, self.settings = folder, [], {}, dict(SETTINGS)
         self.study = study()
 
-    def job(self, shards, made=None, device=CPU):
+    def job(self, shards, made=None, device=CPU, threads=1, batch_tokens=2_048):
         name = f"job{len(self.jobs)}"
         for shard, rows in shards.items():
             if rows is not None:
                 metrics_path(self.folder, shard).parent.mkdir(parents=True, exist_ok=True)
                 write_metrics(metrics_path(self.folder, shard), rows)
         commit = {"job": name, "shards": list(shards), "made": list(shards) if made is None else made}
-        commit |= {"sequences": 10, "residues": 1234, "device": device, "precision": "float32", "threads": 1}
+        commit |= {
+            "sequences": 10,
+            "residues": 1234,
+            "device": device,
+            "precision": "float32",
+            "threads": threads,
+            "batch_tokens": 2_048,
+        }
         commit |= {"versions": {"torch": "2.0", "cuda": None}, "load_seconds": 0.5, "embed_seconds": 2.0}
         commit_path(self.folder, name).parent.mkdir(exist_ok=True)
         commit_path(self.folder, name).write_text(json.dumps(commit))
@@ -90,10 +138,35 @@ class Store:
         }
         manifest |= {"reasons": {"empty": rejected} if rejected else {}, "residues": 1234, "input": f"in/{name}.fasta"}
         manifest |= {"created": "2026-01-02T03:04:05+00:00", "random_weights": False, "model": "demo", "settings": {}}
-        path = self.folder / f"manifest{len(self.datasets)}.json"
+        path = self.folder / "datasets" / str(len(self.datasets)) / "manifest.json"
+        path.parent.mkdir(parents=True)
         path.write_text(json.dumps(manifest | values))
+        pd.DataFrame([], columns=list(INDEX)).astype(INDEX).to_parquet(path.with_name("index.parquet"))
         self.datasets[name] = path
         return self
+
+    def embeddings(self, n):
+        """A shard of means whose first channel grows with the number of the record, and an index of the first dataset."""
+        lengths, name = np.arange(n) * 10 + 50, "ab" * 16
+        header, tensors = layout(lengths, {"fingerprint": "", **SETTINGS, "outputs": ["mean"]})
+        data = np.random.default_rng(0).normal(size=(n, 320)).astype(np.float32)
+        data[:, 0] += np.arange(n) * 10
+        content = bytearray(max(tensor.start + tensor.nbytes for tensor in tensors.values()))
+        start = tensors["mean_6"].start
+        content[: len(header)], content[start : start + data.nbytes] = header, data.tobytes()
+        path = shard_path(self.folder, name)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+        index = {
+            "record_no": range(n),
+            "id": [f"P{i}" for i in range(n)],
+            "length": lengths,
+            "digest": [f"{i}" for i in range(n)],
+        }
+        index |= {"status": "accepted", "shard": name, "sequence_no": range(n)}
+        manifest = next(iter(self.datasets.values()))
+        pd.DataFrame(index).astype(INDEX).to_parquet(manifest.with_name("index.parquet"))
+        return data
 
     def summarize(self):
         complete = {"schema": 1, "numerics": 1, **self.settings}
@@ -108,8 +181,18 @@ class Store:
 
 
 @pytest.fixture
-def store(tmp_path):
+def store(tmp_path, monkeypatch):
+    """A store whose figures are made and not written, which takes most of the time."""
+    monkeypatch.setattr(report, "save", lambda plot, out, name: "<svg></svg>")
     return Store(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A store reported as users get it: (store, page)."""
+    store = Store(tmp_path_factory.mktemp("whole")).job({"s0": batches_of("s0", 1_600)}).dataset("a")
+    store.embeddings(30)
+    return store, store.summarize()[1]
 
 
 class Page(HTMLParser):
@@ -156,25 +239,88 @@ def test_records_that_do_not_add_up_raise_an_alarm(store):
     assert "4 unaccounted for" in Page(page).text
 
 
-def test_every_file_is_written_and_is_what_it_says(store):
-    store.job({"s0": batches_of("s0", 40)}).dataset("a").summarize()
+def test_every_file_is_written_and_is_what_it_says(whole):
+    store, _ = whole
     out = store.folder / "report"
     for name in report.FIGURES:
         assert ElementTree.parse(out / f"{name}.svg").getroot().tag.endswith("svg")
         assert (out / f"{name}.svg").stat().st_size > 10_000
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert len(pd.read_csv(out / "metrics.tsv", sep="\t")) == 40
+    assert len(pd.read_csv(out / "metrics.tsv", sep="\t")) == 1_600
     bins = pd.read_csv(out / "by_length.tsv", sep="\t")
-    assert bins["n_batches"].sum() == 40
+    assert bins["n_batches"].sum() == 1_600
     assert (bins["residues_per_second_q25"] <= bins["residues_per_second_median"]).all()
     assert bins["median_length"].between(bins["length_from"], bins["length_to"], inclusive="left").all()
 
 
-def test_the_same_store_makes_the_same_bytes(store):
-    store.job({"s0": batches_of("s0", 40)}).dataset("a").summarize()
+def test_every_column_of_every_table_is_explained_in_tsv_and_parquet(whole):
+    store, _ = whole
+    out = store.folder / "report"
+    explained = pd.read_csv(out / "columns.tsv", sep="\t").groupby("table")["column"].agg(list)
+    for table, meanings in MEANINGS.items():
+        columns = list(pd.read_csv(out / f"{table}.tsv", sep="\t").columns)
+        assert sorted(columns) == sorted(meanings) == sorted(explained[table])
+        assert list(pd.read_parquet(out / f"{table}.parquet").columns) == columns
+    assert {path.stem for path in out.glob("*.parquet")} == set(MEANINGS)
+
+
+def test_every_point_of_a_figure_says_what_it_is(whole):
+    _, page = whole
+    fast = page[page.index('aria-label="How fast') :]
+    said = re.findall("<title>([^<]+)</title>", fast[: fast.index("</figure>")])
+    expected = {
+        f"{row['n_sequences']} sequence{'s' if row['n_sequences'] > 1 else ''} of {row['mean_length']:,.0f} residues on average: "
+        f"{row['n_residues'] / row['wall_ms'] * 1000:,.0f} residues/s"
+        for row in batches_of("s0", 1_600)
+    }
+    points = [text for text in said if "on average" in text]
+    assert len(points) == 1_500
+    assert set(points) <= expected
+    assert len(said) - 1_500 == len(pd.read_csv(whole[0].folder / "report" / "by_length.tsv", sep="\t"))
+
+
+def test_many_batches_stay_a_light_page(whole):
+    _, page = whole
+    assert len(page) < 2_000_000
+    assert "A random 1,500 of 1,600 batches are drawn" in Page(page).text
+
+
+def test_the_pages_figures_have_the_pages_colours(whole):
+    figures = re.findall("<svg.*?</svg>", whole[1], re.DOTALL)
+    assert len(figures) == 10  # no copies on a CPU
+    assert all("var(--ink)" in figure for figure in figures)
+    assert not any(re.search("#1b1f24|#000000|fill: #ffffff", figure) for figure in figures)
+
+
+def test_the_same_store_makes_the_same_bytes(whole):
+    store, _ = whole
     first = {path.name: path.read_bytes() for path in (store.folder / "report").iterdir()}
     store.summarize()
     assert first == {path.name: path.read_bytes() for path in (store.folder / "report").iterdir()}
+
+
+def test_the_map_has_the_principal_components_of_the_stored_means(whole, tmp_path):
+    store, page = whole
+    data = Store(tmp_path).dataset("a").embeddings(30)
+    shown = pd.read_parquet(store.folder / "report" / "map.parquet").set_index("id")
+    assert len(shown) == 30
+    # The first channel is nearly all of the variance: the oracle is the covariance's own eigenvectors.
+    values, vectors = np.linalg.eigh(np.cov(data.T.astype(float)))
+    expected = (data - data.mean(0)) @ vectors[:, -1]
+    found = shown["pc1"].loc[[f"P{i}" for i in range(30)]]
+    assert abs(np.corrcoef(found, expected)[0, 1]) == pytest.approx(1, abs=1e-6)
+    assert found.std() == pytest.approx(values[-1] ** 0.5, rel=1e-4)
+    assert found.is_monotonic_increasing
+    assert f"First component ({values[-1] / values.sum():.0%} of the variance)" in Page(page).text
+
+
+def test_a_map_of_random_weights_is_left_out(store):
+    store.settings["random_weights"] = True
+    store.job({"s0": batches_of("s0", 4)}).dataset("a").embeddings(30)
+    _, page = store.summarize()
+    assert "with random weights it would mean nothing" in Page(page).text
+    assert "A first look at the embeddings" not in page
+    assert pd.read_parquet(store.folder / "report" / "map.parquet").empty
 
 
 def test_hostile_names_are_shown_and_not_run(store):
@@ -186,16 +332,17 @@ def test_hostile_names_are_shown_and_not_run(store):
     store.settings["model"] = evil
     _, page = store.summarize()
     parsed = Page(page)
-    assert not {"script", "img"} & set(parsed.tags)
+    assert "img" not in parsed.tags
+    assert parsed.tags.count("script") == 1  # the page's own
     assert evil in parsed.text
     assert pd.read_csv(store.folder / "report" / "metrics.tsv", sep="\t")["device"].iloc[0] == rows[0]["device"]
 
 
-def test_the_page_loads_nothing_from_elsewhere(store):
-    _, page = store.job({"s0": batches_of("s0", 40)}).dataset("a").summarize()
+def test_the_page_loads_nothing_from_elsewhere(whole):
+    store, page = whole
     for reference in Page(page).loads:
-        assert reference.startswith("#") or (store.folder / "report" / reference).is_file()
-    assert not re.search(r"@import|url\((?!#)", page)
+        assert reference.startswith(("#", "data:image/png;base64,")) or (store.folder / "report" / reference).is_file()
+    assert not re.search(r"@import|url\((?!#)|fetch\(|import\(", page)
 
 
 def test_two_devices_keep_their_own_rates_and_measures(store):
@@ -215,7 +362,7 @@ def test_memory_that_was_not_measured_is_said_and_not_drawn(store):
     text = Page(page).text
     assert "was not measured, so there is no figure of it" in text
     assert "Memory was not measured in the scaling study" in text
-    assert Page(page).tags.count("figure") == 2
+    assert Page(page).tags.count("figure") == 6  # of eleven: two of memory, no_grad, copies and the map are missing
     bins = pd.read_csv(store.folder / "report" / "by_length.tsv", sep="\t")
     assert bins["peak_bytes_median"].isna().all()
     assert bins["n_batches"].sum() == 9
@@ -227,8 +374,6 @@ def test_a_store_whose_shards_were_all_taken_over_has_a_report(store):
     text = Page(page).text
     assert "2 of 2 shards have no metrics" in text
     assert "taken over" in text
-    for name in report.FIGURES:
-        assert (store.folder / "report" / f"{name}.svg").exists()
 
 
 def test_no_jobs_at_all(store):
@@ -251,9 +396,74 @@ def test_a_job_that_made_part_of_its_shards_is_rated_by_that_part(store):
 
 def test_where_the_study_ended_is_said_with_the_reason(store):
     _, page = store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
+    reason = "fair-esm, float32, without gradients, batches of 2,000 tokens: from 1,000 residues on (out of memory)"
+    assert reason in Page(page).text
+
+
+def test_the_questions_are_answered_with_what_was_measured(store):
+    _, page = store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
     text = Page(page).text
-    assert "fair-esm without gradients, full batches: from 1,000 residues on (out of memory)" in text
-    assert "lengthwise, no gradients 2.5 MB 250 MB 100" in text
+    assert "From 50 to 500 residues Lengthwise goes from 780 kB to 7.53 MB, 10 times as much" in text
+    assert "fair-esm goes from 834 kB to 12.6 MB, 15 times as much" in text
+    assert "Lengthwise at 500 residues: 7.53 MB instead of 15.1 MB, a factor of 2.0." in text
+    assert "float32: weights 30 MB, 30.1 MB a batch" in text
+    assert "nothing is copied, so there is no time to measure" in text
+    assert "at L = 6 d = 1,918 residues" in text
+    assert "Measured: Lengthwise at 958" in text  # attention's operations cost twice the products' in this study
+    assert pd.read_csv(store.folder / "report" / "scaling.tsv", sep="\t")["copy_out_ms"].isna().all()
+
+
+def test_time_is_split_into_computing_waiting_and_the_rest(store):
+    busy = {"wall_ms": 100.0, "gpu_busy": 0.7, "device_ms": 70.0, "wait_read_ms": 10.0, "wait_write_ms": 50.0}
+    rows = [batch("s0", i, 300, GPU, **busy) for i in range(4)]
+    rows += [
+        batch("s0", i, 300, device_ms=80.0, wall_ms=100.0, wait_read_ms=5.0, wait_write_ms=0.0) for i in range(4, 8)
+    ]
+    store.job({"s0": rows}).dataset("a").summarize()
+    devices = pd.read_csv(store.folder / "report" / "devices.tsv", sep="\t").set_index("device")
+    shares = ["computing", "wait_read", "wait_write", "other"]
+    assert devices.loc[GPU, shares].tolist() == pytest.approx([0.7, 0.1, 0.2, 0.0])
+    assert devices.loc[CPU, shares].tolist() == pytest.approx([0.8, 0.05, 0.0, 0.15])
+
+
+def test_a_cpu_that_computes_on_each_core_is_busy_when_all_of_them_are(store):
+    rows = [batch("s0", i, 300, device_ms=90.0, wall_ms=50.0) for i in range(4)]
+    store.job({"s0": rows}, threads=2).dataset("a").summarize()
+    assert pd.read_csv(store.folder / "report" / "devices.tsv", sep="\t")["computing"][0] == pytest.approx(0.9)
+
+
+def test_batches_that_lost_time_are_named_with_what_is_usual(store):
+    rows = [batch("s0", i, 300, wall_ms=100.0) for i in range(20)] + [batch("s0", 20, 300, wall_ms=900.0)]
+    _, page = store.job({"s0": rows}).dataset("a").summarize()
+    text = Page(page).text
+    assert "s0 20 job0 6 300 to 300 900 100 9.0" in text
+    assert "0 of its tokens are neither a residue nor a special" in text
+
+
+def test_a_study_of_an_earlier_version_has_a_report(store):
+    new = [
+        "batch_tokens",
+        "product_flops",
+        "attention_flops",
+        "wall_ms_min",
+        "wall_ms_max",
+        "weights_bytes",
+        "device_bytes",
+    ]
+    store.study = store.study.drop(columns=[*new, "copy_in_ms", "copy_out_ms", "clock_mhz", "temperature_c"])
+    _, page = store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
+    assert "From 50 to 500 residues Lengthwise goes from 780 kB to 7.53 MB" in Page(page).text
+
+
+def test_parity_receipts_are_shown(store):
+    store.job({"s0": batches_of("s0", 4)}).dataset("a")
+    assert "Parity with fair-esm" not in store.summarize()[1]
+    compared = [{"digest": "SQ.a", "residues": 70, "max_error_over_rms": 3e-6, "min_cosine": 0.9999999}]
+    parity = {"bound": "the bound", "max_error_over_rms": 3e-6, "min_cosine": 0.9999999, "compared": compared}
+    (store.folder / "parity").mkdir()
+    receipt = {"device": CPU, "versions": {"torch": "2.0", "cuda": None}, "parity": parity}
+    (store.folder / "parity" / "cpu.json").write_text(json.dumps(receipt))
+    assert f"{CPU} torch 2.0 1 70 3.0e-06 0.9999999 the bound" in Page(store.summarize()[1]).text
 
 
 def test_a_job_without_commit_is_an_error(store):
@@ -264,8 +474,17 @@ def test_a_job_without_commit_is_an_error(store):
     assert not (store.folder / "report" / "index.html").exists()
 
 
-def test_many_batches_stay_a_light_page(store):
-    facts, page = store.job({"s0": batches_of("s0", 6_000)}).dataset("a").summarize()
-    assert facts["batches"] == 6_000
-    assert len(page) < 2_000_000
-    assert "A random 2,000 of 6,000 batches are drawn" in Page(page).text
+def test_five_thousand_jobs_make_a_light_page_in_good_time(store):
+    for number in range(5_000):
+        store.job({f"{number:032x}": None})
+    rows = batches_of("many", 2_000)
+    metrics_path(store.folder, f"{7:032x}").parent.mkdir(parents=True, exist_ok=True)
+    write_metrics(
+        metrics_path(store.folder, f"{7:032x}"), [row | {"job": "job7", "shard": f"{7:032x}"} for row in rows]
+    )
+    began = time.perf_counter()
+    facts, page = store.dataset("a").summarize()
+    assert facts["jobs"] == 5_000
+    assert time.perf_counter() - began < 30
+    assert len(page) < 1_000_000
+    assert "The slowest 25 of 5,000" in Page(page).text

@@ -3,7 +3,24 @@
 In: weights; commits and manifests. Out: scaling.tsv; tables, figures and index.html.
 """
 
-FIGURES = ["throughput", "memory", "scaling_throughput", "scaling_memory"]
+FIGURES = {
+    "throughput": "In production",
+    "memory": "In production",
+    "time": "In production",
+    "fill": "In production",
+    "scaling_memory": "Scaling study",
+    "no_grad": "Scaling study",
+    "half_precision": "Scaling study",
+    "copies": "Scaling study",
+    "scaling_throughput": "Scaling study",
+    "scaling_time": "Scaling study",
+    "map": "Embeddings",
+}
+TABLES = ["metrics", "by_length", "jobs", "devices", "datasets", "laws", "map"]
+
+
+def captioned(figure, category):
+    return report(f"{STORE}/report/{figure}.svg", caption=f"../report/{figure}.rst", category=category)
 
 
 rule scaling:
@@ -31,30 +48,12 @@ rule summarize:
         manifests=expand(MANIFEST, dataset=DATASETS),
         scaling=f"{STORE}/report/scaling.tsv",
     output:
+        **{figure: captioned(figure, category) for figure, category in FIGURES.items()},
         page=report(f"{STORE}/report/index.html", caption="../report/index.rst", category="Report"),
-        throughput=report(
-            f"{STORE}/report/throughput.svg",
-            caption="../report/throughput.rst",
-            category="In production",
-        ),
-        memory=report(
-            f"{STORE}/report/memory.svg",
-            caption="../report/memory.rst",
-            category="In production",
-        ),
-        scaling_throughput=report(
-            f"{STORE}/report/scaling_throughput.svg",
-            caption="../report/scaling_throughput.rst",
-            category="Scaling study",
-        ),
-        scaling_memory=report(
-            f"{STORE}/report/scaling_memory.svg",
-            caption="../report/scaling_memory.rst",
-            category="Scaling study",
-        ),
         pictures=expand(f"{STORE}/report/{{figure}}.png", figure=FIGURES),
-        metrics=f"{STORE}/report/metrics.tsv",
-        by_length=f"{STORE}/report/by_length.tsv",
+        tables=expand(f"{STORE}/report/{{table}}.{{ending}}", table=TABLES, ending=["tsv", "parquet"]),
+        study=f"{STORE}/report/scaling.parquet",
+        columns=f"{STORE}/report/columns.tsv",
     log:
         f"{STORE}/logs/summarize.log",
     conda:

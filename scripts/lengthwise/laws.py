@@ -1,0 +1,161 @@
+"""Laws: what the scaling study's measurements follow, fitted, with what is left over.
+
+Memory of a pass beside the weights: fixed + a tokens, and + b N (L + 2)^2 where every residue's score against every other is
+written out. Time of a pass: fixed + p product operations + q attention operations.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from lengthwise.scaling_table import FAIR_ESM
+from lengthwise.shapes import MODELS, ModelConfig
+
+CARDS_GB = (16, 24, 40, 80)
+MEMORY_MARGIN = 0.9  # as in the engine: the rest is for what the formula leaves out
+KEYS = ["engine", "precision", "gradients"]
+UNITS = {
+    "tokens": "bytes per token",
+    "squares": "bytes per pair of a sequence's tokens",
+    "products": "s per FLOP",
+    "attention": "s per FLOP",
+}
+
+
+@dataclass(frozen=True)
+class Law:
+    """A sum of terms, each a coefficient times what it is of."""
+
+    quantity: str  # memory (bytes beside the weights) or time (seconds)
+    engine: str
+    precision: str
+    gradients: bool
+    coefficients: dict[str, float]
+    r_squared: float
+    largest_residual: float  # of a point, as a share of its measurement
+    n_points: int
+
+    def at(self, config: ModelConfig, length: int, n: int = 1) -> float:
+        """What the law says of a batch of n sequences."""
+        products, attention = config.flops_by_part(length)
+        tokens = n * (length + 2)
+        of = {"fixed": 1, "tokens": tokens, "squares": tokens * (length + 2), "products": n * products}
+        of["attention"] = n * attention
+        return sum(value * of[term] for term, value in self.coefficients.items())
+
+
+def laws(study: pd.DataFrame) -> list[Law]:
+    """The laws of a study, for each engine, precision and mode that has points enough."""
+    found = []
+    for (engine, precision, gradients), rows in study.groupby(KEYS, sort=False):
+        sized = rows[rows["peak_bytes"] > 0]
+        timed = rows[rows["wall_ms"].notna() & rows["product_flops"].notna()]
+        tokens = sized["n_tokens"].to_numpy(float)
+        terms = {"fixed": np.ones(len(sized)), "tokens": tokens}
+        if engine == FAIR_ESM:
+            terms["squares"] = tokens * (sized["length"].to_numpy(float) + 2)
+        fits = {"memory": (terms, sized["peak_bytes"].to_numpy(float))}
+        if not gradients:  # with them, time is of the forward pass alone, which nobody wants by itself
+            terms = {
+                "fixed": np.ones(len(timed)),
+                "products": timed["product_flops"].to_numpy(float),
+                "attention": timed["attention_flops"].to_numpy(float),
+            }
+            fits["time"] = (terms, timed["wall_ms"].to_numpy(float) / 1000)
+        for quantity, (terms, values) in fits.items():
+            if len(values) > len(terms):
+                found.append(Law(quantity, engine, precision, gradients, *fit(terms, values), len(values)))
+    return found
+
+
+def fit(terms: dict[str, np.ndarray], values: np.ndarray) -> tuple[dict[str, float], float, float]:
+    """Least squares of the relative residuals, so that short sequences count as long ones do; no coefficient is negative.
+
+    Parameters
+    ----------
+    terms
+        {name: [n]}.
+    values
+        [n], positive.
+
+    Returns
+    -------
+    (coefficients, R2, largest)
+        A term that would be negative is 0. R2 is of the values as they are; `largest` is the largest relative residual.
+    """
+    left = dict(terms)
+    while True:
+        columns = np.stack(list(left.values()), axis=1)  # [n, terms]
+        scale = np.abs(columns).max(axis=0)  # terms differ by many powers of ten
+        solved, *_ = np.linalg.lstsq(columns / scale / values[:, None], np.ones(len(values)), rcond=None)
+        if (solved >= 0).all() or len(left) == 1:
+            break
+        del left[list(left)[int(np.argmin(solved * (columns / scale / values[:, None]).max(axis=0)))]]
+    coefficients = dict.fromkeys(terms, 0.0) | dict(zip(left, (solved / scale).tolist(), strict=True))
+    residuals = values - columns @ (solved / scale)
+    spread = ((values - values.mean()) ** 2).sum()
+    r_squared = float(1 - (residuals**2).sum() / spread) if spread else float("nan")
+    return coefficients, r_squared, float(np.abs(residuals / values).max())
+
+
+def crossing(law: Law, config: ModelConfig) -> float | None:
+    """The length where attention takes as long as the products, by a law of time; None where one of them was not seen."""
+    products, attention = (law.coefficients[part] for part in ("products", "attention"))
+    return 6 * config.embed_dim * products / attention - 2 if products and attention else None
+
+
+def longest(law: Law, config: ModelConfig, free_bytes: float) -> int:
+    """Residues of the longest sequence whose pass fits into so much memory beside the weights, by a law of memory."""
+    squares, tokens = law.coefficients.get("squares", 0.0), law.coefficients["tokens"]
+    left = free_bytes - law.coefficients["fixed"]
+    if squares:
+        return max(0, int((-tokens + (tokens**2 + 4 * squares * left) ** 0.5) / (2 * squares)) - 2)
+    return max(0, int(left / tokens) - 2)
+
+
+def longest_by_formula(config: ModelConfig, device_bytes: float, itemsize: int) -> int:
+    """Residues of the longest sequence that the packed engine takes on a device; 0 where its weights alone do not fit."""
+    weights = 12 * config.num_layers * config.embed_dim**2 * itemsize
+    stored = 2 * config.embed_dim  # its rows in float16
+    return max(0, int((MEMORY_MARGIN * device_bytes - weights) / config.bytes_per_token(itemsize, stored)) - 2)
+
+
+def longest_table(device_bytes: int | None, itemsize: int) -> pd.DataFrame:
+    """`longest_by_formula` of every model on usual sizes of cards and, as `this device`, on the one of the study."""
+    sizes = {f"{size} GB": size * 1e9 for size in CARDS_GB}
+    if device_bytes is not None:
+        sizes = {"this device": device_bytes} | sizes
+    rows = {
+        model: {name: longest_by_formula(config, size, itemsize) for name, size in sizes.items()}
+        for model, config in MODELS.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model").reset_index()
+
+
+def as_table(found: list[Law]) -> pd.DataFrame:
+    """The laws, one row for each term."""
+    rows = [
+        {
+            "quantity": law.quantity,
+            "engine": law.engine,
+            "precision": law.precision,
+            "gradients": law.gradients,
+            "term": term,
+            "coefficient": value,
+            "unit": UNITS.get(term) or ("bytes" if law.quantity == "memory" else "s"),
+            "r_squared": law.r_squared,
+            "largest_relative_residual": law.largest_residual,
+            "n_points": law.n_points,
+        }
+        for law in found
+        for term, value in law.coefficients.items()
+    ]
+    columns = ["quantity", *KEYS, "term", "coefficient", "unit", "r_squared", "largest_relative_residual", "n_points"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def choose(found: list[Law], quantity: str, engine: str, precision: str, gradients: bool = False) -> Law | None:
+    """The law of these, or None."""
+    wanted = (quantity, engine, precision, gradients)
+    return next((law for law in found if (law.quantity, law.engine, law.precision, law.gradients) == wanted), None)
