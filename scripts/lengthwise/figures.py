@@ -4,6 +4,7 @@ Each function returns a plot, or the reason why there is none.
 """
 
 from collections.abc import Callable
+from functools import wraps
 
 import matplotlib
 import numpy as np
@@ -38,6 +39,7 @@ SHARE_WORDS = {
 def styled(draw: Callable) -> Callable:
     """A function that draws in the report's style."""
 
+    @wraps(draw)
     def within(*arguments, **named):
         with matplotlib.rc_context(STYLE):
             return draw(*arguments, **named)

@@ -46,7 +46,6 @@ STANDARD_RESIDUES = np.frombuffer(alphabet.RESIDUES[:20], np.uint8)
 class Loaded:
     """A model on the device, ready for passes."""
 
-    engine: str
     weights_bytes: int
     forward: Callable[
         [Tensor], Tensor
@@ -57,7 +56,7 @@ class Loaded:
 class Series:
     """Points of ascending length that share an engine, a mode and a rule for the size of the batch."""
 
-    loaded: Loaded
+    engine: str
     precision: str
     gradients: bool
     batch_tokens: int | None  # None: one sequence at a time
@@ -128,18 +127,20 @@ def scaling(
     rows: list[dict] = []
     left, plan = SECONDS[place.type] if seconds is None else seconds, _plan(place, precision)
     series_left = sum(len(sizes) for *_, sizes in plan)
-    for load, kind, gradients, sizes in plan:
-        loaded = load(weights, place, DTYPES[kind], gradients)
-        with torch.no_grad():  # warm-up: libraries set up workspaces that are no part of any point
-            loaded.forward(_random_tokens(np.random.Generator(np.random.PCG64(SEED)), 1, LENGTHS[0]).to(place))
+    for engine, kind, gradients, sizes in plan:
+        loaded = _load(engine, weights, place, kind, gradients)
         for batch_tokens in sizes:
-            series = Series(loaded, kind, gradients, batch_tokens)
+            series = Series(engine, kind, gradients, batch_tokens)
             began = time.perf_counter()
             what = "one at a time" if batch_tokens is None else f"batches of {count(batch_tokens, 'token')}"
-            log.info("%s %s %s gradients, %s", loaded.engine, kind, "with" if gradients else "without", what)
-            rows += [row | fixed for row in _measure_series(series, config, probe, left / series_left)]
+            log.info("%s %s %s gradients, %s", engine, kind, "with" if gradients else "without", what)
+            if loaded is None:
+                rows.append(_row(series, config, *series.points[0]) | {"status": OUT_OF_MEMORY} | fixed)
+            else:
+                found = _measure_series(series, loaded, config, probe, left / series_left)
+                rows += [row | {"weights_bytes": loaded.weights_bytes} | fixed for row in found]
             left, series_left = left - (time.perf_counter() - began), series_left - 1
-        del loaded, series
+        del loaded
         _release(place)
     frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
     with atomic(table) as part:
@@ -214,12 +215,26 @@ class Probe:
             torch.cuda.synchronize(self.device)
 
 
-def _plan(device: torch.device, own: str) -> list[tuple[Callable, str, bool, tuple[int | None, ...]]]:
-    """(load, precision, gradients, sizes of batches) in the order of the work: what must not lack time comes first."""
+def _plan(device: torch.device, own: str) -> list[tuple[str, str, bool, tuple[int | None, ...]]]:
+    """(engine, precision, gradients, sizes of batches) in the order of the work: what must not lack time comes first."""
     served = [name for name, dtype in DTYPES.items() if device.type == "cuda" or onednn_serves(dtype)]
     runs = [(kind, False, (*BATCH_TOKENS[device.type], None)) for kind in dict.fromkeys([own, *served])]
     runs.insert(1, (own, True, (None,)))
-    return [(load, *run) for run in runs for load in (_load_lengthwise, _load_fair_esm)]
+    return [(engine, *run) for run in runs for engine in (LENGTHWISE, FAIR_ESM)]
+
+
+def _load(engine: str, weights: Path, device: torch.device, precision: str, gradients: bool) -> Loaded | None:
+    """An engine on the device, warm; None where its weights do not fit there."""
+    load = {LENGTHWISE: _load_lengthwise, FAIR_ESM: _load_fair_esm}[engine]
+    try:
+        loaded = load(weights, device, DTYPES[precision], gradients)
+        with torch.no_grad():  # libraries set up workspaces that are no part of any point
+            loaded.forward(_random_tokens(np.random.Generator(np.random.PCG64(SEED)), 1, LENGTHS[0]).to(device))
+        return loaded
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    return None
 
 
 def _load_lengthwise(weights: Path, device: torch.device, dtype: torch.dtype, gradients: bool) -> Loaded:
@@ -230,7 +245,7 @@ def _load_lengthwise(weights: Path, device: torch.device, dtype: torch.dtype, gr
         packing = Packing.of([tokens.shape[1]] * tokens.shape[0]).to(device)
         return model(tokens.flatten(), packing, (model.config.num_layers,))[model.config.num_layers]  # [T, D]
 
-    return Loaded(LENGTHWISE, _bytes(model) + sum(tensor.numel() * dtype.itemsize for tensor in packed), forward)
+    return Loaded(_bytes(model) + sum(tensor.numel() * dtype.itemsize for tensor in packed), forward)
 
 
 def _load_fair_esm(weights: Path, device: torch.device, dtype: torch.dtype, gradients: bool) -> Loaded:
@@ -239,14 +254,14 @@ def _load_fair_esm(weights: Path, device: torch.device, dtype: torch.dtype, grad
     def forward(tokens: Tensor) -> Tensor:
         return model(tokens, repr_layers=[model.num_layers])["representations"][model.num_layers]  # [N, L + 2, D]
 
-    return Loaded(FAIR_ESM, _bytes(model), forward)
+    return Loaded(_bytes(model), forward)
 
 
 def _bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _measure_series(series: Series, config: ModelConfig, probe: Probe, budget: float) -> list[dict]:
+def _measure_series(series: Series, loaded: Loaded, config: ModelConfig, probe: Probe, budget: float) -> list[dict]:
     """The rows of a series, in at most about `budget` seconds."""
     rng = np.random.Generator(np.random.PCG64(SEED))
     ends = time.perf_counter() + budget
@@ -269,7 +284,7 @@ def _measure_series(series: Series, config: ModelConfig, probe: Probe, budget: f
         tokens = _random_tokens(rng, n, length).to(probe.device)  # [N, L + 2]
         began = time.perf_counter()
         try:
-            measured.append(_measure_point(series, row, tokens, probe))
+            measured.append(_measure_point(series, loaded, row, tokens, probe))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -300,7 +315,7 @@ def _row(series: Series, config: ModelConfig, length: int, n: int) -> dict:
     """What is known of a point before it is measured."""
     products, attention = config.flops_by_part(length)
     return {
-        "engine": series.loaded.engine,
+        "engine": series.engine,
         "precision": series.precision,
         "gradients": series.gradients,
         "batch_tokens": series.batch_tokens,
@@ -310,22 +325,21 @@ def _row(series: Series, config: ModelConfig, length: int, n: int) -> dict:
         "product_flops": n * products,
         "attention_flops": n * attention,
         "repeats": 0,
-        "weights_bytes": series.loaded.weights_bytes,
         "status": OK,
     }
 
 
-def _measure_point(series: Series, row: dict, tokens: Tensor, probe: Probe) -> Point:
+def _measure_point(series: Series, loaded: Loaded, row: dict, tokens: Tensor, probe: Probe) -> Point:
     """Memory, which is the warm-up for this shape too, the copies, and a first time."""
 
     def forward() -> Tensor:
         # Not inference_mode: fair-esm keeps its rotary tables from call to call, and those of inference_mode would be
         # refused where gradients are wanted.
         with torch.set_grad_enabled(series.gradients):
-            return series.loaded.forward(tokens)
+            return loaded.forward(tokens)
 
     row["peak_bytes"] = probe.peak_bytes(forward)
-    if series.loaded.engine == LENGTHWISE and not series.gradients:
+    if series.engine == LENGTHWISE and not series.gradients:
         row |= probe.copies(tokens, forward)
     return Point(row, forward, tokens.shape[0] * (tokens.shape[1] - 2), [probe.seconds(forward)])
 

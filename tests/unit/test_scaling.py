@@ -153,6 +153,19 @@ def test_a_series_that_runs_out_of_memory_ends_and_the_next_goes_on(weights, tmp
     assert scaling.OUT_OF_MEMORY not in set(single(rows, scaling.FAIR_ESM, False)["status"])
 
 
+def test_an_engine_whose_weights_do_not_fit_is_said_to_and_the_others_go_on(weights, tmp_path, monkeypatch):
+    def refused(*_):
+        raise torch.OutOfMemoryError("as CUDA raises it")
+
+    monkeypatch.setattr(scaling, "_load_fair_esm", refused)
+    monkeypatch.setattr(scaling, "LENGTHS", LENGTHS[:2])
+    rows = scaling.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=3.0)
+    refused_rows = rows[rows["engine"] == scaling.FAIR_ESM]
+    assert set(refused_rows["status"]) == {scaling.OUT_OF_MEMORY}
+    assert refused_rows["weights_bytes"].isna().all()
+    assert set(rows.loc[rows["engine"] == scaling.LENGTHWISE, "status"]) == {scaling.OK}
+
+
 def test_the_clock_and_the_temperature_are_noted_where_they_can_be_read(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "clock_and_temperature", lambda _: (2400.0, None))
     monkeypatch.setattr(scaling, "LENGTHS", (50, 8000))
