@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.dataset import dataset
 
 from lengthwise.files import atomic, writing
 
@@ -48,6 +49,6 @@ def write_metrics(path: Path, rows: list[dict]) -> None:
 
 def read_metrics(paths: Iterable[Path]) -> pd.DataFrame:
     """The rows of many shards, in one frame with nullable integers."""
-    tables = [pq.read_table(path, schema=METRICS) for path in paths]
-    table = pa.concat_tables(tables) if tables else METRICS.empty_table()
+    paths = [str(path) for path in paths]
+    table = dataset(paths, METRICS, format="parquet").to_table() if paths else METRICS.empty_table()
     return table.to_pandas(types_mapper=pd.ArrowDtype)

@@ -120,7 +120,7 @@ class Store:
             "device": device,
             "precision": "float32",
             "threads": threads,
-            "batch_tokens": 2_048,
+            "batch_tokens": batch_tokens,
         }
         commit |= {"versions": {"torch": "2.0", "cuda": None}, "load_seconds": 0.5, "embed_seconds": 2.0}
         commit_path(self.folder, name).parent.mkdir(exist_ok=True)
