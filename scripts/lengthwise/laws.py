@@ -38,10 +38,9 @@ class Law:
 
     def at(self, config: ModelConfig, length: int, n: int = 1) -> float:
         """What the law says of a batch of n sequences."""
-        products, attention = config.flops_by_part(length)
-        tokens = n * (length + 2)
-        of = {"fixed": 1, "tokens": tokens, "squares": tokens * (length + 2), "products": n * products}
-        of["attention"] = n * attention
+        tokens, attention = n * (length + 2), n * config.attention_flops(length)
+        of = {"fixed": 1, "tokens": tokens, "squares": tokens * (length + 2), "attention": attention}
+        of["products"] = n * config.flops(length) - attention
         return sum(value * of[term] for term, value in self.coefficients.items())
 
 
@@ -116,9 +115,9 @@ def longest(law: Law, config: ModelConfig, free_bytes: float) -> int:
 
 def longest_by_formula(config: ModelConfig, device_bytes: float, itemsize: int) -> int:
     """Residues of the longest sequence that the packed engine takes on a device; 0 where its weights alone do not fit."""
-    weights = 12 * config.num_layers * config.embed_dim**2 * itemsize
     stored = 2 * config.embed_dim  # its rows in float16
-    return max(0, int((MEMORY_MARGIN * device_bytes - weights) / config.bytes_per_token(itemsize, stored)) - 2)
+    free = MEMORY_MARGIN * device_bytes - config.parameters * itemsize
+    return max(0, int(free / config.bytes_per_token(itemsize, stored)) - 2)
 
 
 def longest_table(device_bytes: int | None, itemsize: int) -> pd.DataFrame:

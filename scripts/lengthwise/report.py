@@ -12,7 +12,7 @@ from lengthwise import figures, tables
 from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import atomic, read_json
-from lengthwise.laws import Law, as_table, choose, crossing, laws, longest, longest_table
+from lengthwise.laws import MEMORY_MARGIN, Law, as_table, choose, crossing, laws, longest, longest_table
 from lengthwise.metrics import read_metrics
 from lengthwise.plan import read_jobs
 from lengthwise.projection import Projection, project
@@ -231,7 +231,7 @@ def _study_facts(study: pd.DataFrame, found: list[Law], settings: dict) -> dict:
     sizes = {engine: choose(found, "memory", engine, precision) for engine in (LENGTHWISE, FAIR_ESM)}
     reach = {}
     if device_bytes is not None:
-        free = 0.9 * device_bytes - 12 * config.num_layers * config.embed_dim**2 * itemsize
+        free = MEMORY_MARGIN * device_bytes - config.parameters * itemsize
         reach = {engine: longest(law, config, free) for engine, law in sizes.items() if law}
     table = longest_table(device_bytes, itemsize)
     clocks, warmth = study["clock_mhz"].dropna(), study["temperature_c"].dropna()

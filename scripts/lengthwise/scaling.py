@@ -313,7 +313,7 @@ def _measure_series(series: Series, loaded: Loaded, config: ModelConfig, probe: 
 
 def _row(series: Series, config: ModelConfig, length: int, n: int) -> dict:
     """What is known of a point before it is measured."""
-    products, attention = config.flops_by_part(length)
+    flops, attention = n * config.flops(length), n * config.attention_flops(length)
     return {
         "engine": series.engine,
         "precision": series.precision,
@@ -322,8 +322,8 @@ def _row(series: Series, config: ModelConfig, length: int, n: int) -> dict:
         "length": length,
         "n_sequences": n,
         "n_tokens": n * (length + 2),
-        "product_flops": n * products,
-        "attention_flops": n * attention,
+        "product_flops": flops - attention,
+        "attention_flops": attention,
         "repeats": 0,
         "status": OK,
     }

@@ -24,12 +24,8 @@ class ModelConfig:
 
     def flops(self, length: int) -> int:
         """Floating-point operations for one sequence: 24 d^2 a token in matrix products, 4 d L a token in attention."""
-        return sum(self.flops_by_part(length))
-
-    def flops_by_part(self, length: int) -> tuple[int, int]:
-        """Those of the matrix products and those of attention; they are equal at L + 2 = 6 d."""
         d, tokens = self.embed_dim, length + 2
-        return self.num_layers * tokens * 24 * d * d, self.num_layers * tokens * 4 * d * tokens
+        return self.num_layers * tokens * (24 * d * d + 4 * d * tokens)
 
     def attention_flops(self, length: int) -> int:
         """Of these, those of attention."""

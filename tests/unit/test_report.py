@@ -74,7 +74,8 @@ def study(peaks=True):
             ("bfloat16", False, 4),
         ):
             for length in (50, 200, 500, 1000):
-                products, attention = SHAPE.flops_by_part(length)
+                attention = SHAPE.attention_flops(length)
+                products = SHAPE.flops(length) - attention
                 row = {
                     "engine": engine,
                     "precision": precision,
@@ -154,6 +155,8 @@ class Store:
         content = bytearray(max(tensor.start + tensor.nbytes for tensor in tensors.values()))
         start = tensors["mean_6"].start
         content[: len(header)], content[start : start + data.nbytes] = header, data.tobytes()
+        start = tensors["offsets"].start
+        content[start : start + 8 * (n + 1)] = np.append(0, np.cumsum(lengths)).tobytes()
         path = shard_path(self.folder, name)
         path.parent.mkdir(parents=True)
         path.write_bytes(content)
