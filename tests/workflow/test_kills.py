@@ -316,6 +316,7 @@ def test_every_name_is_given_to_bytes_that_are_on_disk(planned, tmp_path, monkey
     monkeypatch.setattr(os, "pwrite", record("write", os.pwrite))
     (spec,) = project.store.glob("plan/jobs/*.parquet")
     embed_job(project.store, spec, project.store / "jobs" / f"{spec.stem}.json")
+    events = [event for event in events if "/running/" not in event[1] + event[2]]  # of no use after a power cut
     renames = [(i, *event[1:]) for i, event in enumerate(events) if event[0] == "rename"]
     kinds = Counter(os.path.relpath(target, project.store).partition("/")[0] for _, _, target, _ in renames)
     assert kinds["metrics"] == kinds["shards"] == len(project.shards())
