@@ -6,17 +6,25 @@ from pathlib import Path
 from lengthwise.logs import count, log, reporting
 
 with reporting(snakemake.log[0], snakemake.scriptdir):
-    from lengthwise.embed import embed_job
+    from lengthwise.allocation import place
+    from lengthwise.lease import leased
+    from lengthwise.settings import device_of
 
-    commit = embed_job(
-        Path(snakemake.params.store),
-        Path(snakemake.input.spec),
-        Path(snakemake.output.commit),
-        device=snakemake.config["device"],
-        batch_tokens=snakemake.config["batch_tokens"],
-        threads=snakemake.threads,
-        deadline=float(os.environ.get("SLURM_JOB_END_TIME", "inf")),
-    )
+    store = Path(snakemake.params.store)
+    device = device_of(store, snakemake.config["device"])
+    with leased(device):
+        log.info("on %s", place())
+        from lengthwise.embed import embed_job
+
+        commit = embed_job(
+            store,
+            Path(snakemake.input.spec),
+            Path(snakemake.output.commit),
+            device=device,
+            batch_tokens=snakemake.config["batch_tokens"],
+            threads=snakemake.threads,
+            deadline=float(os.environ.get("SLURM_JOB_END_TIME", "inf")),
+        )
     log.info(
         "job %s: %s, %d made now, in %.1f s on %s",
         commit["job"],

@@ -2,6 +2,7 @@
 
 import ctypes
 from importlib.metadata import version
+from uuid import UUID
 
 from lengthwise.errors import LengthwiseError
 
@@ -16,6 +17,16 @@ def visible_gpus() -> int:
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
+
+
+def visible_uuids() -> list[str]:
+    """The identifiers of those devices, `GPU-...`; afterwards this process has started the driver."""
+    found = []
+    for ordinal in range(visible_gpus()):
+        driver, uuid = ctypes.CDLL("libcuda.so.1"), ctypes.create_string_buffer(16)
+        if driver.cuDeviceGetUuid_v2(uuid, ordinal) == 0:
+            found.append(f"GPU-{UUID(bytes=uuid.raw)}")
+    return found
 
 
 def auto_device(on_cluster: bool) -> str:
@@ -44,3 +55,7 @@ def _cpu_build() -> str | None:
     """The installed torch's version if it is a CPU build."""
     installed = version("torch")
     return installed if installed.endswith("+cpu") else None
+
+
+if __name__ == "__main__":
+    print(*visible_uuids(), sep="\n")

@@ -118,6 +118,11 @@ def expected(store: Path, config: dict, auto_device: str) -> dict:
     return make(config, known | {"sha256": "", "random_weights": False}, auto_device)
 
 
+def device_of(store: Path, asked: str) -> str:
+    """The config's `device`; auto means what the store was made for."""
+    return require(store)["device"] if asked == "auto" else asked
+
+
 def guard(store: Path, config: dict, weights: dict | None = None) -> dict | None:
     """Refuse a config that does not fit an existing store; the store's settings, or None where there is no store yet.
 
