@@ -1,4 +1,4 @@
-"""What only a GPU can show. One command runs it all: `pytest tests/gpu`; without a GPU it is skipped, and says so."""
+"""What only a GPU can show. One command runs it all: `pytest -n 0 tests/gpu`; without a GPU it is skipped, and says so."""
 
 import numpy as np
 import pytest
