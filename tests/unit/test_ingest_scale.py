@@ -1,11 +1,12 @@
 """How fast and how large: ingest beside Biopython's parser on one core; ingest and plan of ten million records.
 
-Run all of it with ``-m slow``, and with TMPDIR on a disk with 15 GB.
+Run all of it with ``-m slow``, and with TMPDIR on a disk with 30 GB.
 """
 
 import multiprocessing
 import os
 import resource
+import shutil
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -16,7 +17,7 @@ from Bio.SeqIO.FastaIO import SimpleFastaParser
 
 from lengthwise.ingest import ingest
 from lengthwise.plan import MAX_JOBS, Sizes, plan
-from realistic import write
+from realistic import write, write_sequences
 
 
 def in_its_own_process(function, *arguments):
@@ -98,3 +99,25 @@ def test_ten_million_records_take_five_minutes_and_two_gibibytes_and_ten_times_w
         fasta.unlink()
     assert seconds[10**7] < 300
     assert seconds[10**7] < 15 * seconds[10**6]
+
+
+@pytest.mark.slow
+def test_a_hundred_million_short_sequences_are_planned_in_four_gibibytes_twice(small_store, tmp_path):
+    """New work, and then all of it in specs; a tenth of it takes a tenth of the time."""
+    seconds, memory_bytes = {}, 1600 * 10**6  # as the workflow gives of 4 GB
+    for n in (10**7, 10**8):
+        store, sequences = small_store(folder=tmp_path / f"{n}").path, tmp_path / "sequences.parquet"
+        write_sequences(sequences, n)
+        tables = []
+        for time_of in ("new", "again"):
+            (jobs, took), peak = in_its_own_process(jobs_and_seconds_of_plan, store, sequences, memory_bytes)
+            warnings.warn(f"{n:,} sequences, {time_of}: plan {took:.0f} s, {peak} MiB", stacklevel=1)
+            assert jobs["sequences"].sum() == n
+            assert peak < 4096
+            seconds[n, time_of] = took
+            tables.append(jobs)
+        assert tables[0].equals(tables[1])
+        sequences.unlink()
+        shutil.rmtree(store)
+    for time_of in ("new", "again"):
+        assert seconds[10**8, time_of] < 15 * seconds[10**7, time_of]
