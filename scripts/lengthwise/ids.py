@@ -1,6 +1,6 @@
-"""Ids: a dataset's, or those of a selection of its records, as a sequence."""
+"""Ids: a dataset's, or those of a selection of its records, as a sequence; and the error of one that is not there."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import overload
 
@@ -75,3 +75,17 @@ class Ids(Sequence[str]):
     @cached_property
     def _sorted(self) -> np.ndarray:
         return np.sort(self.array())
+
+
+class NoRecordError(KeyError):
+    """Nothing to read under this id. Why is looked for when it is shown: among ten million ids that takes seconds."""
+
+    def __init__(self, record_id: str, explain: Callable[[str], str]):
+        super().__init__(record_id)
+        self.explain = explain
+
+    def __str__(self) -> str:
+        return self.explain(self.args[0])
+
+    def __reduce__(self) -> tuple[type[KeyError], tuple[str]]:
+        return KeyError, (str(self),)

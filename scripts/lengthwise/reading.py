@@ -11,7 +11,7 @@ import numpy as np
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import read_json
-from lengthwise.ids import Ids
+from lengthwise.ids import Ids, NoRecordError
 from lengthwise.index import LOOKUP, SCHEMA, Index
 from lengthwise.settings import fingerprint, resolve_layers
 from lengthwise.status import GOOD
@@ -80,7 +80,8 @@ class Dataset:
         if not self.manifest["shards"].keys() >= set(self._index.shard_names):
             raise self._index.damaged()
         self.ids = Ids(self._index, range(len(self._index)))
-        self._shard = lru_cache(OPEN_SHARDS)(partial(_open_shard, path, self.store, settings, self._index.shard_names))
+        self._open = partial(_open_shard, path, self.store, settings, self._index.shard_names)
+        self._shard = lru_cache(OPEN_SHARDS)(self._open)
 
     @property
     def records(self) -> "pd.DataFrame":
@@ -154,7 +155,7 @@ class Dataset:
             Residues were not stored; a shard is missing, damaged, or another than the dataset was made of.
         """
         if isinstance(key, str | int | np.integer):
-            return self._rows(self._place(key))
+            return self._read(self._place(key))
         if isinstance(key, slice):
             return self._view(self.ids.places[key], self._layer)
         if isinstance(key, bytes):
@@ -166,7 +167,7 @@ class Dataset:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """The (L, D) arrays in the order of `ids`; `in_storage_order` is faster."""
-        return (self._rows(int(place)) for place in self.ids.places)
+        return (self._read(int(place)) for place in self.ids.places)
 
     def in_storage_order(self) -> Iterator[tuple[str, np.ndarray]]:
         """(id, (L, D) array) of each record, shard by shard from front to back: the fastest way to see all.
@@ -182,8 +183,11 @@ class Dataset:
         """
         places = self.ids.array()
         for numbers in self._by_shard():
-            for place in places[numbers].tolist():
-                yield self._index.id(place), self._rows(place)
+            here = places[numbers].tolist()
+            shard = self._open(self._index.shard.item(here[0]))
+            for place in here:
+                start, stop = self._span(shard, place)
+                yield self._index.id(place), shard[f"layer_{self._layer}"][start:stop]
 
     def pooled(self, kind: str = "mean") -> np.ndarray:
         """(N, D) float32, a row for each of `ids`: `mean` over residues, or `bos`.
@@ -201,7 +205,7 @@ class Dataset:
         places = self.ids.array()
         for numbers in self._by_shard():
             here = places[numbers]
-            shard, rows = self._shard(self._index.shard.item(here[0])), self._index.sequence_no[here]
+            shard, rows = self._open(self._index.shard.item(here[0])), self._index.sequence_no[here]
             try:
                 same = np.array_equal(shard["digests"][rows], self._index.digest[here])
                 if not same or (shard["status"][rows] != GOOD).any():
@@ -284,10 +288,10 @@ class Dataset:
             raise TypeError(f"a record is asked for by an id or a number, not by {key!r}")
         place = self.ids.place(key)
         if place is None:
-            raise NoRecordError(key, self)
+            raise NoRecordError(key, self._explain)
         return place
 
-    def explain(self, record_id: str) -> str:
+    def _explain(self, record_id: str) -> str:
         """Why there is nothing to read under this id."""
         if next(self._index.find(record_id), None) is not None:
             return f"{record_id!r} is not among the {len(self):,} records that were selected"
@@ -296,12 +300,15 @@ class Dataset:
         except LengthwiseError:
             return f"no record {record_id!r}"
 
-    def _rows(self, place: int) -> np.ndarray:
-        """A record's rows, if its shard agrees with the index about where they are and what they are of."""
+    def _read(self, place: int) -> np.ndarray:
+        shard = self._shard(self._index.shard.item(place))
+        return shard.rows(f"layer_{self._layer}", *self._span(shard, place))
+
+    def _span(self, shard: Shard, place: int) -> tuple[int, int]:
+        """Where a record's rows are, if its shard agrees with the index about that and what they are of."""
         if "residue" not in self.manifest["settings"]["outputs"]:
             raise LengthwiseError(f"{self.path}: residues are not among the stored outputs; use pooled()")
         index = self._index
-        shard = self._shard(index.shard.item(place))
         number, start = index.sequence_no.item(place), index.row_start.item(place)
         stop = start + index.length.item(place)
         try:
@@ -314,7 +321,7 @@ class Dataset:
                 raise _another(self.path, shard)
         except IndexError:
             raise _another(self.path, shard) from None
-        return shard[f"layer_{self._layer}"][start:stop]
+        return start, stop
 
     def _by_shard(self) -> Iterator[np.ndarray]:
         """Numbers in `ids` of the records of one shard after the other, each in its order."""
@@ -358,20 +365,6 @@ def _another(dataset: Path, shard: Shard) -> LengthwiseError:
         f"{shard.path}: does not hold what the index of {dataset} says; if python -m lengthwise verify finds no damage in "
         f"the index, {REMAKE}"
     )
-
-
-class NoRecordError(KeyError):
-    """Nothing to read under this id. Why is looked for when it is shown: among ten million ids that takes seconds."""
-
-    def __init__(self, record_id: str, dataset: Dataset):
-        super().__init__(record_id)
-        self.dataset = dataset
-
-    def __str__(self) -> str:
-        return self.dataset.explain(self.args[0])
-
-    def __reduce__(self) -> tuple[type[KeyError], tuple[str]]:
-        return KeyError, (str(self),)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -257,6 +257,8 @@ class Shard:
         except OSError as error:
             raise LengthwiseError(f"{self.path}: cannot be read: {error.strerror}") from error
         self._arrays: dict[str, np.ndarray] = {}
+        tail = self.tensors["offsets"].start
+        self._will_need(tail, size - tail)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """A tensor as an array over the file, without a copy; writing to it does not reach the file."""
@@ -264,6 +266,21 @@ class Shard:
             tensor = self.tensors[name]
             self._arrays[name] = np.ndarray(tensor.shape, tensor.dtype, self._map, tensor.start)
         return self._arrays[name]
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Some rows of a tensor, and the device begins to read just these.
+
+        A page fault alone reads as far around its page as the device's readahead goes, which may be megabytes.
+        """
+        tensor = self.tensors[name]
+        row_bytes = tensor.dtype.itemsize * math.prod(tensor.shape[1:])
+        self._will_need(tensor.start + start * row_bytes, (stop - start) * row_bytes)
+        return self[name][start:stop]
+
+    def _will_need(self, start: int, size: int) -> None:
+        """Begin to read these bytes of the file, if they are not in memory yet."""
+        before = start % mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, start - before, before + size)
 
     @property
     def data_names(self) -> list[str]:

@@ -289,7 +289,7 @@ def test_a_dataset_that_is_dropped_lets_go_of_its_files_at_once(store):
     gc.disable()
     try:
         ds = store.open("a")
-        ds.pooled()
+        ds["p1"]
         assert mapped_shards() > before
         del ds
         assert mapped_shards() == before
@@ -343,7 +343,7 @@ def test_a_damaged_lookup_is_one_line(own, refused, content):
 def test_a_flipped_bit_in_the_lookup_never_gives_wrong_rows_and_verify_finds_it(own, stored):
     path = own().path / LOOKUP
     whole, rng, found = path.read_bytes(), np.random.default_rng(0), 0
-    for place in rng.choice(len(whole), 60, replace=False):
+    for place in rng.choice(len(whole), 30, replace=False):
         data = bytearray(whole)
         data[place] ^= 1 << rng.integers(8)
         path.unlink()
@@ -366,7 +366,7 @@ def test_a_flipped_bit_in_the_lookup_never_gives_wrong_rows_and_verify_finds_it(
             found += bool(wrong)
         except LengthwiseError:
             found += 1
-    assert found > 10  # the others were padding
+    assert found > 5  # the others were padding
 
 
 def test_ids_with_the_same_hash_are_told_apart(own, stored, monkeypatch):
@@ -509,7 +509,7 @@ def batches(data, collate, **options):
 
 @pytest.mark.parametrize("how", ["fork", "spawn"])
 def test_workers_give_the_batches_that_one_process_gives(ds, stored, how):
-    data = ds[::2].torch()
+    data = ds.where("length > 0")[::2].torch()
     ds["p1"]  # the parent has shards open
     mine = batches(data, data.pad)
     theirs = batches(data, data.pad, num_workers=2, multiprocessing_context=how)
