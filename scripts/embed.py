@@ -1,12 +1,11 @@
 """Embed one job's sequences."""
 
-import os
 from pathlib import Path
 
 from lengthwise.logs import count, log, reporting
 
 with reporting(snakemake.log[0], snakemake.scriptdir):
-    from lengthwise.allocation import place
+    from lengthwise.allocation import deadline, place
     from lengthwise.lease import leased
     from lengthwise.settings import device_of
 
@@ -23,7 +22,7 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
             device=device,
             batch_tokens=snakemake.config["batch_tokens"],
             threads=snakemake.threads,
-            deadline=float(os.environ.get("SLURM_JOB_END_TIME", "inf")),
+            deadline=deadline(),
         )
     log.info(
         "job %s: %s, %d made now, in %.1f s on %s",

@@ -7,15 +7,17 @@ from lengthwise.logs import log, reporting
 with reporting(snakemake.log[0], snakemake.scriptdir):
     from lengthwise import forecast
     from lengthwise.plan import Sizes
+    from lengthwise.rates import pace
     from lengthwise.settings import expected
 
     config, folders = snakemake.config, [Path(table).parent for table in snakemake.input.sequences]
     store = folders[0].parent.parent
+    settings = expected(store, config, snakemake.params.auto_device)
     made = forecast.forecast(
         store,
-        expected(store, config, snakemake.params.auto_device),
+        settings,
         {folder.name: folder for folder in folders},
-        Sizes(config["job_minutes"] * 60, config["shard_bytes"]),
+        Sizes(config["job_minutes"] * 60, config["shard_bytes"], pace(store, settings)),
         config["batch_tokens"],
         snakemake.params.threads,
         snakemake.resources.mem_mb * 10**6 * 2 // 5,

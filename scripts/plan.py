@@ -9,16 +9,19 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
 
     from lengthwise.logs import count, duration
     from lengthwise.plan import Sizes, plan
+    from lengthwise.rates import pace
+    from lengthwise.settings import require
     from lengthwise.space import require_space
     from lengthwise.store import commit_path
 
     store = Path(snakemake.params.store)
-    sizes = Sizes(snakemake.config["job_minutes"] * 60, snakemake.config["shard_bytes"])
+    config = snakemake.config
+    sizes = Sizes(config["job_minutes"] * 60, config["shard_bytes"], pace(store, require(store)))
     sequences = dict(zip(snakemake.params.datasets, map(Path, snakemake.input.sequences), strict=True))
     memory_bytes = snakemake.resources.mem_mb * 10**6 * 2 // 5  # the rest is for a job's spec
     retry = snakemake.params.retry_rejected
     jobs = plan(store, sequences, sizes, Path(snakemake.output.jobs), memory_bytes, retry)
-    if snakemake.config["disk_space"] == "refuse":
+    if config["disk_space"] == "refuse":
         require_space(store, jobs)
     new = jobs[[not commit_path(store, job).exists() for job in jobs["job"]]]
     wanted = sum(pq.read_metadata(path).num_rows for path in sequences.values())

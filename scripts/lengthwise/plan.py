@@ -18,14 +18,16 @@ import pyarrow.compute as pc
 
 from lengthwise.database import out_of_core
 from lengthwise.errors import LengthwiseError
-from lengthwise.files import atomic, emptied
+from lengthwise.files import atomic, emptied, read_json
 from lengthwise.order import Ordered
+from lengthwise.resources import ask
 from lengthwise.settings import require
 from lengthwise.shapes import ModelConfig
 from lengthwise.specs import Specs, spec_table, write_spec
 from lengthwise.store import bytes_per_sequence, commit_path, layout
 
-JOBS_COLUMNS = ["job", "datasets", "shards", "sequences", "residues", "forecast_bytes", "forecast_seconds"]
+JOBS_COLUMNS = ["job", "datasets", "shards", "sequences", "residues", "longest", "forecast_bytes", "forecast_seconds"]
+JOBS_COLUMNS += ["mem_mb", "disk_mb", "runtime_minutes"]
 
 # Floating-point operations per second assumed before anything was measured: two cores of a 2023 server in float32, and a
 # third of an A100's dense float16 peak (https://www.nvidia.com/en-us/data-center/a100/).
@@ -47,6 +49,7 @@ class Sizes:
 
     job_seconds: float
     shard_bytes: int
+    pace: float = 1.0  # seconds that a forecast second takes, see `lengthwise.rates.pace`
 
 
 def plan(
@@ -89,7 +92,8 @@ def plan(
             commit_path(store, job).unlink(missing_ok=True)
             users[job] |= datasets
         with _specs(store, files, spill, memory_bytes) as specs:
-            table = _jobs_table(specs, users, list(sequences), settings)
+            table = _jobs_table(specs, users, list(sequences), settings, sizes.pace)
+    table = table.join(ask(table, settings, read_json(store / "weights.json", "bytes")["bytes"]))[JOBS_COLUMNS]
     with atomic(jobs_tsv) as part:
         table.to_csv(part, sep="\t", index=False)
     return table
@@ -145,7 +149,7 @@ def _specs(store: Path, files: list[Path], spill: Path, memory_bytes: int) -> It
 
 def cut_work(lengths: np.ndarray, counts: np.ndarray, settings: dict, sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
     """The bounds of shards and of jobs, in sequences sorted by length; so many sequences have each length."""
-    seconds = forecast_seconds(lengths, settings)
+    seconds = sizes.pace * forecast_seconds(lengths, settings)
     most = np.broadcast_to(lengths[-1], counts.sum())
     overhead = len(layout(most, settings)[0]) + 8  # the header, and the end of the last sequence in offsets
     cost = np.maximum(
@@ -199,7 +203,9 @@ class _Rows:
         return pa.concat_tables(parts)
 
 
-def _jobs_table(specs: Specs, users: dict[str, set[int]], datasets: list[str], settings: dict) -> pd.DataFrame:
+def _jobs_table(
+    specs: Specs, users: dict[str, set[int]], datasets: list[str], settings: dict, pace: float
+) -> pd.DataFrame:
     """One row for each job that some dataset stands on."""
     jobs = sorted(users)
     table, by_length = specs.sizes(jobs)
@@ -208,6 +214,6 @@ def _jobs_table(specs: Specs, users: dict[str, set[int]], datasets: list[str], s
     # Work is sorted, so a job's sequences have few lengths.
     lengths, counts = by_length["length"].to_numpy(), by_length["sequences"].to_numpy()
     by_length["forecast_bytes"] = bytes_per_sequence(lengths, settings) * counts
-    by_length["forecast_seconds"] = forecast_seconds(lengths, settings) * counts
-    forecast = by_length.groupby("job")[["forecast_bytes", "forecast_seconds"]].sum()
-    return table.join(forecast.round({"forecast_seconds": 3}))[JOBS_COLUMNS]
+    by_length["forecast_seconds"] = pace * forecast_seconds(lengths, settings) * counts
+    forecast = by_length.groupby("job").agg({"length": "max", "forecast_bytes": "sum", "forecast_seconds": "sum"})
+    return table.join(forecast.rename(columns={"length": "longest"}).round({"forecast_seconds": 3}))

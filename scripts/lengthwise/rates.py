@@ -9,7 +9,7 @@ import pandas as pd
 from lengthwise.files import read_json
 from lengthwise.logs import count
 from lengthwise.metrics import read_metrics
-from lengthwise.plan import ASSUMED_FLOPS
+from lengthwise.plan import ASSUMED_FLOPS, forecast_seconds
 from lengthwise.shapes import ModelConfig
 from lengthwise.store import find_metrics
 
@@ -29,6 +29,8 @@ ASSUMED_THREADS = 2
 READ_BYTES_PER_SECOND, START_SECONDS = 200e6, 5.0
 # Of a store's jobs so many are looked at: all of thousands would take a minute and say the same.
 MAX_JOBS = 100
+# Once so much was measured, the work is cut by it; a protein of such a length stands for all.
+ENOUGH_SECONDS, TYPICAL_RESIDUES = 60.0, 300
 # From so many jobs on their spread says something.
 ENOUGH_JOBS = 5
 # An operation of attention takes no less time than one of the products, and not this much more.
@@ -48,6 +50,7 @@ class Rate:
     low: float  # the range goes from `low` to `high` times the forecast
     high: float
     basis: str  # where rate and range come from
+    measured_seconds: float = 0.0  # what was measured took so long
 
     def seconds(self, shape: ModelConfig, lengths: np.ndarray) -> np.ndarray:
         """What sequences of these lengths are expected to take, without loading the weights."""
@@ -78,6 +81,16 @@ def rates(store: Path, settings: dict, shape: ModelConfig, threads: int) -> list
     return found
 
 
+def pace(store: Path, settings: dict) -> float:
+    """Seconds that one of `plan.forecast_seconds` takes where this store's work was done so far; 1 while that says little."""
+    shape = ModelConfig(settings["num_layers"], settings["embed_dim"], settings["attention_heads"])
+    measured = measured_here(store, settings, shape)
+    if not measured or measured[0].measured_seconds < ENOUGH_SECONDS:
+        return 1.0
+    typical = np.array([TYPICAL_RESIDUES])
+    return float((measured[0].seconds(shape, typical) / forecast_seconds(typical, settings))[0])
+
+
 def measured_here(store: Path, settings: dict, shape: ModelConfig) -> list[Rate]:
     """One rate for each device that finished shards of this store, the one that made most of them first."""
     paths = sorted(store.glob("jobs/*.json"))
@@ -97,7 +110,8 @@ def measured_here(store: Path, settings: dict, shape: ModelConfig) -> list[Rate]
     for device, here in batches.groupby("device"):
         loads = [commit["load_seconds"] for commit in commits if commit["device"] == device]
         rate = _fit(here, device, settings["precision"])
-        found.append((len(here), replace(rate, load_seconds=float(np.median(loads or [0.0])))))
+        load, took = float(np.median(loads or [0.0])), float(here["seconds"].sum())
+        found.append((len(here), replace(rate, load_seconds=load, measured_seconds=took)))
     return [rate for _, rate in sorted(found, key=lambda item: -item[0])]
 
 

@@ -19,11 +19,13 @@ import snakemake.cli
 import lengthwise.config
 import lengthwise.fasta
 from lengthwise.closing import failure_lines_of, forecast_lines_of, success_lines_of
-from lengthwise.device import auto_device, refuse_missing_gpu
+from lengthwise.device import refuse_missing_gpu
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import stamp, write_json
+from lengthwise.logs import FAILED
 from lengthwise.presence import at_work
 from lengthwise.recovery import broken_commits, remove_leftovers
+from lengthwise.runs import note_run, refusal
 from lengthwise.settings import guard, load
 from lengthwise.shapes import MODELS
 from lengthwise.weights import note_new_time
@@ -31,22 +33,32 @@ from lengthwise.weights import note_new_time
 STARTED = time.time()
 PRESENCE = ExitStack()
 atexit.register(PRESENCE.close)
-
+RUN = Path(".snakemake/lengthwise.json")
+BEGUN = []  # with something in it once this run was let in
 
 # What these options of the command line ask for changes no result.
 LOOKS_ONLY = """dryrun unlock touch lint report dag rulegraph filegraph d3dag list_target_rules list_rules summary
 detailed_summary list_changes list_untracked cleanup_metadata delete_all_output delete_temp_output archive""".split()
 
 
-def may_change_files():
-    """Whether this is a run, and the only one: not a look, no other run's lock."""
+@functools.cache
+def options():
+    """The command line, profiles included; None where another program called Snakemake."""
     try:
-        given = snakemake.cli.parse_args(sys.argv[1:])[1]
-    except SystemExit:  # called by another program
-        return False
-    return not any(getattr(given, option, None) for option in LOOKS_ONLY) and not any(
-        Path(".snakemake/locks").glob("*")
-    )
+        return snakemake.cli.parse_args(sys.argv[1:])[1]
+    except SystemExit:
+        return None
+
+
+def may_change_files():
+    """Whether this is a run, and not a look."""
+    given = options()
+    return given is not None and not any(getattr(given, option, None) for option in LOOKS_ONLY)
+
+
+def locked():
+    """Whether another run holds this folder's lock, or left it."""
+    return any(Path(".snakemake/locks").glob("*"))
 
 
 def put_right(store):
@@ -58,13 +70,19 @@ def put_right(store):
     lost = not (store / "settings.json").exists() and load(store)
     for commit, shards in broken.items():
         print(f"lengthwise: job {commit.stem}: {shards[0]} is gone or cut short; a run makes it again", file=sys.stderr)
-    if may_change_files():
+    if may_change_files() and not locked():
         for commit in broken:
             commit.unlink()
         if lost:
             write_json(store / "settings.json", lost)
         remove_leftovers(store)
         PRESENCE.enter_context(at_work(store))
+
+
+def say_why_refused(why):
+    """After Snakemake's own lines about the lock, unless it did not mind."""
+    if not BEGUN:
+        print(f"{FAILED}{why}", file=sys.stderr)
 
 
 try:
@@ -76,8 +94,10 @@ try:
     guard(Path(STORE), config)
     if workflow.is_main_process:
         put_right(Path(STORE))
+        if locked() and may_change_files():
+            atexit.register(say_why_refused, refusal(RUN))
 except (LengthwiseError, OSError) as error:
-    sys.exit(f"lengthwise: error: {error}")  # one line; an exception would show the Snakefile's own lines too
+    sys.exit(f"{FAILED}{error}")  # one line; an exception would show the Snakefile's own lines too
 
 MANIFEST = f"{STORE}/datasets/{{dataset}}/manifest.json"
 WEIGHTS = f"{STORE}/weights.json"
@@ -112,20 +132,24 @@ def weights_of_unknown_shape(wildcards):
 
 
 @functools.lru_cache(maxsize=2)
-def jobs_by_dataset(size, mtime_ns):
-    """{dataset: its commits} of the plan with this size and time; under "" all of them."""
+def read_plan(size, mtime_ns):
+    """{job: its row} of the plan with this size and time, and {dataset: its commits}; under "" all of them."""
     with open(JOBS) as table:
-        rows = list(csv.DictReader(table, delimiter="\t"))
-    commits = {"": [f"{STORE}/jobs/{row['job']}.json" for row in rows]}
-    for row, commit in zip(rows, commits[""]):
+        rows = {row["job"]: row for row in csv.DictReader(table, delimiter="\t")}
+    commits = {"": [f"{STORE}/jobs/{job}.json" for job in rows]}
+    for row, commit in zip(rows.values(), commits[""]):
         for dataset in row["datasets"].split(","):
             commits.setdefault(dataset, []).append(commit)
-    return commits
+    return rows, commits
+
+
+def planned():
+    state = os.stat(JOBS)
+    return read_plan(state.st_size, state.st_mtime_ns)
 
 
 def planned_commits(dataset):
-    state = os.stat(JOBS)
-    return jobs_by_dataset(state.st_size, state.st_mtime_ns).get(dataset, [])
+    return planned()[1].get(dataset, [])
 
 
 def commits_of_all(wildcards):
@@ -138,37 +162,12 @@ def commits_of_dataset(wildcards):
     return planned_commits(wildcards.dataset)
 
 
-def on_cluster(wildcards):
-    return int(bool(workflow.non_local_exec))
-
-
-def uses_gpu():
-    """The config's device; auto means what the store was made for."""
-    if config["device"] != "auto":
-        return config["device"] == "cuda"
-    settings = load(Path(STORE))
-    return (settings["device"] if settings else auto_device(workflow.non_local_exec)) == "cuda"
-
-
-def device_of_new_store(wildcards):
-    return "cuda" if uses_gpu() else "cpu"
-
-
-def gpus(wildcards):
-    return int(uses_gpu())
-
-
-def model_threads(wildcards):
-    """All cores where the CPU computes; a few beside a GPU."""
-    if uses_gpu():
-        return 4
-    return workflow.cores or 8
-
-
 def begin():
     """Before any job."""
     require_device()
     if workflow.is_main_process:
+        BEGUN.append(True)
+        note_run(RUN)
         note_new_time(Path(STORE))
         write_json(Path(PLANNED_INPUTS), STAMPS)  # a job on another node reads its config and inputs again
 
@@ -179,7 +178,7 @@ def require_device():
         try:
             refuse_missing_gpu()
         except LengthwiseError as error:
-            sys.exit(f"lengthwise: error: {error}")
+            sys.exit(f"{FAILED}{error}")
 
 
 def success_lines():

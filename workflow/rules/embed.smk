@@ -18,7 +18,8 @@ checkpoint plan:
         "../../envs/lengthwise.yaml"
     threads: 2
     resources:
-        mem_mb=2000,
+        mem_mb=bounded_mem_mb,
+        runtime=reading_minutes,
     params:
         store=subpath(output.jobs, ancestor=2),
         datasets=list(DATASETS),
@@ -41,6 +42,9 @@ rule embed:
     threads: model_threads
     resources:
         gpu=gpus,
+        mem_mb=embed_mem_mb,
+        disk_mb=embed_disk_mb,
+        runtime=embed_minutes,
     params:
         store=subpath(output.commit, ancestor=2),
     script:
@@ -62,6 +66,9 @@ rule assemble:
     conda:
         "../../envs/lengthwise.yaml"
     threads: 1
+    resources:
+        mem_mb=assemble_mem_mb,
+        runtime=reading_minutes,
     params:
         store=subpath(output.manifest, ancestor=3),
     script:

@@ -25,7 +25,8 @@ rule export_h5:
         "../../envs/lengthwise.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
+        mem_mb=bounded_mem_mb,
+        runtime=reading_minutes,
     params:
         folder=subpath(output.entries, parent=True),
     script:

@@ -17,7 +17,8 @@ rule ingest:
         "../../envs/lengthwise.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
+        mem_mb=bounded_mem_mb,
+        runtime=reading_minutes,
     params:
         fasta=fasta_state,
         long_sequences=config["long_sequences"],

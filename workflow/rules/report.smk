@@ -35,6 +35,8 @@ rule scaling:
     threads: model_threads
     resources:
         gpu=gpus,
+        mem_mb=scaling_mem_mb,
+        runtime=short_minutes,
     params:
         store=subpath(output.table, ancestor=2),
     script:
@@ -59,6 +61,9 @@ rule summarize:
     conda:
         "../../envs/lengthwise.yaml"
     threads: 1
+    resources:
+        mem_mb=summarize_mem_mb,
+        runtime=short_minutes,
     params:
         store=subpath(output.page, ancestor=2),
         datasets=list(DATASETS),
