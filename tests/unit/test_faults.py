@@ -43,6 +43,8 @@ class Faults:
 
     def _counted(self, name: str, original):
         def call(*arguments, **keywords):
+            if any(isinstance(argument, Path) and argument.parent.name == "running" for argument in arguments):
+                return original(*arguments, **keywords)  # signs of life, which no one needs
             self.calls.append(name)
             if len(self.calls) == self.at:
                 if self.torn and name == "pwrite":
@@ -87,7 +89,7 @@ def undisturbed(planned) -> tuple[dict[str, bytes], list[str]]:
 
 
 def begin_again(store) -> None:
-    for folder in ("shards", "metrics", "jobs"):
+    for folder in ("shards", "metrics", "jobs", "parity"):
         shutil.rmtree(store.path / folder, ignore_errors=True)
 
 

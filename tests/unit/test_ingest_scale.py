@@ -49,9 +49,9 @@ def times_of_parser_and_ingest(fasta, folder, rounds: int) -> tuple[float, float
 
 
 @pytest.mark.parametrize(
-    # A file of 50 MB is read in a sixth of a second; what is done once for a file counts for more there.
+    # The small file, read in a sixth of a second, is for gross losses alone: others may be at work on the machine.
     ("records", "rounds", "limit"),
-    [pytest.param(100_000, 5, 3.0, id="100k"), pytest.param(10**6, 7, 2.5, id="1M", marks=pytest.mark.slow)],
+    [pytest.param(100_000, 5, 5.0, id="100k"), pytest.param(10**6, 7, 2.5, id="1M", marks=pytest.mark.slow)],
 )
 def test_ingest_takes_a_small_multiple_of_biopythons_parser_on_one_core(records, rounds, limit, tmp_path):
     write(tmp_path / "in.fasta", records)
