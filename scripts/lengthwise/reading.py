@@ -339,10 +339,11 @@ def _open_shard(dataset: Path, store: Path, settings: dict[str, Any], names: lis
         shard = Shard(path)
     except IndexError as error:
         raise LengthwiseError(f"{dataset / LOOKUP}: damaged; remove it and run snakemake again") from error
-    except OSError as error:
-        held = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    except LengthwiseError as error:
+        if getattr(error.__cause__, "errno", None) not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise
         advice = "too many arrays of different shards are held; keep copies instead, np.array(ds[...])"
-        raise LengthwiseError(f"{path}: {error.strerror}" + (f": {advice}" if held else "")) from error
+        raise LengthwiseError(f"{error}: {advice}") from error
     n, rows, d = len(shard["status"]), shard["offsets"].item(-1), settings["embed_dim"]
     kinds = {
         "residue": ("layer", rows, settings["storage_dtype"]),
