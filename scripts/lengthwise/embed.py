@@ -398,7 +398,7 @@ def _metrics(engine: Engine, lengths: np.ndarray, result: BatchResult) -> dict:
 
 def _shards(spec: Path) -> Iterator[PlannedShard]:
     """The shards of a spec, in its order."""
-    table = pq.read_table(spec)
+    table = pq.read_table(spec)  # whole: `plan` bounds it (JOB_BYTES)
     names = table.column("shard").to_numpy()
     starts = np.flatnonzero(np.concatenate([[True], names[1:] != names[:-1]]))
     for start, stop in itertools.pairwise([*starts.tolist(), len(names)]):

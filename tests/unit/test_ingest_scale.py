@@ -11,6 +11,7 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 
+import numpy as np
 import pandas as pd
 import pytest
 from Bio.SeqIO.FastaIO import SimpleFastaParser
@@ -30,36 +31,44 @@ def _with_peak(function, *arguments):
     return function(*arguments), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
-def times_of_parser_and_ingest(fasta, folder, rounds: int) -> tuple[float, float]:
-    """The least seconds of several interleaved rounds on one core; nothing of ingest is left out."""
+def times_of_parser_and_ingest(fasta, folder, rounds: int) -> dict[str, tuple[float, float]]:
+    """The least (seconds, processor seconds) of interleaved rounds on one core; nothing of ingest is left out."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    parser, ours = [], []
-    for _ in range(rounds):
-        begin = time.perf_counter()
+    paths = [folder / name for name in ("records.parquet", "sequences.parquet", "summary.json")]
+
+    def parse():
         with open(fasta) as file:
-            n = sum(1 for _ in SimpleFastaParser(file))
-        parser.append(time.perf_counter() - begin)
-        for path in folder.glob("*"):
-            path.unlink()
-        begin = time.perf_counter()
-        summary = ingest(fasta, *(folder / name for name in ("records.parquet", "sequences.parquet", "summary.json")))
-        ours.append(time.perf_counter() - begin)
-        assert summary["records"] == n
-    return min(parser), min(ours)
+            return sum(1 for _ in SimpleFastaParser(file))
+
+    times = {"parser": [], "ingest": []}
+    for _ in range(rounds):
+        shutil.rmtree(folder, ignore_errors=True)
+        found = []
+        for name, run in [("parser", parse), ("ingest", lambda: ingest(fasta, *paths)["records"])]:
+            begin = time.perf_counter(), time.process_time()
+            found.append(run())
+            times[name].append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
+        assert found[0] == found[1]
+    return {name: tuple(np.min(own, axis=0).tolist()) for name, own in times.items()}
 
 
 @pytest.mark.parametrize(
-    # The small file, read in a sixth of a second, is for gross losses alone: others may be at work on the machine.
-    ("records", "rounds", "limit"),
-    [pytest.param(100_000, 5, 5.0, id="100k"), pytest.param(10**6, 7, 2.5, id="1M", marks=pytest.mark.slow)],
+    ("records", "rounds"),
+    [pytest.param(100_000, 6, id="100k"), pytest.param(10**6, 7, id="1M", marks=pytest.mark.slow)],
 )
-def test_ingest_takes_a_small_multiple_of_biopythons_parser_on_one_core(records, rounds, limit, tmp_path):
+def test_ingest_takes_at_most_two_and_a_half_times_what_biopythons_parser_takes_on_one_core(records, rounds, tmp_path):
     write(tmp_path / "in.fasta", records)
-    (parser, ours), _ = in_its_own_process(times_of_parser_and_ingest, tmp_path / "in.fasta", tmp_path / "out", rounds)
+    times, _ = in_its_own_process(times_of_parser_and_ingest, tmp_path / "in.fasta", tmp_path / "out", rounds)
+    ratios = [ours / parser for parser, ours in zip(times["parser"], times["ingest"], strict=True)]
     warnings.warn(
-        f"{records:,} records: parser {parser:.2f} s, ingest {ours:.2f} s, {ours / parser:.2f} times", stacklevel=1
+        f"{records:,} records: parser {times['parser'][0]:.2f} s, ingest {times['ingest'][0]:.2f} s: {ratios[0]:.2f} times; "
+        f"in processor time {ratios[1]:.2f} times",
+        stacklevel=1,
     )
-    assert ours / parser < limit
+    if records >= 10**6:
+        assert ratios[0] < 2.5
+    else:  # in a fifth of a second, what is done once for a file counts for more, and so do others at work on the machine
+        assert ratios[1] < 3.5
 
 
 def counts_and_seconds_of_ingest(fasta, folder, memory_bytes: int) -> tuple[dict, float]:
