@@ -28,7 +28,7 @@ from lengthwise.index import Index
 from lengthwise.logs import count
 from lengthwise.settings import require
 from lengthwise.status import GOOD
-from lengthwise.store import Shard, Tensor, commit_path, layout, metrics_path, shard_name, shard_path
+from lengthwise.store import Shard, Tensor, commit_path, find_metrics, layout, shard_name, shard_path
 
 PROGRESS_SECONDS = 10.0
 # Ends the name of what was taken out of service.
@@ -171,11 +171,10 @@ def _check_dataset(path: Path, shards: _Shards) -> Checked:
     for job in manifest["jobs"]:
         commit = commit_path(shards.store, job)
         problems += _problems_of(lambda commit=commit: read_json(commit, "shards"), commit)
-    metrics = [metrics_path(shards.store, shard_id) for shard_id in manifest["shards"]]
-    there = [each for each in metrics if each.exists()]
-    for each in there:
+    metrics = [path for shard_id in manifest["shards"] if (path := find_metrics(shards.store, shard_id))]
+    for each in metrics:
         problems += _problems_of(lambda each=each: pq.read_metadata(each), each)
-    lost = len(metrics) - len(there)
+    lost = len(manifest["shards"]) - len(metrics)
     return Checked(name, problems, count(manifest["records"], "record") + (f", {lost} without metrics" if lost else ""))
 
 

@@ -244,6 +244,16 @@ def test_lost_metrics_are_no_damage_and_are_said(verify, store):
     )
 
 
+def test_metrics_where_earlier_versions_had_them_are_checked_too(verify, store):
+    for path in store.path.glob("metrics/*/*.parquet"):
+        path.rename(path.parent.parent / path.name)
+    assert verify()[1][1:] == ["dataset one: good, 20 records", "dataset two: good, 20 records"]
+    cut_short(old := only(store, "metrics/*.parquet"))
+    code, _, wrong = verify()
+    assert code == 1
+    assert str(old) in wrong[0]
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
