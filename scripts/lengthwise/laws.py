@@ -13,6 +13,8 @@ from lengthwise.scaling_table import FAIR_ESM
 from lengthwise.shapes import MODELS, ModelConfig
 
 CARDS_GB = (16, 24, 40, 80)
+# Growth of resident memory below this says more of what malloc rounds and keeps than of a pass.
+RESIDENT_GRAIN = 4_000_000
 MEMORY_MARGIN = 0.9  # as in the engine: the rest is for what the formula leaves out
 KEYS = ["engine", "precision", "gradients"]
 UNITS = {
@@ -48,7 +50,8 @@ def laws(study: pd.DataFrame) -> list[Law]:
     """The laws of a study, for each engine, precision and mode that has points enough."""
     found = []
     for (engine, precision, gradients), rows in study.groupby(KEYS, sort=False):
-        sized = rows[rows["peak_bytes"] > 0]
+        least = np.where(rows["memory_measure"].fillna("") == "resident", RESIDENT_GRAIN, 0)
+        sized = rows[rows["peak_bytes"] > least]
         timed = rows[rows["wall_ms"].notna() & rows["product_flops"].notna()]
         tokens = sized["n_tokens"].to_numpy(float)
         terms = {"fixed": np.ones(len(sized)), "tokens": tokens}

@@ -126,8 +126,8 @@ def scaling(
     fixed = {"device": device_name(place), "device_bytes": probe.device_bytes(), "memory_measure": probe.memory_measure}
     rows: list[dict] = []
     left, plan = SECONDS[place.type] if seconds is None else seconds, _plan(place, precision)
-    series_left = sum(len(sizes) for *_, sizes in plan)
-    for engine, kind, gradients, sizes in plan:
+    shares_left = sum(share * len(sizes) for *_, sizes, share in plan)
+    for engine, kind, gradients, sizes, share in plan:
         loaded = _load(engine, weights, place, kind, gradients)
         for batch_tokens in sizes:
             series = Series(engine, kind, gradients, batch_tokens)
@@ -137,9 +137,9 @@ def scaling(
             if loaded is None:
                 rows.append(_row(series, config, *series.points[0]) | {"status": OUT_OF_MEMORY} | fixed)
             else:
-                found = _measure_series(series, loaded, config, probe, left / series_left)
+                found = _measure_series(series, loaded, config, probe, left * share / shares_left)
                 rows += [row | {"weights_bytes": loaded.weights_bytes} | fixed for row in found]
-            left, series_left = left - (time.perf_counter() - began), series_left - 1
+            left, shares_left = left - (time.perf_counter() - began), shares_left - share
         del loaded
         _release(place)
     frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
@@ -215,11 +215,13 @@ class Probe:
             torch.cuda.synchronize(self.device)
 
 
-def _plan(device: torch.device, own: str) -> list[tuple[str, str, bool, tuple[int | None, ...]]]:
-    """(engine, precision, gradients, sizes of batches) in the order of the work: what must not lack time comes first."""
+def _plan(device: torch.device, own: str) -> list[tuple[str, str, bool, tuple[int | None, ...], int]]:
+    """(engine, precision, gradients, sizes of batches, share of the time for each of these)."""
     served = [name for name, dtype in DTYPES.items() if device.type == "cuda" or onednn_serves(dtype)]
-    runs = [(kind, False, (*BATCH_TOKENS[device.type], None)) for kind in dict.fromkeys([own, *served])]
-    runs.insert(1, (own, True, (None,)))
+    sizes = (*BATCH_TOKENS[device.type], None)
+    # What a series does not need goes to the next ones: those that most questions ask for are last.
+    runs = [(kind, False, sizes, 1) for kind in served if kind != own]
+    runs += [(own, True, (None,), 1), (own, False, sizes, 2)]
     return [(engine, *run) for run in runs for engine in (LENGTHWISE, FAIR_ESM)]
 
 
@@ -267,22 +269,20 @@ def _measure_series(series: Series, loaded: Loaded, config: ModelConfig, probe: 
     ends = time.perf_counter() + budget
     rows: list[dict] = []
     measured: list[Point] = []
-    # The best rate so far of the two passes that every point needs (one hiccup must not end a series), and the memory of
-    # the point before.
+    # The best rate of a pass so far (one hiccup must not end a series), and the memory of the point before.
     seconds_per_flop, bytes_per_square = np.inf, 0.0
     for length, n in series.points:
         row = _row(series, config, length, n)
         rows.append(row)
         flops, square = row["product_flops"] + row["attention_flops"], n * length**2
         left, available = ends - time.perf_counter(), probe.available_bytes()
-        if left <= 0 or (measured and flops * seconds_per_flop > left / 2):  # the other half is for repeats
+        if left <= 0 or (measured and 2 * flops * seconds_per_flop > left):  # one pass for memory, one for time
             row["status"] = SKIPPED_TIME
             continue
         if available is not None and square * bytes_per_square > available:
             row["status"] = SKIPPED_MEMORY
             continue
         tokens = _random_tokens(rng, n, length).to(probe.device)  # [N, L + 2]
-        began = time.perf_counter()
         try:
             measured.append(_measure_point(series, loaded, row, tokens, probe))
         except RuntimeError as error:
@@ -292,7 +292,7 @@ def _measure_series(series: Series, loaded: Loaded, config: ModelConfig, probe: 
         if row["status"] == OUT_OF_MEMORY:  # outside of the handler, whose traceback keeps the tensors alive
             _release(probe.device)
             break
-        seconds_per_flop = min(seconds_per_flop, (time.perf_counter() - began) / flops)
+        seconds_per_flop = min(seconds_per_flop, measured[-1].seconds[0] / flops)
         bytes_per_square = (row["peak_bytes"] or 0) / square
     for _ in range(
         MAX_REPEATS - 1

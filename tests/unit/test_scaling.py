@@ -124,7 +124,7 @@ def test_a_point_that_would_not_fit_in_memory_is_not_tried(weights, tmp_path, mo
     monkeypatch.setattr(scaling, "LENGTHS", LENGTHS[:4])
     monkeypatch.setattr(scaling.Probe, "available_bytes", lambda _: 2_000_000)
     monkeypatch.setattr(scaling.Probe, "peak_bytes", lambda _, forward: (forward(), 1_000_000)[1])
-    rows = scaling.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=3.0)
+    rows = scaling.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=20.0)
     ours = single(rows, scaling.LENGTHWISE, False)
     assert list(ours["status"]) == [scaling.OK] + [scaling.SKIPPED_MEMORY] * 3
 
@@ -144,7 +144,7 @@ def test_a_series_that_runs_out_of_memory_ends_and_the_next_goes_on(weights, tmp
 
     monkeypatch.setattr(scaling, "_load_lengthwise", load_small_device)
     monkeypatch.setattr(scaling, "LENGTHS", LENGTHS[:5])
-    rows = scaling.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=3.0)
+    rows = scaling.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=20.0)
     for gradients in (False, True):
         ours = single(rows, scaling.LENGTHWISE, gradients)
         assert list(ours["length"]) == [50, 100, 200, 350]
@@ -159,7 +159,7 @@ def test_an_engine_whose_weights_do_not_fit_is_said_to_and_the_others_go_on(weig
 
     monkeypatch.setattr(scaling, "_load_fair_esm", refused)
     monkeypatch.setattr(scaling, "LENGTHS", LENGTHS[:2])
-    rows = scaling.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=3.0)
+    rows = scaling.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=20.0)
     refused_rows = rows[rows["engine"] == scaling.FAIR_ESM]
     assert set(refused_rows["status"]) == {scaling.OUT_OF_MEMORY}
     assert refused_rows["weights_bytes"].isna().all()
@@ -205,7 +205,7 @@ def test_a_table_of_an_earlier_version_is_read_with_what_it_has(study, tmp_path)
 def test_an_error_that_is_not_about_memory_is_raised(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(scaling.Probe, "peak_bytes", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        scaling.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=3.0)
+        scaling.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=20.0)
     assert not (tmp_path / "scaling.tsv").exists()
 
 
