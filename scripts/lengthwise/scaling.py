@@ -85,8 +85,8 @@ def scaling(
     """Time and memory of forward passes at controlled lengths.
 
     Each engine runs one sequence per batch and full batches of equal tokens, without gradients, in each precision that the
-    device has instructions for; and one sequence per batch with gradients (the forward pass keeps its graph; there is no
-    backward pass) in the store's precision. Equal lengths need no padding, so fair-esm is seen at its best. Lengths ascend,
+    device has instructions for (on a CPU full batches alone in others than the store's); and one sequence per batch with
+    gradients (the forward pass keeps its graph; there is no backward pass) in the store's precision. Equal lengths need no padding, so fair-esm is seen at its best. Lengths ascend,
     and a series ends where its memory does, or where its share of the time does; what is left of its time goes to repeats, in
     rounds over its lengths.
 
@@ -218,10 +218,11 @@ class Probe:
 def _plan(device: torch.device, own: str) -> list[tuple[str, str, bool, tuple[int | None, ...], int]]:
     """(engine, precision, gradients, sizes of batches, share of the time for each of these)."""
     served = [name for name, dtype in DTYPES.items() if device.type == "cuda" or onednn_serves(dtype)]
-    sizes = (*BATCH_TOKENS[device.type], None)
-    # What a series does not need goes to the next ones: those that most questions ask for are last.
-    runs = [(kind, False, sizes, 1) for kind in served if kind != own]
-    runs += [(own, True, (None,), 1), (own, False, sizes, 2)]
+    full, single = BATCH_TOKENS[device.type], (None,)
+    # What a series does not need goes to the next ones: those that most questions ask for are last. A CPU has less time.
+    others = full if device.type == "cpu" else full + single
+    runs = [(kind, False, others, 1) for kind in served if kind != own]
+    runs += [(own, True, single, 1), (own, False, full + single, 2)]
     return [(engine, *run) for run in runs for engine in (LENGTHWISE, FAIR_ESM)]
 
 
