@@ -65,7 +65,7 @@ class Heartbeat:
                 return
 
     def __enter__(self) -> "Heartbeat":
-        self.path.parent.mkdir(exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.thread.start()
         return self
 

@@ -86,9 +86,9 @@ def scaling(
 
     Each engine runs one sequence per batch and full batches of equal tokens, without gradients, in each precision that the
     device has instructions for (on a CPU full batches alone in others than the store's); and one sequence per batch with
-    gradients (the forward pass keeps its graph; there is no backward pass) in the store's precision. Equal lengths need no padding, so fair-esm is seen at its best. Lengths ascend,
-    and a series ends where its memory does, or where its share of the time does; what is left of its time goes to repeats, in
-    rounds over its lengths.
+    gradients (the forward pass keeps its graph; there is no backward pass) in the store's precision. Equal lengths need no
+    padding, so fair-esm is seen at its best. Lengths ascend, and a series ends where its memory does, or where its share of
+    the time does; what is left of its time goes to repeats, in rounds over its lengths.
 
     Parameters
     ----------
