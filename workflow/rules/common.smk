@@ -162,6 +162,11 @@ def commits_of_dataset(wildcards):
     return planned_commits(wildcards.dataset)
 
 
+def captioned(figure, category):
+    """A figure of the report, for Snakemake's own report too."""
+    return report(f"{STORE}/report/{figure}.svg", caption=f"../report/{figure}.rst", category=category)
+
+
 def begin():
     """Before any job."""
     require_device()

@@ -19,10 +19,6 @@ FIGURES = {
 TABLES = ["metrics", "by_length", "jobs", "devices", "datasets", "laws", "map"]
 
 
-def captioned(figure, category):
-    return report(f"{STORE}/report/{figure}.svg", caption=f"../report/{figure}.rst", category=category)
-
-
 rule scaling:
     input:
         weights=ancient(WEIGHTS),
