@@ -15,6 +15,8 @@ from lengthwise.shapes import MODELS, ModelConfig
 CARDS_GB = (16, 24, 40, 80)
 # Growth of resident memory below this says more of what malloc rounds and keeps than of a pass.
 RESIDENT_GRAIN = 4_000_000
+# Largest over smallest batch of the points: batches that are all alike tell a fixed part from a growing one by noise alone.
+SPREAD = 4
 MEMORY_MARGIN = 0.9  # as in the engine: the rest is for what the formula leaves out
 KEYS = ["engine", "precision", "gradients"]
 UNITS = {
@@ -66,7 +68,8 @@ def laws(study: pd.DataFrame) -> list[Law]:
             }
             fits["time"] = (terms, timed["wall_ms"].to_numpy(float) / 1000)
         for quantity, (terms, values) in fits.items():
-            if len(values) > len(terms):
+            growing = list(terms.values())[1]
+            if len(values) > len(terms) and growing.max() >= SPREAD * growing.min():
                 found.append(Law(quantity, engine, precision, gradients, *fit(terms, values), len(values)))
     return found
 

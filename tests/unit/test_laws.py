@@ -108,4 +108,7 @@ def test_the_longest_by_the_formula_grows_with_the_card_and_is_none_where_weight
 
 def test_too_few_points_make_no_law():
     assert laws.laws(study().head(2)) == []
+    alike = study()[lambda rows: rows["n_tokens"].between(400, 1100)]  # batches of about the same size
+    assert len(alike) > 4
+    assert laws.laws(alike) == []
     assert laws.as_table([]).empty
