@@ -126,7 +126,7 @@ class Store:
         commit |= {"versions": {"torch": "2.0", "cuda": None}, "load_seconds": 0.5, "embed_seconds": 2.0}
         commit_path(self.folder, name).parent.mkdir(exist_ok=True)
         commit_path(self.folder, name).write_text(json.dumps(commit))
-        self.jobs.append([name, "a", len(shards), 10, 1234, 1, 1.0])
+        self.jobs.append({"job": name, "datasets": "a", "shards": len(shards), "sequences": 10, "residues": 1234})
         return self
 
     def dataset(self, name, accepted=8, duplicate=1, rejected=2, records=11, **values):
@@ -176,7 +176,7 @@ class Store:
         complete["fingerprint"] = fingerprint(complete)
         (self.folder / "settings.json").write_text(json.dumps(complete))
         jobs, scaling = self.folder / "jobs.tsv", self.folder / "report" / "scaling.tsv"
-        pd.DataFrame(self.jobs, columns=JOBS_COLUMNS).to_csv(jobs, sep="\t", index=False)
+        pd.DataFrame(self.jobs, columns=JOBS_COLUMNS).fillna(1).to_csv(jobs, sep="\t", index=False)
         scaling.parent.mkdir(exist_ok=True)
         self.study.to_csv(scaling, sep="\t", index=False)
         facts = report.summarize(self.folder, jobs, self.datasets, scaling, self.folder / "report")
