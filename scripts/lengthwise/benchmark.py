@@ -52,6 +52,7 @@ class Contender:
     run: Callable[[list[bytes]], Rows] | None = None
     load_seconds: float = 0.0
     seconds: list[float] = field(default_factory=list)
+    own_bytes: int = 0  # what it holds on a GPU between runs
     peak_bytes: int | None = None
 
 
@@ -93,11 +94,13 @@ def benchmark(
     contenders = list(_contenders(weights, config, device, say))
     errors = {}
     for number, contender in enumerate(contenders):
+        before = _allocated(device)
         began = time.perf_counter()
         contender.run = contender.load()
         rows = contender.run(sample)  # and the warm-up
         _synchronize(device)
         contender.load_seconds = time.perf_counter() - began
+        contender.own_bytes = _allocated(device) - before
         errors[number] = _errors(rows, expected)
     products: dict[str, list[float]] = {contender.precision: [] for contender in contenders}
     for number, hand in enumerate(hands, start=1):
@@ -190,13 +193,19 @@ def _timed(contender: Contender, hand: list[bytes], device: torch.device) -> flo
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     _synchronize(device)
+    before = _allocated(device)  # the other engines' weights among it
     began = time.perf_counter()
     contender.run(hand)
     _synchronize(device)
     seconds = time.perf_counter() - began
     if device.type == "cuda":
-        contender.peak_bytes = max(contender.peak_bytes or 0, torch.cuda.max_memory_allocated(device))
+        peak = torch.cuda.max_memory_allocated(device) - before + contender.own_bytes
+        contender.peak_bytes = max(contender.peak_bytes or 0, peak)
     return seconds
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _synchronize(device: torch.device) -> None:

@@ -39,6 +39,7 @@ from lengthwise.presence import at_work
 from lengthwise.progress import Heartbeat
 from lengthwise.provenance import driver_version, git_commit
 from lengthwise.settings import require as require_settings
+from lengthwise.shapes import AUTO_BATCH_TOKENS
 from lengthwise.status import DOES_NOT_FIT, NON_FINITE
 from lengthwise.store import Shard, ShardWriter, is_made, metrics_path, shard_path
 from lengthwise.weights import require_unchanged
@@ -264,7 +265,7 @@ class Walk:
                 self._take(current, *current.bounds[len(current.rows)], result, self.engine)
                 if len(current.rows) == len(current.bounds):
                     if self.engine.device.type == "cpu":
-                        _share_time(current.rows)
+                        _share_time(current.rows, self.engine.at_once)
                     self._repair(current)
                     made.add(current.shard.name)
                     self.writes.append(self.thread.submit(self._commit, self.open.popleft()))
@@ -368,11 +369,15 @@ class Walk:
         self.stack.close()
 
 
-def _share_time(rows: list[dict]) -> None:
-    """Batches that were computed at the same time end together: give each the share of the time that it took of a core."""
-    walls, cores = (sum(row[key] for row in rows) for key in ("wall_ms", "device_ms"))
-    for row in rows:
-        row["wall_ms"] = walls * row["device_ms"] / cores if cores else walls / len(rows)
+def _share_time(rows: list[dict], cores: int) -> None:
+    """Batches that were computed at the same time end together: give each the share of the time that it took of the cores.
+
+    A batch has a core, or, where it is longer than usual, all of them.
+    """
+    took = [row["device_ms"] * (cores if row["n_tokens"] > AUTO_BATCH_TOKENS["cpu"] else 1) for row in rows]
+    walls = sum(row["wall_ms"] for row in rows)
+    for row, time_of_cores in zip(rows, took, strict=True):
+        row["wall_ms"] = walls * time_of_cores / sum(took) if any(took) else walls / len(rows)
 
 
 def _metrics(engine: Engine, lengths: np.ndarray, result: BatchResult) -> dict:

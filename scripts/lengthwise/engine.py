@@ -169,6 +169,7 @@ class Engine:
         self.token_limit = sys.maxsize  # the largest batch that memory is known not to refuse
         self.parts: WeakSet[_Part] = WeakSet()  # on a GPU, that nobody has taken yet
         self.at_once = 1 if device.type == "cuda" else min(torch.get_num_threads(), MOST_AT_ONCE)
+        self.most_started = self.at_once + 1  # and not finished: one waits, so that no core does
         if device.type == "cuda":
             self.incoming, self.outgoing = torch.cuda.Stream(device), torch.cuda.Stream(device)
             if compile:
@@ -203,14 +204,14 @@ class Engine:
             result = future.result()
             if result is None:  # refused beside others: try it alone, and go on with fewer at once
                 wait([future for _, future, _ in started])
-                self.at_once = max(1, self.at_once // 2)
+                self.most_started = max(1, self.most_started // 2)
                 result = self._start(batch)
             return self._finish(result, waited_ms)
 
         with ThreadPoolExecutor(self.at_once, initializer=torch.set_num_threads, initargs=(share,)) as cores:
             for batch, waited_ms in prepared:
                 long = len(batch.tokens) > AUTO_BATCH_TOKENS["cpu"]  # alone, on all cores: it takes much memory
-                while started and (long or len(started) > self.at_once):
+                while started and (long or len(started) >= self.most_started):
                     yield first()
                 if long:
                     yield self._finish(self._start(batch), waited_ms)

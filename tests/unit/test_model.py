@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lengthwise import alphabet, checkpoint, model
 from lengthwise.engine import AUTO_BATCH_TOKENS, Engine, Output, ahead
 from lengthwise.model import Packing
-from lengthwise.scaling import _host_memory_left
+from lengthwise.scaling import _host_memory
 from lengthwise.shapes import MODELS, ModelConfig
 
 CPU = torch.device("cpu")
@@ -279,9 +279,11 @@ def test_a_cpus_cores_compute_a_batch_each_and_long_ones_together(tiny_checkpoin
 def test_what_memory_refuses_beside_others_is_tried_alone(tiny_checkpoint, monkeypatch, two_threads):
     engine = Engine(tiny_checkpoint, CPU, "float32", Output((2,), ("residue",), "float32"))
     together = Together(monkeypatch, refused=0)
-    results = list(engine.embed([[sequence] for sequence in random_sequences([9, 8, 7, 6])]))
+    lengths = [9, 8, 7, 6, 5, 4]
+    results = list(engine.embed([[sequence] for sequence in random_sequences(lengths)]))
+    assert [(result.status.tolist(), result.oom_splits) for result in results] == [([0], 0)] * 6
     assert max(together.most.values()) == 2
-    assert [(result.status.tolist(), result.oom_splits) for result in results] == [([0], 0)] * 4
+    assert together.most[5 + 2] == together.most[4 + 2] == 1  # from then on fewer at once
 
 
 class LiveBytes(TorchDispatchMode):
@@ -343,7 +345,9 @@ def test_the_operators_that_only_gpus_take_fit_together(monkeypatch, varlen, dty
 
 
 @pytest.mark.usefixtures("freed_memory_is_kept")
-@pytest.mark.skipif(min(_host_memory_left(), default=1e12) < 16e9, reason="fair-esm needs 15 GB for 8,000 residues")
+@pytest.mark.skipif(
+    min(_host_memory("MemAvailable"), default=1e12) < 16e9, reason="fair-esm needs 15 GB for 8,000 residues"
+)
 def test_eight_thousand_residues_match_fair_esm_in_the_8m_shape(tmp_path):
     checkpoint.write_random(tmp_path / "8M.pt", MODELS["esm2_t6_8M_UR50D"])
     (sequence,) = random_sequences([8_000])
