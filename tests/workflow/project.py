@@ -1,5 +1,6 @@
 """A user's folder, and snakemake commands in it."""
 
+import hashlib
 import os
 import random
 import re
@@ -99,6 +100,14 @@ class Project:
         """{shard: (time of its making, number of its sequences)}."""
         paths = self.store.glob("shards/*/*.safetensors")
         return {path.stem: (path.stat().st_mtime_ns, len(Shard(path)["status"])) for path in paths}
+
+    def contents(self) -> dict[str, str]:
+        """{file: hash of its bytes} of what a run makes for good."""
+        return {
+            str(path.relative_to(self.store)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for pattern in ("shards/*/*", "datasets/*/*.parquet", "datasets/*/*.tsv", "plan/jobs/*")
+            for path in self.store.glob(pattern)
+        }
 
     def copy(self, folder: Path) -> "Project":
         """The same project elsewhere, with the times of its files."""

@@ -1,7 +1,6 @@
 """Faults at any moment: the next run completes, finished shards are kept, and the end is the same."""
 
 import contextlib
-import hashlib
 import json
 import multiprocessing
 import os
@@ -25,15 +24,6 @@ DONE = "results/tiny/datasets/a/manifest.json"  # the embeddings; the report has
 many = pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
 
 
-def contents(project) -> dict[str, str]:
-    """{file: hash of its bytes} of what a run makes for good."""
-    return {
-        str(path.relative_to(project.store)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for pattern in ("shards/*/*", "datasets/*/*.parquet", "datasets/*/*.tsv", "plan/jobs/*")
-        for path in project.store.glob(pattern)
-    }
-
-
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     """A project with one job of many shards, planned and not begun."""
@@ -50,7 +40,7 @@ def undisturbed(planned, tmp_path_factory):
     run = project.snakemake(DONE)
     assert run.code == 0, run.output
     assert len(project.shards()) > 10
-    return contents(project)
+    return project.contents()
 
 
 @pytest.fixture
@@ -105,7 +95,7 @@ def test_sigkills_of_the_embed_process(project, undisturbed, seconds, kills, mon
         after = project.shards()
         assert finished.items() <= after.items()  # finished shards are kept as they are
         finished = after
-        made = {name: content for name, content in contents(project).items() if "/." not in name}
+        made = {name: content for name, content in project.contents().items() if "/." not in name}
         assert made.items() <= undisturbed.items()  # and are what they are without a kill
         if list(project.store.glob("jobs/*.json")):
             assert len(finished) == sum(name.startswith("shards/") for name in undisturbed)
@@ -115,7 +105,7 @@ def test_sigkills_of_the_embed_process(project, undisturbed, seconds, kills, mon
     run = project.snakemake(DONE)
     assert run.code == 0, run.output
     assert finished.items() <= project.shards().items()
-    assert contents(project) == undisturbed
+    assert project.contents() == undisturbed
     assert leftovers(project.store) == []
 
 
@@ -170,7 +160,7 @@ def test_a_job_that_gets_a_sigterm_says_so_and_the_next_run_goes_on(project, und
     run = project.snakemake(DONE)
     assert run.code == 0, run.output
     assert kept.items() <= project.shards().items()
-    assert contents(project) == undisturbed
+    assert project.contents() == undisturbed
 
 
 def commands():
@@ -191,7 +181,7 @@ def test_a_job_whose_time_is_known_to_end_begins_no_shard(project, undisturbed, 
     monkeypatch.undo()
     run = project.snakemake(DONE)
     assert run.code == 0, run.output
-    assert contents(project) == undisturbed
+    assert project.contents() == undisturbed
 
 
 def locks(project):
@@ -235,7 +225,7 @@ def test_snakemake_itself_is_killed(project, undisturbed, how, shards):
         assert project.snakemake("--unlock").code == 0
         run = project.snakemake(DONE)
     assert run.code == 0, run.output
-    assert contents(project) == undisturbed
+    assert project.contents() == undisturbed
 
 
 def test_a_second_run_by_mistake_is_refused_by_the_lock(project, undisturbed):
@@ -254,7 +244,7 @@ def test_a_second_run_by_mistake_is_refused_by_the_lock(project, undisturbed):
     assert "--unlock" in second.output or "locked" in second.output
     first.communicate()
     assert first.returncode == 0
-    assert contents(project) == undisturbed
+    assert project.contents() == undisturbed
 
 
 @pytest.fixture
@@ -290,7 +280,7 @@ def test_a_full_disk_is_one_line_and_then_goes_on(project, undisturbed, small_di
     run = project.snakemake(DONE)
     assert run.code == 0, run.output
     assert kept.items() <= project.shards().items()
-    assert contents(project) == undisturbed
+    assert project.contents() == undisturbed
 
 
 def test_every_name_is_given_to_bytes_that_are_on_disk(planned, tmp_path, monkeypatch):
@@ -346,7 +336,7 @@ def test_garbage_under_a_temporary_name_does_no_harm(project, undisturbed):
     assert unwanted.exists()
     run = project.snakemake(DONE)
     assert run.code == 0, run.output
-    assert contents(project) == undisturbed
+    assert project.contents() == undisturbed
     assert leftovers(project.store) == []
 
 
@@ -359,4 +349,4 @@ def test_a_truncated_shard_is_made_again(project, undisturbed, monkeypatch):
     next(project.store.glob("jobs/*.json")).unlink()
     run = project.snakemake(DONE)
     assert run.code == 0, run.output
-    assert contents(project) == undisturbed
+    assert project.contents() == undisturbed

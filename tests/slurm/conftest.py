@@ -1,0 +1,60 @@
+"""A real SLURM on this machine; the scenarios run on it side by side, and the tests look at how they ended."""
+
+import os
+import shutil
+import subprocess
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+import scenarios
+from project import ROOT
+
+from slurm import SCRIPT, Cluster, ClusterProject, Submission
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """SLURM, started here where LENGTHWISE_NEEDS_SLURM is set; elsewhere the tests are skipped."""
+    why = None
+    if "LENGTHWISE_NEEDS_SLURM" not in os.environ:
+        why = "set LENGTHWISE_NEEDS_SLURM=1: several minutes of two cores"
+    elif not (os.geteuid() == 0 and shutil.which("slurmctld")):
+        why = f"needs root and SLURM: run {SCRIPT.relative_to(ROOT)} install"
+    else:
+        started = subprocess.run([SCRIPT, "start"], capture_output=True, text=True)
+        if started.returncode:
+            why = f"SLURM did not start: {started.stderr.strip().splitlines()[-1]}"
+    if why:
+        assert "LENGTHWISE_NEEDS_SLURM" not in os.environ, why
+        warnings.warn(f"NOTHING WAS TESTED ON SLURM: {why}", stacklevel=1)
+        pytest.skip(why)
+    yield Cluster()
+    subprocess.run([SCRIPT, "stop"], check=True)
+
+
+@pytest.fixture(scope="session")
+def ends(cluster, tmp_path_factory) -> dict[str, Future]:
+    """What each scenario comes to, begun all at once: most of their time is waiting."""
+    plan = scenarios.planned(tmp_path_factory.mktemp("plan"))
+
+    def project(name: str) -> ClusterProject:
+        return ClusterProject(plan.copy(tmp_path_factory.mktemp(name) / "project").folder)
+
+    with ThreadPoolExecutor() as pool:
+        ends = {
+            "undisturbed": pool.submit(scenarios.undisturbed, project("undisturbed")),
+            "whole": pool.submit(scenarios.whole, cluster, tmp_path_factory.mktemp("whole")),
+            "login": pool.submit(scenarios.login, cluster, project("login")),
+        }
+        others, folder = list(ends.values()), tmp_path_factory.mktemp("tools")
+        ends["faults"] = pool.submit(scenarios.faults, cluster, project("faults"), folder, others)
+        yield ends
+        for submission in Submission.begun:
+            submission.process.kill()  # if a scenario came to no end
+
+
+@pytest.fixture
+def undisturbed(ends) -> dict[str, str]:
+    return ends["undisturbed"].result()

@@ -1,0 +1,293 @@
+"""What happens to runs on SLURM. Each scenario takes a run through it, and returns what is left to look at."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from project import ROOT, Project, Run, random_sequences
+
+from lengthwise.plan import read_jobs
+from slurm import Cluster, ClusterProject, Gate, Submission, wait_until
+
+DONE = "results/tiny/datasets/a/manifest.json"
+PAGE = ROOT / "workflow" / "profiles" / "README.md"
+FAULTS = ("term", "kill", "cancel", "requeue", "walltime", "memory", "unknown", "controller", "node")
+FORECAST_MINUTES = 0.0634 / 60  # of all sequences
+LATE_SECONDS = 4.0
+Shards = dict[str, tuple[int, int]]
+
+
+def planned(folder: Path) -> ClusterProject:
+    """A project with a job of several shards for each fault, planned on this machine and not begun."""
+    project = ClusterProject.with_tiny_model(folder / "project", a=random_sequences(420, seed=7, longest=200))
+    project.configure(
+        inputs=["in/*.fasta"],
+        model="tiny.pt",
+        device="cpu",
+        shard_bytes=65_536,
+        job_minutes=FORECAST_MINUTES / len(FAULTS),
+    )
+    run = Project(project.folder).snakemake("results/tiny/plan/jobs.tsv")
+    assert run.code == 0, run.output
+    assert len(project.jobs_with_a_middle()) >= len(FAULTS)
+    for job in project.jobs:
+        change_plan(project, job, runtime_minutes=30)  # they wait at gates
+    return project
+
+
+def undisturbed(project: ClusterProject) -> dict[str, str]:
+    """What the project comes to on this machine, with nobody in its way."""
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from lengthwise.embed import embed_job
+        store = Path("results/tiny")
+        for job in sys.argv[1:]:
+            embed_job(store, store / "plan" / "jobs" / f"{job}.parquet", store / "jobs" / f"{job}.json")
+    """
+    subprocess.run([sys.executable, "-c", code, *project.jobs], check=True, cwd=project.folder, env=project.environment)
+    run = Project(project.folder).snakemake(DONE)
+    assert run.code == 0, run.output
+    assert run.rules["embed"] == 0
+    return project.contents()
+
+
+@dataclass
+class Whole:
+    """A whole run, and the same command again."""
+
+    project: ClusterProject
+    first: Run
+    jobs: pd.DataFrame  # rule, and what SLURM says of each job
+    second: Run
+
+
+def whole(cluster: Cluster, folder: Path) -> Whole:
+    """The example and 2,000 sequences, from nothing to the report; what assemble writes is seen late on the login node."""
+    project = ClusterProject.with_tiny_model(folder / "project", many=random_sequences(2_000, seed=3))
+    shutil.copy(ROOT / "config" / "example.fasta", project.folder / "in")
+    project.configure(inputs=["in/*.fasta"], model="tiny.pt", device="cpu", job_minutes=3.6e-4)
+    project.profile = the_sites_profile(folder / "profile")
+    arguments = ["--slurm-status-command", "sacct"]
+    with late(cluster, project.store / "datasets", folder / "on-the-node"):
+        submission = project.submit(*arguments)
+        first = submission.wait()
+    rules = ("ingest", "plan", "embed", "scaling", "assemble", "summarize")
+    jobs = pd.DataFrame(
+        {"rule": rule, "id": job} | cluster.show(job)
+        for rule in rules
+        for job in submission.slurm_jobs(f"rule_{rule}/")
+    )
+    return Whole(project, first, jobs, project.submit(*arguments).wait())
+
+
+def the_sites_profile(folder: Path) -> Path:
+    """The shipped profile with its examples made real, and a GPU where these tests compute on the CPU."""
+    folder.mkdir()
+    profile = (ROOT / "workflow" / "profiles" / "slurm" / "config.yaml").read_text()
+    kept, examples = profile.split("# default-resources:")
+    examples = ("# default-resources:" + examples).replace("\n# ", "\n")[2:]
+    (folder / "config.yaml").write_text(kept + examples.replace("gpu_model:", "gpu: 1\n    gpu_model:"))
+    return folder
+
+
+@contextmanager
+def late(cluster: Cluster, folder: Path, on_the_node: Path) -> Iterator[None]:
+    """Files that jobs write into a folder appear in it seconds later, as on a slow shared file system."""
+    folder.mkdir(parents=True)
+    on_the_node.mkdir()
+    over = threading.Event()
+
+    def copy() -> None:
+        while not over.wait(0.1):
+            for path in on_the_node.rglob("[!.]*"):
+                there = folder / path.relative_to(on_the_node)
+                if path.is_file() and time.time() - path.stat().st_mtime > LATE_SECONDS and not there.exists():
+                    there.parent.mkdir(exist_ok=True)
+                    shutil.copy2(path, there.with_name(".part"))
+                    there.with_name(".part").rename(there)
+
+    with cluster.other_files_on_the_node(folder, on_the_node):
+        thread = threading.Thread(target=copy)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+@dataclass
+class Login:
+    """A run on the login node that was killed."""
+
+    project: ClusterProject
+    second_at_once: Run
+    without_unlock: Run
+    finished_before: Shards
+    dead_jobs: list[dict[str, str]]
+    last: Run
+    last_jobs: list[dict[str, str]]
+
+
+def login(cluster: Cluster, project: ClusterProject) -> Login:
+    """A second run beside the first; the first one's Snakemake killed; a third while a job of the first is alive."""
+    jobs = project.jobs_with_a_middle()[:2]
+    targets = [f"results/tiny/jobs/{job}.json" for job in jobs]
+    gates = [Gate(project, job) for job in jobs]
+    first = project.submit(*targets)
+    for gate in gates:
+        gate.wait()
+    second_at_once = project.submit(*targets).wait()
+    os.killpg(first.process.pid, signal.SIGKILL)
+    first.process.wait()
+    finished_before = project.shards()
+    without_unlock = project.submit(*targets).wait()
+    assert project.submit("--unlock").wait().code == 0
+    last = project.submit(*targets, "--set-resources", "embed:gpu=0", "embed:gres=gpu:a100:1")
+    for gate in gates:
+        gate.wait(processes=2)
+        gate.open()
+    end = last.wait()
+    dead_jobs, last_jobs = ([cluster.show(job) for job in run.slurm_jobs("rule_embed/")] for run in (first, last))
+    return Login(project, second_at_once, without_unlock, finished_before, dead_jobs, end, last_jobs)
+
+
+@dataclass
+class Faults:
+    """A run that met one fault after the other."""
+
+    project: ClusterProject
+    end: Run
+    names: dict[str, str]  # {fault: job}
+    tries: dict[str, list[dict[str, str]]]  # {fault: what SLURM says of the job's tries}
+    finished_before: dict[str, Shards]  # {fault: the shards that were there then}
+
+
+class Disturber:
+    """Does to each job of a run what is to happen to it."""
+
+    def __init__(self, cluster: Cluster, project: ClusterProject, folder: Path):
+        self.cluster, self.project = cluster, project
+        self.names = dict(zip(FAULTS, project.jobs_with_a_middle(), strict=False))
+        self.gates = {fault: Gate(project, job) for fault, job in self.names.items() if fault != "memory"}
+        self.before: dict[str, Shards] = {}
+        self.forgotten = folder / "forgotten"
+        self.forgotten.write_text("none")
+        change_plan(project, self.names["memory"], mem_mb=400)  # as if the formula were wrong for one job
+        project.first_in_path = squeue_that_forgets(folder, self.forgotten)
+        partitions = folder / "partitions.yaml"
+        partitions.write_text(re.search(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)[1])
+        self.submission: Submission = project.submit(
+            DONE, "--latency-wait", "5", "--slurm-partition-config", str(partitions)
+        )
+
+    def job_in_its_middle(self, fault: str) -> str:
+        """SLURM's number of a fault's job, once it waits at its gate."""
+        self.gates[fault].wait()
+        self.before[fault] = self.project.shards()
+        return self.numbers(fault)[-1]
+
+    def numbers(self, fault: str) -> list[str]:
+        return self.submission.slurm_jobs(f"rule_embed/{self.names[fault]}")
+
+    def signals(self) -> None:
+        for fault, how in {"term": ["--signal=TERM"], "kill": ["--signal=KILL"], "cancel": []}.items():
+            self.cluster.run("scancel", *how, self.job_in_its_middle(fault))
+            self.gates[fault].wait(processes=0)
+            self.gates[fault].open()
+
+    def requeue(self) -> None:
+        job = self.job_in_its_middle("requeue")
+        self.cluster.run("scontrol", "requeue", job)
+        self.cluster.begin_now(job)
+        self.gates["requeue"].open()
+
+    def unknown_state(self) -> None:
+        """squeue forgets the job, which goes on; another try of it comes to the same gate."""
+        self.forgotten.write_text(self.job_in_its_middle("unknown"))
+        self.gates["unknown"].wait(processes=2)
+        self.forgotten.write_text("none")
+        self.gates["unknown"].open()
+
+    def controller_restart(self) -> None:
+        """The job ends while there is no controller."""
+        self.job_in_its_middle("controller")
+        self.cluster.stop_controller()
+        self.gates["controller"].open()
+        self.wait_for_commits("controller")
+        self.cluster.start()
+
+    def walltime(self) -> None:
+        job = self.job_in_its_middle("walltime")
+        self.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+        self.cluster.wait_for_state(job, "TIMEOUT")
+        self.gates["walltime"].open()
+
+    def preemption_and_node_failure(self) -> None:
+        """The same job, twice put back into the queue."""
+        self.wait_for_commits(*(fault for fault in FAULTS if fault != "node"))
+        job = self.job_in_its_middle("node")
+        self.cluster.run("sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+        self.cluster.begin_now(job)
+        self.gates["node"].wait()
+        self.cluster.kill_node()
+        wait_until(lambda: "down" in self.cluster.run("sinfo", "--noheader", "--format=%T"), "the node is down")
+        self.cluster.start()
+        self.cluster.begin_now(job)
+        self.gates["node"].wait()
+        self.gates["node"].open()
+
+    def wait_for_commits(self, *faults: str) -> None:
+        for fault in faults:
+            commit = self.project.store / "jobs" / f"{self.names[fault]}.json"
+            wait_until(commit.exists, f"the job of {fault} is committed")
+
+
+def faults(cluster: Cluster, project: ClusterProject, folder: Path, others: list[Future]) -> Faults:
+    """One run whose jobs are terminated, killed, cancelled, requeued, preempted, too slow, too large, forgotten, and lost."""
+    disturber = Disturber(cluster, project, folder)
+    with ThreadPoolExecutor(1) as pool:
+        walltime = pool.submit(disturber.walltime)
+        disturber.signals()
+        disturber.requeue()
+        disturber.unknown_state()
+        disturber.controller_restart()
+        walltime.result()
+    for other in others:
+        other.exception()  # the node is theirs too
+    disturber.preemption_and_node_failure()
+    end = disturber.submission.wait()
+    tries = {fault: [cluster.show(job) for job in disturber.numbers(fault)] for fault in FAULTS}
+    return Faults(project, end, disturber.names, tries, disturber.before)
+
+
+def change_plan(project: ClusterProject, job: str, **values: int) -> None:
+    """Let a job ask for something else."""
+    path = project.store / "plan" / "jobs.tsv"
+    jobs = read_jobs(path)
+    jobs.loc[jobs["job"] == job, list(values)] = list(values.values())
+    jobs.to_csv(path, sep="\t", index=False)
+
+
+def squeue_that_forgets(folder: Path, forgotten: Path) -> Path:
+    """A folder with a squeue that knows nothing of one job's state, which happens where accounting and queue disagree."""
+    tools = folder / "tools"
+    tools.mkdir()
+    real = shutil.which("squeue")
+    (tools / "squeue").write_text(
+        f'#!/bin/sh\n{real} "$@" | sed "s/^$(cat {forgotten})|.*/$(cat {forgotten})|UNKNOWN/"\n'
+    )
+    (tools / "squeue").chmod(0o755)
+    return tools

@@ -1,0 +1,179 @@
+"""SLURM's daemons, and projects whose workflow runs on them."""
+
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import ClassVar
+
+import pyarrow.parquet as pq
+from project import ROOT, Project, Run
+
+SCRIPT = Path(__file__).with_name("cluster")
+STATE = Path("/run/lengthwise-slurm")
+SECONDS = 400  # for anything at all: machines that run tests are slow at times
+
+
+def wait_until(true: Callable[[], object], what: str) -> None:
+    ends = time.monotonic() + SECONDS
+    while not true():
+        assert time.monotonic() < ends, f"this did not come true in {SECONDS} s: {what}"
+        time.sleep(0.1)
+
+
+class Cluster:
+    """The daemons, and what one asks them."""
+
+    def run(self, *command: str | Path) -> str:
+        return subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
+
+    def start(self) -> None:
+        done = subprocess.run([SCRIPT, "start"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def pid(self, daemon: str) -> int:
+        return int((STATE / f"{daemon}.pid").read_text())
+
+    def show(self, job: str) -> dict[str, str]:
+        """What the controller knows of a job."""
+        return dict(re.findall(r"(\w+)=(\S+)", self.run("scontrol", "--details", "show", "job", job)))
+
+    def wait_for_state(self, job: str, state: str) -> None:
+        wait_until(lambda: self.show(job)["JobState"] == state, f"job {job} is {state}")
+
+    def begin_now(self, job: str) -> None:
+        """Not two minutes after it was put back into the queue."""
+        self.wait_for_state(job, "PENDING")
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def stop_controller(self) -> None:
+        controller = self.pid("slurmctld")
+        os.kill(controller, signal.SIGTERM)
+        wait_until(lambda: not Path(f"/proc/{controller}").exists(), "the controller is gone")
+
+    def kill_node(self) -> None:
+        """slurmd and all that it started, at once, as when the power goes."""
+        daemon = self.pid("slurmd")
+        steps = [int(p) for p in subprocess.run(["pgrep", "slurmstepd"], capture_output=True, text=True).stdout.split()]
+        for process in (daemon, *steps, *(child for step in steps for child in descendants(step))):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    @contextmanager
+    def other_files_on_the_node(self, folder: Path, instead: Path) -> Iterator[None]:
+        """While this lasts, jobs see another folder in this one's place."""
+        inside = ["nsenter", f"--target={self.pid('slurmd')}", "--mount"]
+        self.run(*inside, "mount", "--bind", instead, folder)
+        try:
+            yield
+        finally:
+            self.run(*inside, "umount", folder)
+
+
+def descendants(process: int) -> list[int]:
+    found = []
+    for child in subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True).stdout.split():
+        found += [int(child), *descendants(int(child))]
+    return found
+
+
+class Submission:
+    """A snakemake that submits to SLURM, in a process of its own."""
+
+    begun: ClassVar[list["Submission"]] = []
+
+    def __init__(self, project: "ClusterProject", *arguments: str):
+        self.begun.append(self)
+        self.project, self.log = project, project.folder / f"submission-{time.monotonic_ns()}.txt"
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                project.command(*arguments),
+                cwd=project.folder,
+                env=project.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def wait(self) -> Run:
+        try:
+            self.process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(f"not done after {SECONDS} s:\n{self.output}") from None
+        return Run(self.process.returncode, self.output)
+
+    def slurm_jobs(self, path: str) -> list[str]:
+        """SLURM's numbers of jobs, in the order of their submission; a path is `rule_embed/<job>`, or its beginning."""
+        return re.findall(rf"SLURM jobid (\d+) \(log: \S*/{path}", self.output)
+
+
+class ClusterProject(Project):
+    """A project with the tiny model on the CPU; its jobs ask for GPUs as a site's would that has some."""
+
+    first_in_path: Path | None = None
+    profile = ROOT / "workflow" / "profiles" / "slurm"
+
+    def command(self, *arguments: str) -> list[str]:
+        return [
+            *(sys.executable, Path(__file__).with_name("impatient.py"), *arguments),
+            *("--workflow-profile", self.profile, "--set-threads", "embed=1", "scaling=1"),
+            *("--snakefile", ROOT / "workflow" / "Snakefile", "--directory", self.folder),
+        ]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        environment = super().environment
+        environment.pop("SLURM_CONF", None)  # the one that is running
+        if self.first_in_path:
+            environment["PATH"] = f"{self.first_in_path}:{environment['PATH']}"
+        return environment
+
+    def submit(self, *arguments: str) -> Submission:
+        return Submission(self, *arguments)
+
+    @property
+    def jobs(self) -> list[str]:
+        return sorted(path.stem for path in self.store.glob("plan/jobs/*.parquet"))
+
+    def jobs_with_a_middle(self) -> list[str]:
+        return [job for job in self.jobs if len(self.shards_of(job)) > 3]
+
+    def shards_of(self, job: str) -> list[str]:
+        """A job's shards in the order in which they are made: the longest proteins first."""
+        table = pq.read_table(self.store / "plan" / "jobs" / f"{job}.parquet", columns=["shard"])
+        return list(dict.fromkeys(table.column("shard").to_pylist()))[::-1]
+
+
+class Gate:
+    """Keeps a job in its middle: holds the lock of a shard, as if another process were making it."""
+
+    def __init__(self, project: ClusterProject, job: str):
+        shard = project.shards_of(job)[2]
+        self.path = project.store / "shards" / shard[:2] / f".{shard}.tmp"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT)
+        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+
+    def wait(self, processes: int = 1) -> None:
+        """Until so many processes wait here."""
+        wait_until(lambda: self.waiting() == processes, f"{processes} processes wait at {self.path}")
+
+    def waiting(self) -> int:
+        inode = os.fstat(self.descriptor).st_ino
+        return len(re.findall(rf"-> FLOCK .*:{inode} 0 EOF", Path("/proc/locks").read_text()))
+
+    def open(self) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self.descriptor)
