@@ -251,16 +251,14 @@ def _refuse_nucleotides(fasta: Path, residues: bytes, first_no: int, policy: Pol
 
 def _unusual(residues: bytes, bounds: np.ndarray) -> list[int]:
     """The records that are empty, or have a byte in them that is none of the twenty amino acids."""
-    no_capitals = np.flatnonzero(np.frombuffer(residues, np.uint8) - ord("A") > ord("Z") - ord("A"))
-    found = set(np.unique(np.searchsorted(bounds, no_capitals, side="right") - 1).tolist())
-    found.update(np.flatnonzero(np.diff(bounds) == 0).tolist())
-    edges = bounds.tolist()
-    for letter in _OTHER_CAPITALS:
-        at = residues.find(letter)
+    no_capitals = (np.frombuffer(residues, np.uint8) - ord("A") > ord("Z") - ord("A")).tobytes()
+    found, edges = set(np.flatnonzero(np.diff(bounds) == 0).tolist()), bounds.tolist()
+    for text, byte in [(no_capitals, 1), *((residues, letter) for letter in _OTHER_CAPITALS)]:
+        at = text.find(byte)
         while at >= 0:
             i = bisect_right(edges, at) - 1
             found.add(i)
-            at = residues.find(letter, edges[i + 1])
+            at = text.find(byte, edges[i + 1])
     return sorted(found)
 
 
