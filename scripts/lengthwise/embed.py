@@ -155,7 +155,7 @@ def embed_job(
         "made_residues": walk.progress.done if todo else 0,
         **maker,
         "precision": settings["precision"],
-        "batch_tokens": batch_tokens,
+        "batch_tokens": batch_tokens if todo else None,
         "threads": torch.get_num_threads(),
         "parity": parity,
         "started": started.isoformat(timespec="seconds"),

@@ -138,6 +138,7 @@ def _facts(
     counts = {key: sum(row[key] for row in ledger) for key in ("records", "accepted", "duplicate", "rejected")}
     tokens = batches["n_tokens"].sum()
     padded = (batches["n_sequences"] * (batches["max_length"] + 2)).sum()
+    filled = batches[batches["fill"].notna()]
     return {
         "model": settings["model"],
         "precision": settings["precision"],
@@ -152,9 +153,7 @@ def _facts(
         "oom_splits": int(batches["oom_splits"].sum()),
         "padding": int(tokens - (batches["n_residues"] + 2 * batches["n_sequences"]).sum()),
         "padding_saved": float(padded / tokens - 1) if tokens else None,
-        "fill": float(np.average(batches["fill"], weights=batches["n_tokens"]))
-        if batches["fill"].notna().any()
-        else None,
+        "fill": float(np.average(filled["fill"], weights=filled["n_tokens"])) if len(filled) else None,
         "rates": devices[["device", "precision", "batches", "residues_per_second"]].to_dict("records"),
     }
 

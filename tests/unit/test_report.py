@@ -379,6 +379,14 @@ def test_a_store_whose_shards_were_all_taken_over_has_a_report(store):
     assert "taken over" in text
 
 
+@pytest.mark.parametrize("batch_tokens", [None, "auto"])  # auto: what commits said in the first version
+def test_a_job_that_found_its_shards_made_has_no_fill_of_batches(store, batch_tokens):
+    store.job({"s0": batches_of("s0", 10)}).job({"s1": batches_of("s1", 10)}, made=[], batch_tokens=batch_tokens)
+    facts, _ = store.dataset("a").summarize()
+    assert 0 < facts["fill"] <= 1
+    assert facts["batches"] == 20
+
+
 def test_no_jobs_at_all(store):
     facts, page = store.dataset("a", accepted=0, duplicate=0, rejected=3, records=3).summarize()
     assert (facts["jobs"], facts["batches"], facts["rejected"]) == (0, 0, 3)
