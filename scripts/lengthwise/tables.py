@@ -179,7 +179,9 @@ def batches(rows: pd.DataFrame, commits: list[dict]) -> pd.DataFrame:
     table["memory_measure"] = pd.Series(measure, index=table.index, dtype=object)
     table["residues_per_second"] = table["n_residues"] / (table["wall_ms"] / 1000)
     table["group"] = table["device"] + ", " + table["precision"]
-    limits = {commit["job"]: commit.get("batch_tokens") for commit in commits}  # none of a job that found all shards made
+    limits = {
+        commit["job"]: commit.get("batch_tokens") for commit in commits
+    }  # none of a job that found all shards made
     table["fill"] = table["n_tokens"] / pd.to_numeric(table["job"].map(limits), errors="coerce")
     threads = table["job"].map({commit["job"]: commit["threads"] for commit in commits}).fillna(1)
     # A CPU gives each core a batch of its own, and to a long sequence all of them; a GPU's clock is the whole GPU's.
