@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
 import pyarrow.parquet as pq
 from project import ROOT, Project, Run
+
+from lengthwise.presence import at_work
 
 SCRIPT = Path(__file__).with_name("cluster")
 STATE = Path("/run/lengthwise-slurm")
@@ -163,6 +165,8 @@ class Gate:
         shard = project.shards_of(job)[2]
         self.path = project.store / "shards" / shard[:2] / f".{shard}.tmp"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.at_work = ExitStack()
+        self.at_work.enter_context(at_work(project.store))  # or a run that begins would remove the file
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT)
         fcntl.flock(self.descriptor, fcntl.LOCK_EX)
 
@@ -177,3 +181,4 @@ class Gate:
     def open(self) -> None:
         self.path.unlink(missing_ok=True)
         os.close(self.descriptor)
+        self.at_work.close()
