@@ -263,10 +263,10 @@ def faults(cluster: Cluster, project: ClusterProject, folder: Path, others: list
         disturber.signals()
         disturber.requeue()
         disturber.unknown_state()
-        disturber.controller_restart()
         walltime.result()
     for other in others:
-        other.exception()  # the node is theirs too
+        other.exception()  # the node is theirs too, and a controller that is started again may take a GPU in use for two
+    disturber.controller_restart()
     disturber.preemption_and_node_failure()
     end = disturber.submission.wait()
     tries = {fault: [cluster.show(job) for job in disturber.numbers(fault)] for fault in FAULTS}

@@ -111,7 +111,7 @@ def test_no_fault_costs_a_finished_shard(faults):
     ("fault", "states"),
     [
         ("term", ["FAILED", "COMPLETED"]),
-        ("kill", ["FAILED", "COMPLETED"]),
+        ("kill", ["FAILED or CANCELLED", "COMPLETED"]),  # whichever of the job and its step SLURM sees end first
         ("cancel", ["CANCELLED", "COMPLETED"]),
         ("walltime", ["TIMEOUT", "COMPLETED"]),
         ("memory", ["FAILED", "COMPLETED"]),
@@ -122,7 +122,8 @@ def test_no_fault_costs_a_finished_shard(faults):
     ],
 )
 def test_a_fault_was_real_and_the_job_was_tried_again(faults, fault, states):
-    assert [job["JobState"] for job in faults.tries[fault]] == states
+    for job, state in zip(faults.tries[fault], states, strict=True):
+        assert job["JobState"] in state.split(" or ")
 
 
 def test_slurms_own_log_of_a_failed_job_is_kept_and_says_why(faults):
