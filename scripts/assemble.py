@@ -15,5 +15,6 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
         Path(snakemake.output.rejected),
         Path(snakemake.output.manifest),
         strict=snakemake.config["strict"],
+        memory_bytes=snakemake.resources.mem_mb * 10**6 * 2 // 5,
     )
     log.info("%s: complete, %s records", snakemake.wildcards.dataset, f"{manifest['records']:,}")

@@ -3,13 +3,17 @@
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TextIO
 
 import duckdb
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lengthwise.database import out_of_core
 from lengthwise.errors import LengthwiseError
-from lengthwise.files import atomic, read_json, write_json
+from lengthwise.files import atomic, emptied, read_json, write_json
 from lengthwise.index import SCHEMA, write_lookup
 from lengthwise.provenance import content_sha256, makers, readme
 from lengthwise.settings import require
@@ -18,9 +22,26 @@ from lengthwise.status import REASONS
 from lengthwise.store import REMAKE, Shard, commit_path, shard_path, spec_path
 from lengthwise.weights import origin
 
+_ROWS_AT_ONCE = 1 << 17
+_JOIN = """
+    SELECT record_no, id, description, digest, length,
+        CASE WHEN why IS NULL THEN status ELSE 'rejected' END AS status,
+        coalesce(replace(why, '{gigabytes}', printf('%.1f', (length + 2) * ? / 1e9)), reason) AS reason, changes,
+        spot.shard AS shard, spot.sequence_no AS sequence_no, spot.row_start AS row_start
+    FROM read_parquet(?) LEFT JOIN place USING (digest) LEFT JOIN reasons ON spot.verdict = reasons.verdict
+    ORDER BY record_no
+"""
+
 
 def assemble(
-    store: Path, dataset: str, jobs: list[str], index: Path, rejected: Path, manifest: Path, strict: bool = False
+    store: Path,
+    dataset: str,
+    jobs: list[str],
+    index: Path,
+    rejected: Path,
+    manifest: Path,
+    strict: bool = False,
+    memory_bytes: int = 1 << 30,
 ) -> dict:
     """Write a dataset's index, its rejected records, a README.md beside them, and its manifest last.
 
@@ -36,6 +57,8 @@ def assemble(
         The files to write; ``lookup.arrow`` is written beside the index.
     strict
         Whether a single rejected record is an error; ingest knows of most, but not of those that embedding rejects.
+    memory_bytes
+        What joining the records to their rows may take before it spills to disk.
 
     Returns
     -------
@@ -47,39 +70,37 @@ def assemble(
         A record is not accounted for, or a shard lacks what its job promised.
     """
     settings, summary = require(store), read_json(store / "inputs" / dataset / "summary.json")
-    places = _places(store, jobs, settings["fingerprint"])
-    database = duckdb.connect()
-    database.register("places", places)
-    database.execute(
-        "CREATE TABLE place AS SELECT digest,"
-        " min_by(struct_pack(shard, sequence_no, row_start, verdict), (verdict, shard)) AS spot"
-        " FROM places GROUP BY digest"
-    )
-    database.execute("CREATE TABLE reasons (verdict UTINYINT, why VARCHAR)")
-    database.executemany("INSERT INTO reasons VALUES (?, ?)", [list(item) for item in REASONS.items()])
     shape = ModelConfig(settings["num_layers"], settings["embed_dim"], settings["attention_heads"])
     per_token = shape.bytes_per_token(4 if settings["precision"] == "float32" else 2)
-    rows = database.sql(
-        "SELECT record_no, id, description, digest, length,"
-        "   CASE WHEN why IS NULL THEN status ELSE 'rejected' END AS status,"
-        "   coalesce(replace(why, '{gigabytes}', printf('%.1f', (length + 2) * ? / 1e9)), reason) AS reason, changes,"
-        "   spot.shard AS shard, spot.sequence_no AS sequence_no, spot.row_start AS row_start"
-        " FROM read_parquet(?) LEFT JOIN place USING (digest) LEFT JOIN reasons ON spot.verdict = reasons.verdict"
-        " ORDER BY record_no",
-        params=[per_token, str(store / "inputs" / dataset / "records.parquet")],
-    ).to_arrow_table()
-    counts = _check(dataset, rows, summary)
-    if strict and counts["rejected"]:
-        raise LengthwiseError(
-            f"dataset {dataset}: {counts['rejected']} records are rejected ({counts['reasons']}), and strict is true; "
-            "take them out, or set strict: false"
-        )
-    shards = sorted(set(rows.column("shard").to_pylist()) - {None})
-    with atomic(index) as part:
-        pq.write_table(rows, part, compression="zstd", write_page_checksum=True)
-    write_lookup(rows, index)
-    with atomic(rejected) as part:
-        _write_rejected(rows, part)
+    rows = _Rows(dataset)
+    with (
+        emptied(index.with_name(f".{index.name}.spill")) as spill,
+        out_of_core("assemble", memory_bytes, spill, threads=1) as database,
+    ):
+        _find_places(database, store, jobs, settings["fingerprint"])
+        joined = database.sql(
+            _JOIN, params=[per_token, str(store / "inputs" / dataset / "records.parquet")]
+        ).to_arrow_reader(_ROWS_AT_ONCE)
+        with (
+            atomic(index) as part,
+            atomic(rejected) as list_part,
+            open(list_part, "w", encoding="utf-8", newline="") as listed,
+            pq.ParquetWriter(part, joined.schema, compression="zstd", write_page_checksum=True) as file,
+        ):
+            for batch in joined:
+                table = pa.Table.from_batches([batch])
+                rows.count(table)
+                rows.list_rejected(table, listed)
+                file.write_table(table)
+            file.close()
+            counts = rows.checked(summary["records"])
+            if strict and counts["rejected"]:
+                raise LengthwiseError(
+                    f"dataset {dataset}: {counts['rejected']} records are rejected ({counts['reasons']}), and strict is true; "
+                    "take them out, or set strict: false"
+                )
+    write_lookup(index)
+    shards = sorted(rows.shards)
     commits = [read_json(commit_path(store, job)) for job in jobs]
     result = {
         "schema": SCHEMA,
@@ -105,61 +126,81 @@ def assemble(
     return result
 
 
-def _places(store: Path, jobs: list[str], fingerprint: str) -> pa.Table:
-    """(digest, shard, sequence_no, row_start, verdict) of every sequence of these jobs, checked against the shards."""
-    tables = []
+def _find_places(database: duckdb.DuckDBPyConnection, store: Path, jobs: list[str], fingerprint: str) -> None:
+    """Make the table `place`: where each sequence of these jobs is, as the specs say and the shards confirm."""
+    database.execute("CREATE TABLE reasons (verdict UTINYINT, why VARCHAR)")
+    database.executemany("INSERT INTO reasons VALUES (?, ?)", [list(item) for item in REASONS.items()])
+    database.execute(
+        "CREATE TABLE planned (digest BLOB, shard VARCHAR, sequence_no INTEGER, row_start BIGINT, verdict UTINYINT)"
+    )
     for job in jobs:
         spec = pq.read_table(spec_path(store, job), columns=["shard", "row_start", "digest"])
-        names = spec.column("shard").to_pylist()
         start = 0
-        while start < len(names):
-            stop = start + names.count(names[start])
-            rows = spec.slice(start, stop - start)
-            shard = Shard(shard_path(store, names[start]))
+        for count in pc.run_end_encode(spec.column("shard").combine_chunks()).run_ends.to_pylist():
+            part, start = spec.slice(start, count - start), count
+            shard = Shard(shard_path(store, part.column("shard")[0].as_py()))
             if shard.metadata.get("fingerprint") != fingerprint:
                 raise LengthwiseError(f"{shard.path}: was made with other settings than this store's; {REMAKE}")
-            if shard["digests"].tobytes() != b"".join(rows.column("digest").to_pylist()):
+            if shard["digests"].tobytes() != b"".join(part.column("digest").to_pylist()):
                 raise LengthwiseError(f"{shard.path}: holds other sequences than {job} promised; {REMAKE}")
-            tables.append(
-                rows.append_column("sequence_no", pa.array(range(len(rows)), pa.int32())).append_column(
-                    "verdict", pa.array(shard["status"])
-                )
+            part = part.append_column("sequence_no", pa.array(np.arange(len(part), dtype=np.int32)))
+            database.register("part", part.append_column("verdict", pa.array(shard["status"])))
+            database.execute("INSERT INTO planned SELECT digest, shard, sequence_no, row_start, verdict FROM part")
+    # Of a sequence that several jobs made, one that succeeded; whichever the order of the jobs, the same.
+    database.execute(
+        "CREATE TABLE place AS SELECT digest,"
+        " min_by(struct_pack(shard, sequence_no, row_start, verdict), (verdict, shard)) AS spot"
+        " FROM planned GROUP BY digest"
+    )
+    database.execute("DROP TABLE planned")
+
+
+class _Rows:
+    """Every record has one fate, and every one that is not rejected has its rows; a few at a time."""
+
+    def __init__(self, dataset: str):
+        self.dataset = dataset
+        self.status: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.shards: set[str] = set()
+        self.missing, self.first_missing = 0, None
+
+    def count(self, rows: pa.Table) -> None:
+        self.status.update(_counts(rows["status"]))
+        reasons = pc.list_element(pc.split_pattern(rows["reason"], ":", max_splits=1), 0)
+        self.reasons.update({reason: n for reason, n in _counts(reasons).items() if reason})
+        self.shards.update(_counts(rows["shard"]).keys() - {None})
+        missing = rows.filter(pc.is_null(pc.field("shard")) & (pc.field("status") != "rejected"))
+        if len(missing) and not self.missing:
+            self.first_missing = missing["id"][0].as_py()
+        self.missing += len(missing)
+
+    def list_rejected(self, rows: pa.Table, file: TextIO) -> None:
+        """Append the rejected ones to a table for people."""
+        rejected = rows.filter(pc.field("status") == "rejected").select(["record_no", "id", "length", "reason"])
+        rejected.to_pandas().to_csv(file, sep="\t", index=False, header=file.tell() == 0)
+
+    def checked(self, records: int) -> dict:
+        """The counts.
+
+        Raises
+        ------
+        LengthwiseError
+            They do not add up.
+        """
+        counts = {status: self.status[status] for status in ("accepted", "duplicate", "rejected")}
+        total = self.status.total()
+        if total != records or sum(counts.values()) != total:
+            raise LengthwiseError(
+                f"dataset {self.dataset}: {records} records were read and {total} are accounted for ({dict(self.status)})"
             )
-            start = stop
-    if tables:
-        return pa.concat_tables(tables)
-    return pa.schema(
-        [
-            ("shard", "string"),
-            ("row_start", "int64"),
-            ("digest", pa.binary(24)),
-            ("sequence_no", "int32"),
-            ("verdict", "uint8"),
-        ]
-    ).empty_table()
+        if self.missing:
+            raise LengthwiseError(
+                f"dataset {self.dataset}: {self.missing} records have no embedding, {self.first_missing!r} the first; "
+                "run snakemake --forcerun plan"
+            )
+        return {**counts, "reasons": dict(self.reasons)}
 
 
-def _check(dataset: str, rows: pa.Table, summary: dict) -> dict:
-    """Every record has one fate, and every one that is not rejected has its rows; returns the counts."""
-    status, shards = rows.column("status").to_pylist(), rows.column("shard").to_pylist()
-    counts = Counter(status)
-    if len(rows) != summary["records"] or sum(counts[s] for s in ("accepted", "duplicate", "rejected")) != len(rows):
-        raise LengthwiseError(
-            f"dataset {dataset}: {summary['records']} records were read and {len(rows)} are accounted for ({dict(counts)})"
-        )
-    missing = [i for i, (s, shard) in enumerate(zip(status, shards, strict=True)) if s != "rejected" and shard is None]
-    if missing:
-        record_id = rows.column("id")[missing[0]].as_py()
-        raise LengthwiseError(
-            f"dataset {dataset}: {len(missing)} records have no embedding, {record_id!r} the first; "
-            "run snakemake --forcerun plan"
-        )
-    reasons = Counter(reason.split(":")[0] for reason in rows.column("reason").to_pylist() if reason)
-    return {**{s: counts[s] for s in ("accepted", "duplicate", "rejected")}, "reasons": dict(reasons)}
-
-
-def _write_rejected(rows: pa.Table, path: Path) -> None:
-    """The rejected records as a table for people."""
-    table = rows.select(["record_no", "id", "length", "reason", "status"]).to_pandas()
-    table = table[table.pop("status") == "rejected"]
-    table.to_csv(path, sep="\t", index=False)
+def _counts(column: pa.ChunkedArray) -> dict:
+    return {item["values"]: item["counts"] for item in pc.value_counts(column).to_pylist()}

@@ -79,7 +79,7 @@ def make(folder: Path, records: int, filled: bool) -> Path:
     dataset = folder / "datasets" / "a"
     dataset.mkdir(parents=True)
     pq.write_table(rows, dataset / "index.parquet", compression="zstd")
-    write_lookup(rows, dataset / "index.parquet")
+    write_lookup(dataset / "index.parquet")
     manifest = {"schema": 1, "model": "none", "random_weights": False, "settings": SETTINGS}
     counts = {"accepted": records, "duplicate": 0, "records": records, "shards": dict.fromkeys(names, 0)}
     write_json(dataset / "manifest.json", {**manifest, **counts})

@@ -5,6 +5,7 @@ They change no results, and a site may replace each of them: --set-resources emb
 """
 
 from lengthwise.device import auto_device
+from lengthwise.files import read_json
 
 # Of jobs that a plan says nothing about: one of an earlier version.
 UNKNOWN = {"mem_mb": 16000, "disk_mb": 4000, "runtime_minutes": 120}
@@ -73,7 +74,10 @@ def bounded_mem_mb(wildcards, attempt):
 
 
 def assemble_mem_mb(wildcards, attempt):
-    return int(2000 + 3000 * input_gigabytes(wildcards)) * attempt
+    """A dataset's lookup is made in memory, of at most 200 bytes a record; a dry run before ingest knows the file's size alone."""
+    summary = Path(STORE) / "inputs" / wildcards.dataset / "summary.json"
+    records = read_json(summary)["records"] if summary.exists() else input_gigabytes(wildcards) * 1e9 / 100
+    return int(2000 + records * 200 / 1e6) * attempt
 
 
 def reading_minutes(wildcards, attempt):
