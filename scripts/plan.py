@@ -11,8 +11,7 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
     from lengthwise.plan import Sizes, plan
     from lengthwise.rates import pace
     from lengthwise.settings import require
-    from lengthwise.space import require_space
-    from lengthwise.store import commit_path
+    from lengthwise.space import require_space, uncommitted
 
     store = Path(snakemake.params.store)
     config = snakemake.config
@@ -23,7 +22,7 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
     jobs = plan(store, sequences, sizes, Path(snakemake.output.jobs), memory_bytes, retry)
     if config["disk_space"] == "refuse":
         require_space(store, jobs)
-    new = jobs[[not commit_path(store, job).exists() for job in jobs["job"]]]
+    new = uncommitted(store, jobs)
     wanted = sum(pq.read_metadata(path).num_rows for path in sequences.values())
     log.info(
         "%s in %s; to embed: %s, %s in %s, forecast %s and %.2f GB",

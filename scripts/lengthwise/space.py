@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
@@ -26,7 +27,7 @@ def require_space(store: Path, jobs: pd.DataFrame) -> None:
     LengthwiseError
         The jobs that are not committed have more bytes to write than are free.
     """
-    unfinished = jobs[[not commit_path(store, job).exists() for job in jobs["job"]]]
+    unfinished = uncommitted(store, jobs)
     needed, free = int(unfinished["forecast_bytes"].sum()), shutil.disk_usage(store).free
     if needed > free:  # reading their specs takes seconds where there are thousands
         needed -= sum(_made_bytes(store, job) for job in unfinished["job"])
@@ -35,6 +36,11 @@ def require_space(store: Path, jobs: pd.DataFrame) -> None:
             f"{store}: {size(needed)} are to be written and {size(free)} are free on its file system; free some space, set "
             "'results' to another one, store less (see 'snakemake forecast'), or set disk_space: ignore"
         )
+
+
+def uncommitted(store: Path, jobs: pd.DataFrame) -> pd.DataFrame:
+    """The jobs of a plan that have work left."""
+    return jobs[np.array([not commit_path(store, job).exists() for job in jobs["job"]], bool)]  # there may be no job
 
 
 def _made_bytes(store: Path, job: str) -> int:

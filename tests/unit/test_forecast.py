@@ -18,7 +18,7 @@ from lengthwise.metrics import METRICS, write_metrics
 from lengthwise.plan import Sizes
 from lengthwise.settings import expected
 from lengthwise.shapes import MODELS, ModelConfig
-from lengthwise.space import require_space
+from lengthwise.space import require_space, uncommitted
 from lengthwise.store import commit_path, metrics_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,6 +203,23 @@ def test_only_what_is_not_yet_written_needs_room(store, full_disk, refused):
     full_disk(left - 40_000)  # the second job's shards have headers besides
     with refused("to be written"):
         require_space(store.path, jobs)
+
+
+def test_where_every_record_is_rejected_there_is_a_whole_dataset_of_none_and_no_work(small_store):
+    store = small_store()
+    store.ingest("none", {"a": "---", "b": "XXX"})
+    jobs = store.plan()
+    require_space(store.path, jobs)
+    assert uncommitted(store.path, jobs)["forecast_bytes"].sum() == 0
+    made = forecast_of(store)
+    assert "nothing" in forecast.text(made)
+    assert (made["work"]["sequences"], made["work"]["jobs"]) == (0, 0)
+    assert store.assemble("none")["rejected"] == 2
+    rows = (store.path / "datasets/none/rejected.tsv").read_text().splitlines()
+    assert [row.split("\t")[1] for row in rows] == ["id", "a", "b"]
+    dataset = store.open("none")
+    assert (len(dataset), dataset.ids, dataset.pooled("mean").shape) == (0, [], (0, TINY.embed_dim))
+    assert dataset.records["status"].tolist() == ["rejected", "rejected"]
 
 
 def shards_that_took(store, product: float, attention: float, factors) -> None:
