@@ -1,9 +1,11 @@
 """Reading FASTA in blocks: any compression and line ends, nothing lost between two blocks, what is no FASTA refused."""
 
+import functools
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -35,15 +37,43 @@ _OTHER_FORMATS = [
     (re.compile(rb"PK\x03\x04"), "a zip archive; unpack it first"),
     (re.compile(rb"\xfd7zXZ"), "an xz-compressed file; decompress it first"),
     (re.compile(rb"\x1f\x8b|\x28\xb5\x2f\xfd"), "a file compressed twice; decompress it once"),
+    (re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff|>\0\0\0|\0\0\0>"), "UTF-32 text; convert it to UTF-8"),
     (re.compile(rb"\xff\xfe|\xfe\xff|>\0|\0>"), "UTF-16 text; convert it to UTF-8"),
+    (re.compile(rb">(P1|F1|D[LC]|R[LC]|N[13]|XX);\S+[ \t]*[\r\n].*\*", re.DOTALL), "PIR (NBRF); convert it to FASTA"),
+    (re.compile(rb"@(HD|SQ|RG|PG|CO)\t"), "SAM; a FASTA file of proteins is wanted"),
     (re.compile(rb"@"), "FASTQ; convert it to FASTA and translate it to proteins"),
     (re.compile(rb"LOCUS\s"), "GenBank; export its proteins as FASTA"),
     (re.compile(rb"ID {3}"), "an EMBL or UniProt flat file; export it as FASTA"),
-    (re.compile(rb"(HEADER|CRYST1|REMARK|MODEL|ATOM|HETATM) "), "PDB; export its sequences as FASTA"),
-    (re.compile(rb"data_"), "mmCIF; export its sequences as FASTA"),
+    (
+        re.compile(rb"(HEADER|TITLE|COMPND|EXPDTA|CRYST1|REMARK|MODEL|ATOM|HETATM) "),
+        "PDB; export its sequences as FASTA",
+    ),
+    (re.compile(rb"(#[^\r\n]*\s+)*data_"), "mmCIF; export its sequences as FASTA"),
     (re.compile(rb"# STOCKHOLM|CLUSTAL"), "an alignment; export its sequences, without gaps, as FASTA"),
 ]
 _LINE_END, _HEADER_MARK, _SPACE, _DELETE = b"\n> \x7f"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Where files were put together: how one seems to begin within a record of another, and what to do. Before the mark of a
+# header may be half of a literal token of ESM-2, which somebody wrote into a sequence.
+_OTHER_FILES = [
+    (
+        rb"(?<!<cls)(?<!<pad)(?<!<eos)(?<!<unk)(?<!<mask)>",
+        "'>' inside a line; put the line break before it that a header needs, or take it out",
+    ),
+    (rb"(?<=[\r\n])\xef\xbb\xbf", "a byte-order mark between two records; remove it"),
+    (
+        rb"\x1f\x8b\x08|\x28\xb5\x2f\xfd",
+        "gzip or zstd data in a sequence; decompress a file before it is added to another",
+    ),
+    (rb"(?<=[\r\n])@", "'@' begins a line, as in FASTQ and SAM; take out what is no FASTA"),
+    (rb"(?<=[\r\n])\0|\0\0", "NUL bytes in a sequence; remove them, or fetch the file again"),
+]
+_ANOTHER_FILE = re.compile(b"|".join(b"(%s)" % pattern for pattern, _ in _OTHER_FILES))
+_BEGINNINGS = [b">", b"\xef", b"\x1f", b"\x28", b"@", b"\0"]
+_LIKE_AN_ESCAPE = re.compile(rb"\\(?=x[0-9a-f]{2})")
+_HEADER, _BREAK = re.compile(rb"(?<=[\r\n])>"), re.compile(rb"[\r\n]")
+_MAGIC_BYTES = 4
+_PATTERN_BYTES = 8  # none of the patterns above sees more of a text
 
 
 def read_chunks(fasta: Path, seen: Callable[[bytes], None] = lambda raw: None) -> Iterator[bytes]:
@@ -61,7 +91,7 @@ def read_chunks(fasta: Path, seen: Callable[[bytes], None] = lambda raw: None) -
     LengthwiseError
         The file cannot be read whole, changes meanwhile, or is not FASTA.
     """
-    rest, returns = b"", b""
+    chunks, record, rest, returns = 0, b"", b"", b""
     for block in _from_first_header(fasta, read_text(fasta, seen)):
         block = returns + block
         returns = b"\r" if block.endswith(b"\r") else b""  # perhaps half of a CRLF
@@ -69,16 +99,60 @@ def read_chunks(fasta: Path, seen: Callable[[bytes], None] = lambda raw: None) -
         if b"\r" in block:
             block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         cut = block.rfind(b"\n>") + 1
+        if not cut:  # perhaps between two blocks
+            searched = max(len(rest) - 1, 0)
+            rest, block = b"", rest + block
+            cut = block.rfind(b"\n>", searched) + 1
         if cut:
-            yield b"".join([rest, memoryview(block)[:cut]])
-            rest = b""
-        rest += block[cut:]
-        if len(rest) > MAX_RECORD_BYTES:
-            raise LengthwiseError(
-                f"{fasta}: a record of more than {MAX_RECORD_BYTES >> 20} MiB begins {rest[:40]!r}: no protein is so long; "
-                "take it out, or translate it if it is a genome"
-            )
-    yield rest + b"\n"
+            yield b"".join([record, rest, memoryview(block)[:cut]])
+            chunks, record = chunks + 1, b""
+        rest = block[cut:]
+        if len(rest) > BLOCK_BYTES:
+            number = functools.partial(_number_after, fasta, chunks)
+            record, rest = _with_lines_joined(fasta, number, record, rest)
+            if len(record) + len(rest) > MAX_RECORD_BYTES:
+                raise LengthwiseError(
+                    f"{fasta}: a record of more than {MAX_RECORD_BYTES >> 20} MiB begins at {place(fasta, number())}: no "
+                    "protein is so long; take it out, or translate it if it is a genome"
+                )
+    yield record + rest + b"\n"
+
+
+def _with_lines_joined(fasta: Path, number: Callable[[], int], record: bytes, rest: bytes) -> tuple[bytes, bytes]:
+    """A long record's header and one line of all whole lines, and what follows: lines of no length need no memory."""
+    if not record:
+        end = rest.find(b"\n")
+        record, rest = rest[: end + 1], rest[max(end, 0) :]
+    if record:
+        refuse_another_file(fasta, number, rest)
+        last = rest.rfind(b"\n")
+        record, rest = record + joined_lines(rest[:last].split(b"\n")), rest[last:]
+    return record, rest
+
+
+def joined_lines(lines: list[bytes]) -> bytes:
+    """A sequence as the file has it: whitespace at the end of a line is no part of it."""
+    return b"".join(map(bytes.rstrip, lines))
+
+
+def refuse_another_file(fasta: Path, number: Callable[[], int], text: bytes) -> None:
+    """Raise if another file seems to begin within a record, whose own records would be lost without a word.
+
+    Parameters
+    ----------
+    number
+        Gives the record's number.
+    text
+        Its lines, each after an LF.
+    """
+    if any(byte in text for byte in _BEGINNINGS) and (found := _ANOTHER_FILE.search(text)):
+        what = _OTHER_FILES[found.lastindex - 1][1]
+        raise LengthwiseError(f"{fasta}: {place(fasta, number(), _ANOTHER_FILE)}: {what}")
+
+
+def _number_after(fasta: Path, chunks: int) -> int:
+    """The number of the record after so many chunks."""
+    return sum(chunk.count(b"\n>") + 1 for chunk in islice(read_chunks(fasta), chunks)) + 1
 
 
 def state(fasta: Path) -> str:
@@ -89,17 +163,21 @@ def state(fasta: Path) -> str:
 
 def read_text(fasta: Path, seen: Callable[[bytes], None] = lambda raw: None) -> Iterator[bytes]:
     """Yield a file's decompressed content, block by block, without a byte-order mark."""
+    content = _content(fasta, seen)
+    yield next(content).removeprefix(_BYTE_ORDER_MARK)
+    yield from content
+
+
+def _content(fasta: Path, seen: Callable[[bytes], None] = lambda raw: None) -> Iterator[bytes]:
+    """A file's decompressed content, one block or more."""
     try:
         before = stamp(fasta)
         with open(fasta, "rb") as file:
             pieces = _seen_by(seen, iter(lambda: file.read(BLOCK_BYTES), b""))
             first = next(pieces, b"")
-            pieces = _chain(first, pieces)
-            for name, (magic, new) in _COMPRESSIONS.items():
-                if magic.match(first):
-                    pieces = _gathered(_decompressed(fasta, pieces, name, new))
-            first = next(pieces, b"")
-            yield first.removeprefix(b"\xef\xbb\xbf")
+            pieces = chain([first], pieces)
+            if name := _compression(first):
+                pieces = _gathered(_decompressed(fasta, pieces, name))
             yield from pieces
         if stamp(fasta) != before:
             raise LengthwiseError(f"{fasta}: changed while it was read; run again once nothing writes to it")
@@ -107,18 +185,39 @@ def read_text(fasta: Path, seen: Callable[[bytes], None] = lambda raw: None) -> 
         raise LengthwiseError(f"{fasta}: cannot be read: {error.strerror or error}") from error
 
 
-def place(fasta: Path, record_no: int) -> str:
-    """Where a record is, for people: byte (decompressed, after a byte-order mark) and line; reads the file once more."""
-    record, offset, line, last = 0, 0, 1, b"\n"
+def _compression(start: bytes) -> str:
+    """What bytes that begin so are compressed with, if they are."""
+    return next((name for name, (magic, _) in _COMPRESSIONS.items() if magic.match(start)), "")
+
+
+def place(fasta: Path, record_no: int, inside: re.Pattern | None = None) -> str:
+    """Where a record is, or the first match in the lines of its sequence, for people; reads the file once more."""
+    steps = chain(repeat(_HEADER, record_no), [_BREAK, inside] if inside else [])
+    step, at = next(steps), 0
+    text, offset, line, before = b"\n", -1, 0, b""  # as if the file began after a line
     for block in read_text(fasta):
-        text = last + block
-        for found in re.finditer(rb"(?<=[\r\n])>", text):
-            record += 1
-            if record == record_no:
-                return f"byte {offset + found.start() - 1:,}, line {line + _line_ends(text[1 : found.start()], last):,}"
-        line += _line_ends(block, last)
-        offset, last = offset + len(block), block[-1:] or last
+        text += block
+        while found := step.search(text, at):
+            at, step = found.end(), next(steps, None)
+            if step is None:
+                return _place(fasta, offset + found.start(), line + _line_ends(text[: found.start()], before))
+        at = max(at, len(text) - _PATTERN_BYTES)
+        done = max(at - _PATTERN_BYTES, 0)
+        offset, line, before = offset + done, line + _line_ends(text[:done], before), text[done - 1 : done] or before
+        text, at = text[done:], at - done
     raise LengthwiseError(f"{fasta}: changed while it was read; run again once nothing writes to it")
+
+
+def _place(fasta: Path, offset: int, line: int) -> str:
+    """For people, a place in what `read_text` yields."""
+    if next(_content(fasta)).startswith(_BYTE_ORDER_MARK):
+        offset += len(_BYTE_ORDER_MARK)
+    return f"byte {offset:,}, line {line:,}" + (" of its decompressed content" if _is_compressed(fasta) else "")
+
+
+def _is_compressed(fasta: Path) -> bool:
+    with open(fasta, "rb") as file:
+        return bool(_compression(file.read(4)))
 
 
 def _line_ends(text: bytes, before: bytes) -> int:
@@ -149,7 +248,7 @@ def split_records(chunk: bytes) -> tuple[pa.Array, pa.Array, np.ndarray]:
 def split_headers(headers: pa.Array) -> tuple[pa.Array, pa.Array]:
     """(ids, descriptions): the first word of each header and, up to `MAX_DESCRIPTION` characters, the rest.
 
-    Bytes that are not UTF-8 become ``\\xNN``.
+    Bytes that are not UTF-8 become ``\\xNN``; the backslash of what only looks so becomes ``\\x5c``.
     """
     text, bounds = joined(headers)
     codes = np.frombuffer(text + b"-", np.uint8)  # one more, to look behind the last header
@@ -159,6 +258,7 @@ def split_headers(headers: pa.Array) -> tuple[pa.Array, pa.Array]:
     plain = (
         codes.min() >= _SPACE
         and codes.max() < _DELETE
+        and b"\\" not in text
         and np.diff(bounds).all()
         and spaces.all()
         and not (codes[starts] == _SPACE).any()
@@ -170,12 +270,16 @@ def split_headers(headers: pa.Array) -> tuple[pa.Array, pa.Array]:
         pieces = _slices(pa.string(), text, thirds)
         ids, descriptions = (pieces.take(pa.array(np.arange(k, len(pieces), 3))) for k in (0, 2))
     else:
-        words = [header.decode("utf-8", "backslashreplace").strip().split(None, 1) for header in headers.to_pylist()]
+        words = [_decoded(header).strip().split(None, 1) for header in headers.to_pylist()]
         ids = pa.array([pair[0] if pair else "" for pair in words], pa.string())
         descriptions = pa.array([pair[1] if len(pair) > 1 else "" for pair in words], pa.string())
     if len(text) and np.diff(bounds).max() > MAX_DESCRIPTION:
         descriptions = pc.utf8_slice_codeunits(descriptions, 0, MAX_DESCRIPTION)
     return ids, descriptions
+
+
+def _decoded(header: bytes) -> str:
+    return _LIKE_AN_ESCAPE.sub(rb"\\x5c", header).decode("utf-8", "backslashreplace")
 
 
 def joined(array: pa.Array) -> tuple[bytes, np.ndarray]:
@@ -202,43 +306,54 @@ def _from_first_header(fasta: Path, blocks: Iterator[bytes]) -> Iterator[bytes]:
         start = block[len(blank) :]
         what = next((what for magic, what in _OTHER_FORMATS if magic.match(start)), "")
         if what or not start.startswith(b">"):
+            where = _place(fasta, offset + len(blank), line + _line_ends(blank, b""))
+            if _compression(start) and not _is_compressed(fasta):
+                what = "compressed data after something else; remove what is before them"
             first = repr(re.split(rb"[\r\n]", start, maxsplit=1)[0][:40])[1:]
-            where = f"byte {offset + len(blank):,}, line {line + _line_ends(blank, b''):,} begins {first}"
-            raise LengthwiseError(
-                f"{fasta}: not FASTA: {where}" + (f": this is {what}" if what else ", and should begin with '>'")
-            )
+            why = f": this is {what}" if what else ", and should begin with '>'; give a FASTA file"
+            raise LengthwiseError(f"{fasta}: not FASTA: {where} begins {first}{why}")
         yield start
         yield from blocks
         return
     raise LengthwiseError(f"{fasta}: the file is empty; give a FASTA file, or take it out of 'inputs'")
 
 
-def _decompressed(fasta: Path, pieces: Iterable[bytes], name: str, new: Callable) -> Iterator[bytes]:
+def _decompressed(fasta: Path, pieces: Iterable[bytes], name: str) -> Iterator[bytes]:
     """Decompress members (gzip) or frames (zstd) one after another; the last must be whole, and nothing may follow it.
 
     Zeros after the last gzip member are padding, as gzip itself has it.
     """
-    decompressor, read, begun = new(), 0, False
-    for piece in pieces:
+    magic, new = _COMPRESSIONS[name]
+    decompressor, read, few = new(), 0, b""  # bytes after a member, too few to tell what begins there
+    for piece in chain(pieces, [b""]):
         read += len(piece)
+        last, piece, few = not piece, few + piece, b""
         while piece or not (decompressor.needs_input or decompressor.eof):
             if decompressor.eof:
-                decompressor, begun = new(), False
-            if not begun and name == "gzip" and read > len(piece):
-                piece = piece.lstrip(b"\0")
+                piece = piece.lstrip(b"\0") if name == "gzip" else piece
+                if len(piece) < _MAGIC_BYTES and not last:
+                    few = piece
+                    break
                 if not piece:
                     break
+                if not magic.match(piece):
+                    raise LengthwiseError(
+                        f"{fasta}: broken {name}: garbage from byte {read - len(piece):,} on, after the end of the compressed "
+                        f"data: {repr(piece[:40])[1:]}; remove it, or fetch or compress the file again"
+                    )
+                decompressor = new()
             try:
                 yield decompressor.decompress(piece, BLOCK_BYTES)
             except (IsalError, ZstdError) as error:
-                garbage = not begun and not _COMPRESSIONS[name][0].match(piece)
-                where = f"garbage from byte {read - len(piece):,} on" if garbage else f"damaged before byte {read:,}"
-                raise LengthwiseError(
-                    f"{fasta}: broken {name}: {where} ({error}); fetch or compress the file again"
-                ) from error
-            begun = True
+                where, what = f"damaged before byte {read:,} ({error})", "fetch or compress the file again"
+                if "too much memory" in str(error):
+                    where, what = (
+                        f"its window is too large ({error})",
+                        "compress the file again without --long",
+                    )
+                raise LengthwiseError(f"{fasta}: broken {name}: {where}; {what}") from error
             piece = decompressor.unused_data if decompressor.eof else b""
-    if begun and not decompressor.eof:
+    if not decompressor.eof:
         raise LengthwiseError(
             f"{fasta}: broken {name}: cut short at byte {read:,}, in the middle of the data; fetch or compress the file again"
         )
@@ -260,8 +375,3 @@ def _seen_by(seen: Callable[[bytes], None], pieces: Iterable[bytes]) -> Iterator
     for piece in pieces:
         seen(piece)
         yield piece
-
-
-def _chain(first: bytes, pieces: Iterator[bytes]) -> Iterator[bytes]:
-    yield first
-    yield from pieces

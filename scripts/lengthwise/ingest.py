@@ -20,7 +20,15 @@ import pyarrow.parquet as pq
 from lengthwise import alphabet
 from lengthwise.database import out_of_core
 from lengthwise.errors import LengthwiseError
-from lengthwise.fasta import joined, place, read_chunks, split_headers, split_records
+from lengthwise.fasta import (
+    joined,
+    joined_lines,
+    place,
+    read_chunks,
+    refuse_another_file,
+    split_headers,
+    split_records,
+)
 from lengthwise.files import atomic, emptied, write_json
 
 RECORDS = pa.schema(
@@ -210,11 +218,12 @@ def _judge(fasta: Path, chunk: bytes, first_no: int, policy: Policy) -> _Judged:
     lengths = np.diff(bounds).astype(np.int32)
     mended, reasons, changed, rare = {}, {}, {}, Counter()
     for i in _unusual(residues, bounds):
-        raw = b"".join(map(bytes.rstrip, lines[first[i] : first[i + 1]].to_pylist()))
-        sequence, changes, reason = alphabet.normalize(raw, policy.letters)
+        own_lines = lines[first[i] : first[i + 1]].to_pylist()
+        sequence, changes, reason = alphabet.normalize(joined_lines(own_lines), policy.letters)
         lengths[i], mended[i] = len(sequence), b"" if reason else sequence
         if reason:
             reasons[i] = reason
+            refuse_another_file(fasta, lambda i=i: first_no + i, b"\n" + b"\n".join(own_lines))
         if changes:
             changed[i] = changes
     if policy.long_policy == "skip":
