@@ -6,6 +6,7 @@ asked of the table afterwards, out of core.
 """
 
 import hashlib
+import string
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -30,6 +31,7 @@ from lengthwise.fasta import (
     split_records,
 )
 from lengthwise.files import atomic, emptied, write_json
+from lengthwise.nucleotides import Nucleotides, look_alike, suspects
 
 RECORDS = pa.schema(
     [
@@ -52,9 +54,9 @@ DIGEST_WORDS = 3  # of eight bytes
 NO_ID = "no_id"
 TOO_LONG = "too_long"
 ID_SUFFIXED = "id_suffixed"
+LIKE_NUCLEOTIDES = "like_nucleotides"
 
-# Of a chunk's first residues, so many at least, this share of A, C, G, T, U and N is no protein's: theirs is a quarter.
-_NUCLEOTIDES, _NUCLEOTIDES_SHARE, _NUCLEOTIDES_SAMPLE = b"ACGTUNacgtun", 0.95, range(60, 1 << 14)
+_NO_LETTERS = bytes(set(range(256)) - set(string.ascii_letters.encode()))
 _OTHER_CAPITALS = set(range(ord("A"), ord("Z") + 1)) - set(alphabet.STANDARD)
 
 
@@ -122,7 +124,7 @@ def _read(fasta: Path, records: Path, sequences: Path, policy: Policy, word: int
     """Write the two tables, telling repeats by this word of their digests; returns the summary."""
     size, sha256, seen = 0, hashlib.sha256(), _Seen()
     status, reasons, changes, rare, residues = Counter(), Counter(), Counter(), Counter(), 0
-    first_rejected = None
+    first_rejected, nucleotides = None, Nucleotides(fasta)
 
     def read(raw: bytes) -> None:
         nonlocal size
@@ -135,6 +137,7 @@ def _read(fasta: Path, records: Path, sequences: Path, policy: Policy, word: int
             judged = _judge(fasta, chunk, first_no, policy)
             accepted = judged.good.copy()
             accepted[judged.good] = ~seen.add(judged.digests.view(np.uint64)[judged.good, word])
+            nucleotides.count(judged.letters, judged.like_nucleotides, first_no)
             record_table.append(judged.records(first_no, accepted))
             sequence_table.append(judged.sequences().filter(pa.array(accepted)))
             residues += int(judged.lengths[accepted].sum())
@@ -146,6 +149,7 @@ def _read(fasta: Path, records: Path, sequences: Path, policy: Policy, word: int
             for names in judged.changed.values():
                 changes.update(names)
             rare.update(judged.rare)
+    nucleotides.decide()
     if first_rejected and policy.strict:
         number, record_id, reason = first_rejected
         raise LengthwiseError(
@@ -177,6 +181,8 @@ class _Judged:
     reasons: dict[int, str]
     changed: dict[int, list[str]]
     rare: Counter
+    letters: int
+    like_nucleotides: dict[int, int]  # the letters of such records
 
     def __post_init__(self):
         self.good = np.ones(len(self.ids), bool)
@@ -214,18 +220,25 @@ def _judge(fasta: Path, chunk: bytes, first_no: int, policy: Policy) -> _Judged:
     ids, descriptions = split_headers(headers)
     residues, line_bounds = joined(lines)
     bounds = line_bounds[first]
-    _refuse_nucleotides(fasta, residues, first_no, policy)
     lengths = np.diff(bounds).astype(np.int32)
-    mended, reasons, changed, rare = {}, {}, {}, Counter()
+    judged_by = {i: residues[bounds[i] : bounds[i + 1]] for i in suspects(residues, bounds)}
+    mended, reasons, changed, rare, letters = {}, {}, {}, Counter(), len(residues)
     for i in _unusual(residues, bounds):
         own_lines = lines[first[i] : first[i + 1]].to_pylist()
-        sequence, changes, reason = alphabet.normalize(joined_lines(own_lines), policy.letters)
+        raw = joined_lines(own_lines)
+        sequence, changes, reason = alphabet.normalize(raw, policy.letters)
+        letters -= int(lengths[i])
+        judged_by[i] = raw.translate(None, _NO_LETTERS)
+        letters += len(judged_by[i])
         lengths[i], mended[i] = len(sequence), b"" if reason else sequence
         if reason:
             reasons[i] = reason
             refuse_another_file(fasta, lambda i=i: first_no + i, b"\n" + b"\n".join(own_lines))
         if changes:
             changed[i] = changes
+    like = {}
+    if policy.nucleotides == "refuse":
+        like = {i: len(own) for i, own in judged_by.items() if look_alike(own)}
     if policy.long_policy == "skip":
         for i in np.flatnonzero(lengths > policy.max_residues).tolist():
             reasons.setdefault(i, f"{TOO_LONG}: {lengths[i]} residues, more than max_residues = {policy.max_residues}")
@@ -238,24 +251,12 @@ def _judge(fasta: Path, chunk: bytes, first_no: int, policy: Policy) -> _Judged:
             rare.update(mended[i].translate(None, alphabet.STANDARD))
     residues, bounds = _replaced(residues, bounds, mended)
     digests = alphabet.digests(residues, bounds)
-    judged = _Judged(ids, descriptions, residues, bounds, digests, lengths, reasons, changed, rare)
+    for i in like.keys() - reasons.keys():
+        changed.setdefault(i, []).append(LIKE_NUCLEOTIDES)
+    judged = _Judged(ids, descriptions, residues, bounds, digests, lengths, reasons, changed, rare, letters, like)
     if not alphabet.is_tokens(residues) or (np.diff(bounds) != lengths)[judged.good].any():
         raise RuntimeError("a residue would have no token of its own; please report this file")
     return judged
-
-
-def _refuse_nucleotides(fasta: Path, residues: bytes, first_no: int, policy: Policy) -> None:
-    sample = residues[: _NUCLEOTIDES_SAMPLE.stop]
-    others = len(sample.translate(None, _NUCLEOTIDES))
-    if (
-        policy.nucleotides == "refuse"
-        and len(sample) >= _NUCLEOTIDES_SAMPLE.start
-        and others <= len(sample) * (1 - _NUCLEOTIDES_SHARE)
-    ):
-        raise LengthwiseError(
-            f"{fasta}: looks like nucleotides from {place(fasta, first_no)} on: {len(sample) - others:,} of {len(sample):,} "
-            "letters are A, C, G, T, U or N; translate it to proteins, or set nucleotides: allow"
-        )
 
 
 def _unusual(residues: bytes, bounds: np.ndarray) -> list[int]:

@@ -51,7 +51,13 @@ REFUSED = {
     "gzip_of_csv.fasta.gz": ["not FASTA", "'id,sequence'"],
     "dna.fasta": ["looks like nucleotides", "byte 0, line 1", "120 of 120 letters", "nucleotides: allow"],
     "rna.fasta": ["looks like nucleotides", "120 of 120 letters"],
-    "dna_with_n.fasta": ["looks like nucleotides", "216 of 220 letters"],
+    "dna_with_n.fasta": ["looks like nucleotides", "220 of 220 letters"],
+    "dna_blocks_of_ten.fasta": ["looks like nucleotides", "120 of 120 letters"],
+    "dna_numbered.fasta": ["looks like nucleotides", "120 of 120 letters"],
+    "dna_trailing_spaces.fasta": ["looks like nucleotides", "120 of 120 letters"],
+    "dna_aligned.fasta": ["looks like nucleotides", "120 of 120 letters"],
+    "dna_primers.fasta": ["looks like nucleotides", "192 of 192 letters"],
+    "dna_after_one_protein.fasta": ["looks like nucleotides", "270 of 370 letters", "byte 104, line 3"],
     # Broken on its way.
     "gzip_cut_in_header.fasta.gz": ["broken gzip", "cut short at byte 6"],
     "gzip_cut_in_data.fasta.gz": ["broken gzip", "cut short at byte 2,234"],
@@ -94,6 +100,7 @@ REFUSED = {
 
 TWO = ["accepted a MKVLAWWC", "accepted b MKTAYIAK"]
 GOOD_B = "accepted b MKV"
+DNA = "AATACAAAGGGTGCGTGAATGCGGGACCATCGGGGTCTATTTAATCCTAGCACGTAGATAACGCATTTCCAGCCTTGAGCTGTGGTTCAC"
 
 # Of each record its status and id, and its sequence or the reason why there is none; then what was changed.
 TAKEN = {
@@ -145,6 +152,10 @@ TAKEN = {
     "non_breaking_space.fasta": ["rejected a invalid_byte: (0xC2) at position 3", GOOD_B],
     "escape_codes.fasta": ["accepted a\x1b[31m MKV", "rejected b invalid_byte: (0x1B) at position 2"],
     "ambiguous_peptides.fasta": ["accepted a GATTACA", "accepted b CAT"],
+    # Nucleotides or not: half of the letters must be in records like them.
+    "dna_before_proteins.fasta": [f"accepted d {DNA} like_nucleotides", f"accepted p {'MKVLAWWCHH' * 10}"],
+    "dna_after_proteins.fasta": [f"accepted p {'MKVLAWWCHH' * 10}", f"accepted d {DNA} like_nucleotides"],
+    "antifreeze.fasta": [f"accepted a {'AAT' * 40}", f"accepted b {'G' * 80}", f"accepted c {'GGAGA' * 30}"],
     # Records.
     "no_id.fasta": ["rejected  no_id", "accepted b MKVL", "rejected  no_id"],
     "mark_alone.fasta": ["rejected  no_id"],

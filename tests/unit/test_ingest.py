@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import random
 import zipfile
 
 import duckdb
@@ -291,6 +292,33 @@ def test_nucleotides_are_taken_where_they_are_allowed(run, refused):
     with refused("looks like nucleotides", "nucleotides: allow"):
         run(dna)
     assert run(dna, nucleotides="allow")[2]["accepted"] == 1
+
+
+def test_whether_a_file_looks_like_nucleotides_depends_on_nothing_but_its_records(run, refused, monkeypatch):
+    monkeypatch.setattr("lengthwise.fasta.BLOCK_BYTES", 500)
+    rng = random.Random(5)
+    dna = {f"d{i}": "".join(rng.choices("ACGT", k=100)) for i in range(21)}
+    proteins = {f"p{i}": "".join(rng.choices(alphabet.STANDARD.decode(), k=100)) for i in range(20)}
+    for number in (21, 19):
+        chosen = list(({k: dna[k] for k in list(dna)[:number]} | proteins).items())
+        for _ in range(8):
+            rng.shuffle(chosen)
+            data = rendered(dict(chosen), rng.choice([7, 60, 200]))
+            data = rng.choice([bytes, gzip.compress, bytes.lower])(data)
+            if number == 21:
+                with refused("looks like nucleotides", "2,100 of 4,100 letters"):
+                    run(data)
+            else:
+                assert run(data)[2]["changes"]["like_nucleotides"] == 19
+
+
+def test_a_large_file_of_nucleotides_is_refused_before_its_end(run, refused, monkeypatch):
+    monkeypatch.setattr("lengthwise.nucleotides._MOST_NUCLEOTIDES", 10_000)
+    monkeypatch.setattr("lengthwise.fasta.BLOCK_BYTES", 5_000)
+    dna = b"".join(b">d%d\n%b\n" % (i, b"ACGTTGCA" * 20) for i in range(1000))
+    with refused("looks like nucleotides", "letters are in records") as caught:
+        run(dna)
+    assert int(str(caught.value).split(" of ")[1].split()[0].replace(",", "")) < 20_000
 
 
 def test_strict_makes_the_first_rejection_an_error(run, refused, tmp_path, files_in):
