@@ -107,12 +107,16 @@ def datasets(inputs: list[str] | dict[str, str]) -> dict[str, str]:
 
 
 def _require_file(path: str) -> None:
+    if "\n" in path or "\r" in path:
+        raise LengthwiseError(f"config: inputs: {path!r}: a file's name may have no line break; rename it")
     if set(path) & set("{}<>"):
         raise LengthwiseError(f"config: inputs: {path!r}: Snakemake cannot take {{ }} < > in a file's name; rename it")
     if os.path.isdir(path):
         raise LengthwiseError(
             f"config: inputs: {path!r} is a folder; write {path.rstrip('/') + '/*.fasta'!r} for its files"
         )
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise LengthwiseError(f"config: inputs: {path!r} is not a regular file; write what comes from it into one")
     if not os.path.isfile(path):
         raise LengthwiseError(f"config: inputs: there is no file {path!r}")
     if not os.access(path, os.R_OK):
@@ -135,13 +139,15 @@ def _is_loopback(host: str) -> bool:
 
 
 def _coerce(value, schema: dict):
-    """Numbers that Snakemake's --config leaves as text inside lists and mappings."""
+    """What Snakemake's --config leaves as text: numbers inside lists and mappings, and true and false."""
     if isinstance(value, dict):
         return {key: _coerce(sub, schema.get("properties", {}).get(key, {})) for key, sub in value.items()}
     if isinstance(value, list):
         return [_coerce(item, schema.get("items", {})) for item in value]
     if schema.get("type") == "integer" and isinstance(value, str) and re.fullmatch(r"-?\d+", value):
         return int(value)
+    if schema.get("type") == "boolean" and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
     return value
 
 

@@ -1,6 +1,7 @@
 """The config: the shipped one is valid, the documentation is complete, every mistake is one line that names its key."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -261,6 +262,34 @@ def test_what_snakemakes_config_option_leaves_as_text_is_taken():
     taken = config.validate(given, SCHEMA_PATH)
     assert (taken["inputs"], taken["layers"]) == (["in.fasta"], [-1, 0])
     assert taken["long_sequences"]["max_residues"] == 100
+
+
+@pytest.mark.parametrize("text", ["true", "True", "FALSE", "false"])
+def test_true_and_false_of_the_command_line_are_taken(text):
+    """`--config strict=true` gives a string."""
+    keys = [key for key, sub in KEYS.items() if sub.get("type") == "boolean"]
+    taken = validate(**dict.fromkeys(keys, text))
+    assert len(keys) > 2
+    assert {key: taken[key] for key in keys} == dict.fromkeys(keys, text.lower() == "true")
+
+
+def test_the_key_of_a_wrong_value_is_explained_in_a_whole_sentence(refused):
+    with refused("(What happens to gaps, '-' and '.', in a sequence"):
+        validate(letters={"gaps": "keep"})
+
+
+def test_an_input_that_is_no_regular_file_is_one_line(tmp_path, refused):
+    os.mkfifo(tmp_path / "pipe.fasta")
+    with refused("config: inputs: ", "pipe.fasta", "is not a regular file"):
+        config.datasets([str(tmp_path / "pipe.fasta")])
+
+
+@pytest.mark.parametrize("name", ["a\nb.fasta", "a\rb.fasta"])
+def test_a_line_break_in_an_inputs_name_is_one_line(tmp_path, refused, name):
+    (tmp_path / name).write_text(">a\nM\n")
+    for inputs in ([str(tmp_path / name)], [str(tmp_path / "*.fasta")], {"a": str(tmp_path / name)}, ["none\n.fasta"]):
+        with refused("config: inputs", "line break", "rename it"):
+            config.datasets(inputs)
 
 
 @pytest.mark.parametrize("name", ["a{b}.fasta", "<c>.fasta"])
