@@ -16,8 +16,8 @@ from lengthwise.errors import LengthwiseError
 
 # What only writing is refused for, whatever else a rule does meanwhile.
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-# What a file system says that has no locks, or cannot reserve bytes.
-_CANNOT = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+# What a file system says that has no locks, or cannot reserve bytes; NFS the last, where a folder is to be locked for oneself.
+_CANNOT = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF}
 _temporaries: set[Path] = set()
 
 

@@ -1,4 +1,7 @@
-"""Who is at work in a store: runs and jobs share a lock on its settings, and who removes files must have it alone."""
+"""Who is at work in a store: runs and jobs share locks on its folder and its settings; who removes files must have them alone.
+
+The first run begins before there are settings. On NFS a folder cannot be locked for oneself, and the settings tell.
+"""
 
 import fcntl
 import os
@@ -14,8 +17,11 @@ from lengthwise.files import lock
 def at_work(store: Path) -> Iterator[None]:
     """Keep others from having the store alone; the kernel ends it when this process ends, however it does."""
     with ExitStack() as stack:
-        with suppress(FileNotFoundError):  # a store without settings has nothing to remove yet
-            lock(stack.enter_context(_settings(store, os.O_RDONLY)), fcntl.LOCK_SH)
+        with suppress(OSError):  # whoever cannot write there says so when there is something to write
+            store.mkdir(parents=True, exist_ok=True)
+        for path in (store, store / "settings.json"):
+            with suppress(FileNotFoundError):
+                lock(stack.enter_context(_opened(path, os.O_RDONLY)), fcntl.LOCK_SH)
         yield
 
 
@@ -30,19 +36,22 @@ def alone(store: Path) -> Iterator[None]:
     """
     with ExitStack() as stack:
         try:
-            descriptor = stack.enter_context(_settings(store, os.O_RDWR))  # on NFS it is needed for such a lock
-            if not lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            known = lock(stack.enter_context(_opened(store, os.O_RDONLY)), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (store / "settings.json").exists():  # on NFS such a lock needs a file that is open for writing
+                settings = stack.enter_context(_opened(store / "settings.json", os.O_RDWR))
+                known = lock(settings, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not known:
                 raise LengthwiseError(f"{store}: its file system has no locks that would tell whether a job is at work")
         except BlockingIOError as error:
             raise LengthwiseError(f"{store}: a run or a job is at work in this store; wait until it is done") from error
         except OSError as error:
-            raise LengthwiseError(f"{store}/settings.json: {error.strerror}") from error
+            raise LengthwiseError(f"{error.filename or store}: {error.strerror}") from error
         yield
 
 
 @contextmanager
-def _settings(store: Path, flags: int) -> Iterator[int]:
-    descriptor = os.open(store / "settings.json", flags)
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags)
     try:
         yield descriptor
     finally:

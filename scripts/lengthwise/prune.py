@@ -32,6 +32,8 @@ def prune(store: Path, delete: bool = False) -> dict[Path, int]:
     LengthwiseError
         A run or a job is at work, or it is not certain what is used.
     """
+    if not (store / "settings.json").exists():
+        raise LengthwiseError(f"{store}/settings.json: No such file; only a store with its settings is pruned")
     with alone(store):
         unused = {path: _size(path) for path in _unused(store)}
         if delete:

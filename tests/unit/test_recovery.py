@@ -41,6 +41,40 @@ def test_leftovers_stay_while_somebody_is_at_work(store, refused):
         pass
 
 
+def test_leftovers_of_a_first_run_that_made_no_settings_go_too(store):
+    (store / "settings.json").unlink()
+    with at_work(store):
+        (store / "settings.json").write_text("{}")  # as the first run makes it: who was there before is seen still
+        remove_leftovers(store)
+        (store / "settings.json").unlink()
+        remove_leftovers(store)
+        assert len(leftovers(store)) == 3
+    remove_leftovers(store)
+    assert leftovers(store) == []
+
+
+def test_the_first_run_of_a_store_is_at_work_before_anything_is_there(tmp_path, refused):
+    with at_work(tmp_path / "results/new"), refused("at work"), alone(tmp_path / "results/new"):
+        pass
+
+
+def test_where_a_folder_cannot_be_locked_the_settings_tell(store, monkeypatch, refused):
+    def flock_of_nfs(descriptor, how):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}") and how & fcntl.LOCK_EX:
+            raise OSError(9, "Bad file descriptor")
+        flock(descriptor, how)
+
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", flock_of_nfs)
+    with at_work(store), refused("at work"), alone(store):
+        pass
+    with alone(store):
+        pass
+    (store / "settings.json").unlink()
+    with refused("has no locks"), alone(store):
+        pass
+
+
 @pytest.mark.parametrize("ending", ["kill", "terminate"])
 def test_whoever_is_dead_is_not_at_work(store, refused, ending):
     program = """
