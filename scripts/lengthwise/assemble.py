@@ -1,5 +1,6 @@
 """Assemble: join a dataset's records to the rows of its shards, check that none is missing, and only then say so."""
 
+import re
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ from lengthwise.store import REMAKE, Shard, commit_path, shard_path, spec_path
 from lengthwise.weights import origin
 
 _ROWS_AT_ONCE = 1 << 17
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _JOIN = """
     SELECT record_no, id, description, digest, length,
         CASE WHEN why IS NULL THEN status ELSE 'rejected' END AS status,
@@ -178,7 +180,10 @@ class _Rows:
     def list_rejected(self, rows: pa.Table, file: TextIO) -> None:
         """Append the rejected ones to a table for people."""
         rejected = rows.filter(pc.field("status") == "rejected").select(["record_no", "id", "length", "reason"])
-        rejected.to_pandas().to_csv(file, sep="\t", index=False, header=file.tell() == 0)
+        rejected = rejected.to_pandas()
+        # What an id tells a terminal to do is for nobody who only looks at the table.
+        rejected["id"] = rejected["id"].str.replace(_CONTROL, lambda found: f"\\x{ord(found[0]):02x}", regex=True)
+        rejected.to_csv(file, sep="\t", index=False, header=file.tell() == 0)
 
     def checked(self, records: int) -> dict:
         """The counts.

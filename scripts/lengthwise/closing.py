@@ -63,8 +63,13 @@ def failure_lines_of(store: Path, since: float) -> list[str]:
     for log in sorted((store / "logs").rglob("*.log")):
         if log.stat().st_mtime >= since:
             reasons += [line for line in log.read_text(errors="replace").splitlines() if line.startswith(FAILED)]
-    reasons = list(dict.fromkeys(reasons)) or ["The run stopped before its end; Snakemake's lines above say why."]
-    return ["", *reasons, "What is finished is kept: run the same command again to go on."]
+    if reasons:
+        return ["", *dict.fromkeys(reasons), "What is finished is kept: mend that, then run the same command again."]
+    return [
+        "",
+        "The run stopped before its end; Snakemake's lines above say why.",
+        "What is finished is kept: run the same command again to go on.",
+    ]
 
 
 def _made(commits: list[str], since: float) -> str:

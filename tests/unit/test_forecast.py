@@ -207,7 +207,7 @@ def test_only_what_is_not_yet_written_needs_room(store, full_disk, refused):
 
 def test_where_every_record_is_rejected_there_is_a_whole_dataset_of_none_and_no_work(small_store):
     store = small_store()
-    store.ingest("none", {"a": "---", "b": "XXX"})
+    store.ingest("none", {"a\x1b[31m\x9b": "---", "b": "XXX"})
     jobs = store.plan()
     require_space(store.path, jobs)
     assert uncommitted(store.path, jobs)["forecast_bytes"].sum() == 0
@@ -216,7 +216,7 @@ def test_where_every_record_is_rejected_there_is_a_whole_dataset_of_none_and_no_
     assert (made["work"]["sequences"], made["work"]["jobs"]) == (0, 0)
     assert store.assemble("none")["rejected"] == 2
     rows = (store.path / "datasets/none/rejected.tsv").read_text().splitlines()
-    assert [row.split("\t")[1] for row in rows] == ["id", "a", "b"]
+    assert [row.split("\t")[1] for row in rows] == ["id", r"a\x1b[31m\x9b", "b"]
     dataset = store.open("none")
     assert (len(dataset), dataset.ids, dataset.pooled("mean").shape) == (0, [], (0, TINY.embed_dim))
     assert dataset.records["status"].tolist() == ["rejected", "rejected"]
