@@ -125,46 +125,55 @@ def embed_job(
             f"{spec}: was restored without sequences that no input has; run snakemake --forcerun plan"
         )
     todo = [s for s in shards if not is_made(shard_path(store, s.name), s.digests, settings["fingerprint"])]
-    made, load_seconds, embed_seconds = set(), 0.0, 0.0
-    if todo:
-        begin = time.perf_counter()
-        lengths = np.concatenate([shard.lengths for shard in todo])
-        os.environ.setdefault(
-            "TORCHINDUCTOR_CACHE_DIR", str(store.resolve() / "compiled")
-        )  # for this store's other jobs too
-        worth_compiling = float(forecast_seconds(lengths, settings).sum()) > COMPILING_PAYS_SECONDS
-        output = Output(tuple(settings["layers"]), tuple(settings["outputs"]), settings["storage_dtype"])
-        engine = Engine(checkpoint, device, settings["precision"], output, compile=worth_compiling)
-        require_unchanged(store, settings["weights_sha256"])  # nor was it exchanged while it was read
-        batch_tokens = engine.auto_batch_tokens() if batch_tokens == "auto" else batch_tokens
-        load_seconds = time.perf_counter() - begin
-        with Walk(store, settings, engine, Progress(job, int(lengths.sum())), deadline) as walk:
-            # The longest sequences first: what does not fit shows at once.
-            made = walk.make(todo[::-1], batch_tokens)
-        embed_seconds = walk.progress.seconds
-        del engine, walk.engine  # their memory is the reference's
-    maker = {"device": device_name(device), "versions": versions()}
-    parity = _compare(store, settings, checkpoint, device, maker, shards, made)
-    result = {
-        "job": job,
-        "shards": {shard.name: shard_path(store, shard.name).stat().st_size for shard in shards},
-        "does_not_fit": [s.name for s in shards if (Shard(shard_path(store, s.name))["status"] == DOES_NOT_FIT).any()],
-        "made": [shard.name for shard in shards if shard.name in made],
-        "sequences": sum(len(shard.lengths) for shard in shards),
-        "residues": sum(int(shard.lengths.sum()) for shard in shards),
-        "made_residues": walk.progress.done if todo else 0,
-        **maker,
-        "precision": settings["precision"],
-        "batch_tokens": batch_tokens if todo else None,
-        "threads": torch.get_num_threads(),
-        "parity": parity,
-        "started": started.isoformat(timespec="seconds"),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "load_seconds": round(load_seconds, 3),
-        "embed_seconds": round(embed_seconds, 3),
-    }
-    write_json(commit, result)
+    lengths = np.concatenate([shard.lengths for shard in todo]) if todo else np.empty(0, np.int64)
+    progress = Progress(job, int(lengths.sum()))
+    with Heartbeat(store, job, device_name(device), progress.state):  # until the commit is there
+        made, began = set(), time.perf_counter()
+        loaded = began
+        if todo:
+            engine = _load(store, settings, checkpoint, device, lengths)
+            batch_tokens = engine.auto_batch_tokens() if batch_tokens == "auto" else batch_tokens
+            loaded = time.perf_counter()
+            progress.start()
+            with Walk(store, settings, engine, progress, deadline) as walk:
+                # The longest sequences first: what does not fit shows at once.
+                made = walk.make(todo[::-1], batch_tokens)
+            del engine, walk.engine  # their memory is the reference's
+        maker = {"device": device_name(device), "versions": versions()}
+        parity = _compare(store, settings, checkpoint, device, maker, shards, made)
+        result = {
+            "job": job,
+            "shards": {shard.name: shard_path(store, shard.name).stat().st_size for shard in shards},
+            "does_not_fit": [
+                s.name for s in shards if (Shard(shard_path(store, s.name))["status"] == DOES_NOT_FIT).any()
+            ],
+            "made": [shard.name for shard in shards if shard.name in made],
+            "sequences": sum(len(shard.lengths) for shard in shards),
+            "residues": sum(int(shard.lengths.sum()) for shard in shards),
+            "made_residues": progress.done,
+            **maker,
+            "precision": settings["precision"],
+            "batch_tokens": batch_tokens if todo else None,
+            "threads": torch.get_num_threads(),
+            "parity": parity,
+            "started": started.isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "load_seconds": round(loaded - began, 3),
+            "embed_seconds": round(progress.seconds, 3),
+        }
+        write_json(commit, result)
     return result
+
+
+def _load(store: Path, settings: dict, checkpoint: Path, device: torch.device, lengths: np.ndarray) -> Engine:
+    """The model, ready for sequences of these lengths."""
+    # For this store's other jobs too.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(store.resolve() / "compiled"))
+    worth_compiling = float(forecast_seconds(lengths, settings).sum()) > COMPILING_PAYS_SECONDS
+    output = Output(tuple(settings["layers"]), tuple(settings["outputs"]), settings["storage_dtype"])
+    engine = Engine(checkpoint, device, settings["precision"], output, compile=worth_compiling)
+    require_unchanged(store, settings["weights_sha256"])  # nor was it exchanged while it was read
+    return engine
 
 
 def _compare(
@@ -203,6 +212,10 @@ class Progress:
 
     def __init__(self, job: str, residues: int):
         self.job, self.total, self.done = job, residues, 0
+        self.start()
+
+    def start(self) -> None:
+        """Time counts from now on."""
         self.started = self.previous = self.said = time.perf_counter()
 
     def batch_done(self, residues: int) -> float:
@@ -247,7 +260,6 @@ class Walk:
         self.writes: deque[Future] = deque()
         self.stack = ExitStack()
         self.stack.enter_context(at_work(store))
-        self.stack.enter_context(Heartbeat(store, progress.job, device_name(engine.device), progress.state))
         self.thread = ThreadPoolExecutor(1)
 
     def make(self, shards: list[PlannedShard], batch_tokens: int) -> set[str]:

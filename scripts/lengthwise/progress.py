@@ -8,10 +8,12 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,7 @@ BEAT_SECONDS = 5.0
 STALE_SECONDS = 120.0
 REDRAW_SECONDS = 2.0
 LINE_SECONDS = 60.0
+RECENT_JOBS = 10
 
 
 class Heartbeat:
@@ -132,7 +135,8 @@ def look(store: Path, now: float | None = None) -> State:
     alive = [(r, forecast) for r, forecast in told if r.heard <= STALE_SECONDS]
     left = sum(job["seconds"] for name, job in jobs.items() if name not in committed)
     left -= sum(forecast * r.done / r.total for r, forecast in alive)
-    pace = sum(forecast * r.residues_per_second / r.total for r, forecast in alive)
+    usual = _usual_pace(store, jobs, committed) if any(not r.residues_per_second for r, _ in alive) else 0.0
+    pace = sum(forecast * r.residues_per_second / r.total or usual for r, forecast in alive)
     last = max((r.seconds_left for r in running if r.seconds_left is not None), default=0.0)
     return State(
         done=sum(jobs[job]["residues"] for job in committed) + sum(r.done for r in running),
@@ -149,12 +153,18 @@ def look(store: Path, now: float | None = None) -> State:
 def watch(store: Path, once: bool = False) -> None:
     """Show how far a run is, until it is complete: a block that redraws in a terminal, a line a minute elsewhere.
 
+    Waits for the plan of a store that has none yet.
+
     Raises
     ------
     LengthwiseError
-        There is no plan.
+        There is no store; or no plan, and `once`.
     """
     name, block, drawn = store.resolve().name, sys.stdout.isatty(), 0
+    if not once and store.is_dir() and not _plan(store).exists():
+        print(f"{name}: no plan yet; waiting for it", flush=True)
+        while not _plan(store).exists():
+            time.sleep(REDRAW_SECONDS)
     while True:
         state = look(store)
         if block:
@@ -193,6 +203,7 @@ def block_of(name: str, state: State, columns: int, rows: int) -> list[str]:
     width = max((len(r.place) for r in shown), default=0)
     for r in shown:
         left = f"{duration(r.seconds_left)} left" if r.seconds_left is not None else "begins"
+        left = left if r.done < r.total else "closes"
         late = f", last heard of {duration(r.heard)} ago" if r.heard > 4 * BEAT_SECONDS else ""
         share, rate = 100 * r.done / r.total, f"{r.residues_per_second:,.0f} residues/s"
         lines.append(f"  {r.place:{width}}  {r.job}  {share:3.0f} %  {rate}  {left}{late}")
@@ -211,8 +222,9 @@ def _done(state: State) -> str:
 
 
 def _speed(state: State) -> str:
-    devices = len({r.place for r in state.running})
-    rate = f"{state.residues_per_second:,.0f} residues/s on {count(devices, 'device')}"
+    rate = f"on {count(len({r.place for r in state.running}), 'device')}"
+    if state.residues_per_second:
+        rate = f"{state.residues_per_second:,.0f} residues/s {rate}"
     if state.seconds_left is None:
         return rate
     ends = time.strftime("%a %H:%M", time.localtime(time.time() + state.seconds_left))
@@ -223,10 +235,27 @@ def _heartbeat_path(store: Path, job: str) -> Path:
     return store / "running" / f"{job}.json"
 
 
+def _plan(store: Path) -> Path:
+    return store / "plan" / "jobs.tsv"
+
+
+def _usual_pace(store: Path, jobs: dict[str, dict], committed: set[str]) -> float:
+    """Forecast seconds a second of the jobs that were finished last, for those that have no rate of their own yet."""
+    commits = sorted((store / "jobs" / f"{job}.json" for job in committed), key=lambda path: path.stat().st_mtime)
+    paces = []
+    for path in commits[-RECENT_JOBS:]:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            commit = json.loads(path.read_text())
+            if commit["made_residues"]:
+                share = commit["made_residues"] / commit["residues"]
+                paces.append(jobs[path.stem]["seconds"] * share / (commit["load_seconds"] + commit["embed_seconds"]))
+    return statistics.median(paces) if paces else 0.0
+
+
 def _planned(store: Path) -> dict[str, dict]:
     """{job: its residues and forecast seconds} of the plan."""
     try:
-        with open(store / "plan" / "jobs.tsv") as table:
+        with open(_plan(store)) as table:
             rows = list(csv.DictReader(table, delimiter="\t"))
     except FileNotFoundError as error:
         raise LengthwiseError(f"{store}: no plan here yet (no plan/jobs.tsv); give results/<model> of a run") from error

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from lengthwise import progress
+from lengthwise import embed, progress
 from lengthwise.__main__ import main
 from lengthwise.progress import STALE_SECONDS, Heartbeat, block_of, line_of, look
 from lengthwise.store import ShardWriter, commit_path
@@ -108,7 +108,20 @@ def test_a_job_that_begins_has_no_rate_yet(plan):
     store.beat(0, done=0, seconds=0.0)
     state = look(store.path, NOW)
     assert (state.residues_per_second, state.seconds_left, state.running[0].seconds_left) == (0, None, None)
-    assert "begins" in block_of("x", state, 100, 20)[-1]
+    lines = block_of("x", state, 100, 20)
+    assert "begins" in lines[-1]
+    assert lines[2] == "on 1 device"  # and no rate of nothing
+
+
+def test_jobs_that_begin_are_taken_to_be_as_fast_as_those_that_ended(plan):
+    store = plan(4)
+    commit = {"made_residues": 1000, "residues": 1000, "load_seconds": 5.0, "embed_seconds": 20.0}
+    commit_path(store.path, "job0").parent.mkdir()
+    commit_path(store.path, "job0").write_text(json.dumps(commit))  # 100 forecast seconds in 25
+    store.beat(1, done=0, seconds=0.0)
+    assert look(store.path, NOW).seconds_left == 75
+    store.beat(2, done=500, seconds=25.0)  # at half that pace
+    assert look(store.path, NOW).seconds_left == pytest.approx(250 / 6)
 
 
 @pytest.mark.parametrize("rows", [10, 30, 200])
@@ -129,6 +142,16 @@ def test_without_a_plan_it_is_one_line(tmp_path, capsys):
     assert printed.out == ""
     assert "no plan here" in printed.err
     assert len(printed.err.splitlines()) == 1
+
+
+def test_before_the_plan_it_waits(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        progress.time, "sleep", lambda _: (tmp_path / "plan").exists() or Plan(tmp_path, 2).commit(0, 1)
+    )
+    assert main(["progress", str(tmp_path)]) == 0
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.endswith("no plan yet; waiting for it")
+    assert "2 of 2 jobs done" in last
 
 
 def test_in_a_log_it_is_a_line_each_time_until_the_run_is_complete(plan, monkeypatch, capsys):
@@ -196,6 +219,27 @@ def test_a_real_job_is_seen_at_work_and_its_commit_after_it(small_store, random_
     after = look(store.path)
     assert (after.complete, after.done, after.running) == (True, after.total, [])
     assert list((store.path / "running").iterdir()) == []
+
+
+def test_a_job_is_at_work_until_its_commit_is_there(small_store, random_proteins, monkeypatch):
+    store, seen = small_store(), []
+    store.ingest("a", random_proteins(5))
+    (job,) = store.plan()["job"]
+    write = embed.write_json
+
+    def look_and_write(*what):
+        until = time.monotonic() + 10
+        while look(store.path).done == 0 and time.monotonic() < until:
+            time.sleep(0.005)
+        seen.append(look(store.path))
+        write(*what)
+
+    monkeypatch.setattr(progress, "BEAT_SECONDS", 0.001)
+    monkeypatch.setattr(embed, "write_json", look_and_write)
+    store.embed(job)
+    (state,) = seen
+    assert (state.done, state.jobs_done, [r.job for r in state.running]) == (state.total, 0, [job])
+    assert "closes" in block_of("x", state, 100, 20)[-1]
 
 
 def test_a_job_that_fails_leaves_no_heartbeat(small_store, random_proteins, monkeypatch):
