@@ -22,8 +22,9 @@ from lengthwise._version import __version__
 from lengthwise.alphabet import digest_name
 from lengthwise.config import store_name
 from lengthwise.errors import LengthwiseError
-from lengthwise.files import emptied, fsync_folder, lock, read_json
+from lengthwise.files import emptied, fsync_folder, lock
 from lengthwise.logs import size
+from lengthwise.manifest import read_manifest
 from lengthwise.presence import at_work
 from lengthwise.store import Shard, shard_path
 
@@ -123,7 +124,7 @@ class _Source:
     """A dataset's records and what is stored of them, a few at a time. Use as a context manager."""
 
     def __init__(self, dataset: Path, spill: Path, memory_bytes: int):
-        self.manifest = read_json(dataset / "manifest.json", "settings")
+        self.manifest = read_manifest(dataset / "manifest.json")
         self.settings = self.manifest["settings"]
         self.layer = self.settings["layers"][0]
         self.store = dataset.resolve().parent.parent

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import read_json
+from lengthwise.manifest import read_manifest
 from lengthwise.plan import read_jobs
 from lengthwise.presence import alone
 from lengthwise.recovery import leftovers, remove
@@ -66,7 +67,7 @@ def _used(store: Path) -> tuple[set[str], set[str], set[str]]:
     datasets = {name for names in planned["datasets"] for name in names.split(",")}
     for folder in sorted(path for path in store.glob("datasets/*") if path.is_dir()):
         if (folder / "manifest.json").exists():
-            manifest = read_json(folder / "manifest.json", "jobs", "shards")
+            manifest = read_manifest(folder / "manifest.json")
             jobs, shards = jobs | set(manifest["jobs"]), shards | set(manifest["shards"])
         elif folder.name not in datasets:
             raise LengthwiseError(

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.files import read_json
 from lengthwise.ids import Ids, NoRecordError
-from lengthwise.index import LOOKUP, SCHEMA, Index
-from lengthwise.settings import fingerprint, resolve_layers
+from lengthwise.index import LOOKUP, Index
+from lengthwise.manifest import read_manifest
+from lengthwise.settings import resolve_layers
 from lengthwise.status import GOOD
 from lengthwise.store import REMAKE, Shard, shard_path
 
@@ -373,19 +373,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not path.exists():
         raise LengthwiseError(_no_dataset(folder))
-    manifest = read_json(path, "schema", "settings", "model", "random_weights", "accepted", "duplicate", "shards")
-    try:
-        if manifest["schema"] > SCHEMA:
-            raise LengthwiseError(
-                f"{path}: written by a newer Lengthwise (schema {manifest['schema']}); update this one"
-            )
-        settings = manifest["settings"]
-        whole = fingerprint(settings) == settings["fingerprint"] and {"num_layers", "embed_dim"} <= settings.keys()
-    except (KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise LengthwiseError(f"{path}: damaged; remove it and run snakemake again")
-    return manifest
+    return read_manifest(path)
 
 
 def _no_dataset(path: Path) -> str:

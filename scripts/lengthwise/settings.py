@@ -13,6 +13,22 @@ SCHEMA = 1
 NUMERICS = 1
 COMPARABLE = ("weights_sha256", "layers", "precision", "storage_dtype", "outputs", "numerics")
 OUTPUTS = ("residue", "mean", "bos")
+_KINDS = {
+    "schema": int,
+    "model": str,
+    "weights_sha256": str,
+    "layers": list,
+    "precision": str,
+    "storage_dtype": str,
+    "outputs": list,
+    "numerics": int,
+    "device": str,
+    "num_layers": int,
+    "embed_dim": int,
+    "attention_heads": int,
+    "random_weights": bool,
+    "fingerprint": str,
+}
 
 
 def resolve_layers(layers: list[int], num_layers: int) -> list[int]:
@@ -71,6 +87,21 @@ def fingerprint(settings: dict) -> str:
     return hashlib.sha256(json.dumps(comparable, sort_keys=True).encode()).hexdigest()
 
 
+def fault(settings: dict) -> str:
+    """What is wrong with settings that a file has, in a few words; nothing if they are whole."""
+    try:
+        if settings["fingerprint"] != fingerprint(settings):
+            return "edited by hand"
+        wrong = [key for key, kind in _KINDS.items() if type(settings[key]) is not kind]
+    except (KeyError, TypeError) as error:
+        return f"damaged ({error})"
+    if not wrong and not (
+        settings["embed_dim"] > 0 and set(settings["layers"]) <= {*range(settings["num_layers"] + 1)}
+    ):
+        wrong = ["layers"]
+    return f"damaged ({wrong[0]} is {str(settings[wrong[0]])[:40]!r})" if wrong else ""
+
+
 def load(store: Path) -> dict | None:
     """A store's settings, or None where there is no store yet; every manifest has a copy, should settings.json be gone.
 
@@ -86,18 +117,12 @@ def load(store: Path) -> dict | None:
             if any(store.glob("jobs/*.json")):
                 raise LengthwiseError(f"{store}/settings.json is gone; put it back, or use another 'results'")
             return None
-    try:
-        settings = read_json(path)
-        settings = settings if path.name == "settings.json" else settings["settings"]
-        if settings["schema"] > SCHEMA:
-            raise LengthwiseError(
-                f"{path}: written by a newer Lengthwise (schema {settings['schema']}); update this one"
-            )
-        recorded, computed = settings["fingerprint"], fingerprint(settings)
-    except (ValueError, KeyError, TypeError) as error:
-        raise LengthwiseError(f"{path}: damaged ({error}); restore it, or use another 'results'") from error
-    if recorded != computed:
-        raise LengthwiseError(f"{path}: was edited by hand; restore it, or use another 'results'")
+    settings = read_json(path)
+    settings = settings if path.name == "settings.json" else settings.get("settings")
+    if isinstance(settings, dict) and type(settings.get("schema")) is int and settings["schema"] > SCHEMA:
+        raise LengthwiseError(f"{path}: written by a newer Lengthwise (schema {settings['schema']}); update this one")
+    if what := fault(settings):
+        raise LengthwiseError(f"{path}: {what}; restore it, or use another 'results'")
     return settings
 
 

@@ -260,6 +260,10 @@ class Shard:
         tail = self.tensors["offsets"].start
         self._will_need(tail, size - tail)
 
+    def unmap(self) -> None:
+        """Let go of the file, of which a process may have but so many: `read` and `damaged` open it themselves."""
+        self._map.close()
+
     def __getitem__(self, name: str) -> np.ndarray:
         """A tensor as an array over the file, without a copy; writing to it does not reach the file."""
         if name not in self._arrays:

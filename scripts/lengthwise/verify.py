@@ -3,10 +3,10 @@
 What a run can make again is taken out of service on request: renamed, so that nothing reads it and nothing is lost.
 """
 
+import errno
 import itertools
 import logging
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +20,13 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
-from lengthwise import assemble, weights
+from lengthwise import weights
 from lengthwise.alphabet import digest_name
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import fsync_folder, read_json
 from lengthwise.index import Index
 from lengthwise.logs import count
+from lengthwise.manifest import NewerError, read_manifest
 from lengthwise.settings import require
 from lengthwise.status import GOOD
 from lengthwise.store import Shard, Tensor, commit_path, find_metrics, layout, shard_name, shard_path
@@ -36,7 +37,12 @@ ASIDE = ".damaged"
 # So many of the records that read a damaged sequence are named.
 NAMED = 5
 
-_NAME = re.compile("[0-9a-f]{16}|[0-9a-f]{32}")
+# What weights.json says of the settings, and under which key.
+_OF_WEIGHTS = {"weights_sha256": "sha256"} | {
+    key: key for key in ("num_layers", "embed_dim", "attention_heads", "random_weights")
+}
+# Refusals that are about a file itself, and not about all files.
+_OF_A_FILE = {None, errno.EIO, errno.ENOENT}
 
 log = logging.getLogger("lengthwise")
 
@@ -71,13 +77,15 @@ def verify(store: Path, quick: bool = False) -> Iterator[Checked]:
     Raises
     ------
     LengthwiseError
-        There is no store, or its settings are damaged.
+        There is no store, or its settings are damaged or contradict its weights or every manifest.
     """
     if not (store / "weights.json").exists():
         raise LengthwiseError(f"{store}: no store here (no weights.json); give results/<model>")
-    shards = _Shards(store, require(store), quick)
+    settings, manifests = require(store), sorted(store.glob("datasets/*/manifest.json"))
+    _require_agreement(store, settings, manifests)
+    shards = _Shards(store, settings, quick)
     yield Checked("weights", _problems_of(lambda: weights.verify(store, quick), None))
-    for manifest in sorted(store.glob("datasets/*/manifest.json")):
+    for manifest in manifests:
         yield _check_dataset(manifest, shards)
 
 
@@ -89,6 +97,26 @@ def set_aside(problems: list[Problem]) -> list[Path]:
         os.replace(path, moved[-1])
         fsync_folder(path.parent)
     return moved
+
+
+def _require_agreement(store: Path, settings: dict, manifests: list[Path]) -> None:
+    """With wrong settings every shard would look damaged."""
+    receipt = read_json(store / "weights.json")
+    others = {"weights.json": {key: receipt[name] for key, name in _OF_WEIGHTS.items() if name in receipt}}
+    copies = {}
+    for path in manifests:
+        with suppress(LengthwiseError):
+            copies[f"datasets/{path.parent.name}/manifest.json"] = read_manifest(path)["settings"]
+    if settings not in copies.values():
+        others |= copies
+    for name, other in others.items():
+        if differences := [
+            f"{key} is {settings[key]} and {other[key]}" for key in other if other[key] != settings.get(key)
+        ]:
+            raise LengthwiseError(
+                f"{store}/settings.json: contradicts {name} there: {'; '.join(differences)}; restore what is wrong, every "
+                "manifest.json has a copy of the settings. No shard was looked at"
+            )
 
 
 class _Shards:
@@ -124,6 +152,7 @@ def whole_shard(path: Path, size: int, settings: dict) -> Shard:
         It is not.
     """
     shard = Shard(path)
+    shard.unmap()
     found = path.stat().st_size
     if found != size:
         raise LengthwiseError(f"{path}: has {found:,} bytes, and {size:,} in the manifest")
@@ -144,16 +173,16 @@ def _kinds(tensors: dict[str, Tensor]) -> list[tuple]:
 def _check_dataset(path: Path, shards: _Shards) -> Checked:
     name, index = f"dataset {path.parent.name}", path.with_name("index.parquet")
     try:
-        manifest = _manifest(path, shards.settings)
+        manifest = read_manifest(path)
     except LengthwiseError as error:
-        return Checked(name, [Problem(str(error), path)])
-    if manifest["schema"] > assemble.SCHEMA:
-        return Checked(name, [Problem(f"{path}: written by a newer Lengthwise; update this one", None)])
+        return Checked(name, [Problem(str(error), None if isinstance(error, NewerError) else _mendable(error, path))])
+    if manifest["settings"] != shards.settings:
+        return Checked(name, [Problem(f"{path}: has other settings than settings.json", path)])
     problems, good = [], {}
     for shard_id, size in manifest["shards"].items():
         shard = shards.check(shard_id, size)
         if isinstance(shard, LengthwiseError):
-            problems.append(Problem(str(shard), shard_path(shards.store, shard_id)))
+            problems.append(Problem(str(shard), _mendable(shard, shard_path(shards.store, shard_id))))
         elif bad := shards.bad[shard_id]:
             problems += _damaged(index, shard, bad, "is damaged")
         else:
@@ -167,7 +196,7 @@ def _check_dataset(path: Path, shards: _Shards) -> Checked:
         if not shards.quick:
             lookup.check()
     except LengthwiseError as error:
-        problems.append(Problem(str(error), index))
+        problems.append(Problem(str(error), _mendable(error, index)))
     for job in manifest["jobs"]:
         commit = commit_path(shards.store, job)
         problems += _problems_of(lambda commit=commit: read_json(commit, "shards"), commit)
@@ -178,29 +207,19 @@ def _check_dataset(path: Path, shards: _Shards) -> Checked:
     return Checked(name, problems, count(manifest["records"], "record") + (f", {lost} without metrics" if lost else ""))
 
 
-def _manifest(path: Path, settings: dict) -> dict:
-    """A manifest whose names are those of shards and jobs: they become paths."""
-    manifest = read_json(path, "schema", "records", "accepted", "duplicate", "rejected", "settings", "shards", "jobs")
-    try:
-        same = manifest["settings"]["fingerprint"] == settings["fingerprint"]
-        named = all(_NAME.fullmatch(name) and size > 0 for name, size in manifest["shards"].items())
-        whole = named and all(map(_NAME.fullmatch, manifest["jobs"])) and manifest["records"] >= 0
-    except (TypeError, KeyError, AttributeError):
-        same, whole = True, False
-    if not same:
-        raise LengthwiseError(f"{path}: was made with other settings than this store's")
-    if not whole:
-        raise LengthwiseError(f"{path}: damaged; remove it and run snakemake again")
-    return manifest
+def _mendable(error: Exception, path: Path) -> Path | None:
+    """The file, if a run would do better without it: not where this process may not read it, or has too many open."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    return path if getattr(cause, "errno", None) in _OF_A_FILE else None
 
 
 def _problems_of(check: Callable, path: Path | None) -> list[Problem]:
     try:
         check()
     except LengthwiseError as error:
-        return [Problem(str(error), path)]
+        return [Problem(str(error), path and _mendable(error, path))]
     except (OSError, pa.ArrowException) as error:
-        return [Problem(f"{path}: missing or damaged ({_first_line(error)})", path)]
+        return [Problem(f"{path}: missing or damaged ({_first_line(error)})", path and _mendable(error, path))]
     return []
 
 

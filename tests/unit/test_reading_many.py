@@ -471,6 +471,26 @@ def test_a_damaged_manifest_is_one_line(own, refused, key):
         own()
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"schema": "x"},
+        {"schema": None},
+        {"shards": []},
+        {"accepted": "7"},
+        {"accepted": -1},
+        {"settings": []},
+        {"jobs": [5]},
+    ],
+    ids=str,
+)
+def test_a_manifest_of_other_types_is_one_line(own, refused, wrong):
+    path = own().path / "manifest.json"
+    write_json(path, read_json(path) | wrong)
+    with refused("manifest.json: damaged", next(iter(wrong))):
+        own()
+
+
 def test_a_dataset_of_a_newer_schema_is_one_line(own, refused):
     path = own().path / "manifest.json"
     write_json(path, {**read_json(path), "schema": 99})

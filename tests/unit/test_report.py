@@ -172,7 +172,7 @@ class Store:
         return data
 
     def summarize(self):
-        complete = {"schema": 1, "numerics": 1, **self.settings}
+        complete = {"schema": 1, "numerics": 1, "device": "cpu", **self.settings}
         complete["fingerprint"] = fingerprint(complete)
         (self.folder / "settings.json").write_text(json.dumps(complete))
         jobs, scaling = self.folder / "jobs.tsv", self.folder / "report" / "scaling.tsv"

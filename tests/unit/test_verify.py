@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 
 import pandas as pd
 import pyarrow as pa
@@ -13,6 +14,7 @@ import pytest
 from lengthwise.__main__ import main
 from lengthwise.errors import LengthwiseError
 from lengthwise.recovery import broken_commits
+from lengthwise.settings import fingerprint
 from lengthwise.store import Shard, commit_path, metrics_path
 from lengthwise.verify import whole_shard
 
@@ -140,6 +142,12 @@ def edit(**changes):
     return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def edit_settings(path, **changes) -> None:
+    """With the fingerprint that they then have."""
+    settings = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(settings | {"fingerprint": fingerprint(settings)}))
+
+
 def place_in_lookup(path) -> int:
     """Where it has the first record's row_start."""
     rows = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
@@ -148,6 +156,11 @@ def place_in_lookup(path) -> int:
 
 def without_places(path) -> None:
     pd.read_parquet(path).assign(sequence_no=None, row_start=None).to_parquet(path)
+
+
+def other_device(path) -> None:
+    manifest = json.loads(path.read_text())
+    edit(settings=manifest["settings"] | {"device": "cuda"})(path)
 
 
 def at(tensor: str, row: int, mask: int = 1):
@@ -187,10 +200,20 @@ DAMAGES = {
     "manifest": ("datasets/one/manifest.json", cut_short, "damaged", "quick"),
     "manifest of nothing": ("datasets/one/manifest.json", lambda path: path.write_text("{}"), "damaged", "quick"),
     "manifest of lists": ("datasets/one/manifest.json", edit(shards=[], jobs=5), "damaged", "quick"),
+    "manifest without a schema": (
+        "datasets/one/manifest.json",
+        edit(schema=None),
+        "damaged (schema is 'None')",
+        "quick",
+    ),
+    "manifest of a schema in words": ("datasets/one/manifest.json", edit(schema="x"), "damaged", "quick"),
+    "manifest of counts in words": ("datasets/one/manifest.json", edit(accepted="20"), "damaged", "quick"),
+    "manifest of sizes in words": ("datasets/one/manifest.json", edit(shards={"ab" * 16: "5"}), "damaged", "quick"),
+    "manifest of another device": ("datasets/one/manifest.json", other_device, "other settings", "quick"),
     "manifest of paths": ("datasets/one/manifest.json", edit(shards={"../../../x": 5}), "damaged", "quick"),
     "manifest of job paths": ("datasets/one/manifest.json", edit(jobs=["../weights"]), "damaged", "quick"),
     "manifest of other counts": ("datasets/one/manifest.json", edit(accepted=19), "other records", "quick"),
-    "manifest of other shards": ("datasets/one/manifest.json", edit(shards={}), "other shards", "quick"),
+    "manifest of other shards": ("datasets/one/manifest.json", edit(shards={}, checksums={}), "other shards", "quick"),
     "manifest of other settings": (
         "datasets/one/manifest.json",
         edit(settings={"fingerprint": "0"}),
@@ -260,6 +283,12 @@ def test_metrics_where_earlier_versions_had_them_are_checked_too(verify, store):
         (lambda store: edit(schema=99)(store.path / "datasets/one/manifest.json"), "newer Lengthwise"),
         (lambda store: edit(schema=99)(store.path / "settings.json"), "newer Lengthwise"),
         (lambda store: edit(layers=[1])(store.path / "settings.json"), "edited by hand"),
+        (lambda store: edit(embed_dim=33)(store.path / "settings.json"), "embed_dim is 33 and 32"),
+        (lambda store: edit(num_layers="2")(store.path / "settings.json"), "damaged (num_layers is '2')"),
+        (lambda store: edit(embed_dim=None)(store.path / "settings.json"), "damaged (embed_dim is 'None')"),
+        (lambda store: edit(device="cuda")(store.path / "settings.json"), "device is cuda and cpu"),
+        (lambda store: edit(num_layers=3)(store.path / "weights.json"), "num_layers is 2 and 3"),
+        (lambda store: edit_settings(store.path / "settings.json", layers=[1]), "layers is [1] and [2]"),
         (lambda store: (store.path / "settings.json").write_text(""), "damaged"),
         (lambda store: (store.path / "weights.json").unlink(), "no store here"),
         (lambda store: edit(bytes=1)(store.path / "weights.json"), "is not the checkpoint"),
@@ -291,6 +320,34 @@ def test_a_failing_disk_is_one_line_and_no_crash(verify, store, monkeypatch):
     code, _, wrong = verify()
     assert code == 1
     assert all(f"{bad}: cannot be read: [Errno 5] Input/output error" in line for line in wrong)
+
+
+def test_shards_that_cannot_be_opened_are_not_said_to_be_damaged(verify, store, monkeypatch, files_in):
+    before, original = files_in(store.path), Shard.__init__
+
+    def refuse(self, path):
+        try:
+            raise PermissionError(13, "Permission denied")
+        except OSError as error:
+            raise LengthwiseError(f"{path}: cannot be read: {error.strerror}") from error
+
+    monkeypatch.setattr(Shard, "__init__", refuse)
+    code, _, wrong = verify("--repair")
+    assert code == 1
+    assert all("Permission denied" in line for line in wrong)
+    monkeypatch.setattr(Shard, "__init__", original)
+    assert files_in(store.path) == before
+
+
+def test_a_store_may_have_more_shards_than_a_process_may_open_files(verify, store):
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert verify()[0] == 0  # whatever opens a file once has opened it
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 6, hard))
+    try:
+        assert len(store.shard_files()) > 6
+        assert verify() == (0, ["weights: good", "dataset one: good, 20 records", "dataset two: good, 20 records"], [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def test_offsets_of_pooled_vectors_are_checked_too(small_store, random_proteins, capsys):
