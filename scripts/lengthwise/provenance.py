@@ -44,7 +44,7 @@ def content_sha256(shard: Shard) -> str:
 
     A sequence's `crc32c` covers its digest, status and rows, so this covers all that the shard says of its sequences.
     """
-    return hashlib.sha256(shard["offsets"].tobytes() + shard["crc32c"].tobytes()).hexdigest()
+    return hashlib.sha256(shard.read("offsets").tobytes() + shard.read("crc32c").tobytes()).hexdigest()
 
 
 def makers(commits: list[dict]) -> list[dict]:

@@ -27,6 +27,7 @@ from lengthwise.files import fsync_folder, read_json
 from lengthwise.index import Index
 from lengthwise.logs import count
 from lengthwise.manifest import NewerError, read_manifest
+from lengthwise.provenance import content_sha256
 from lengthwise.settings import require
 from lengthwise.status import GOOD
 from lengthwise.store import Shard, Tensor, commit_path, find_metrics, layout, shard_name, shard_path
@@ -187,6 +188,8 @@ def _check_dataset(path: Path, shards: _Shards) -> Checked:
             problems += _damaged(index, shard, bad, "is damaged")
         else:
             good[shard_id] = shard
+    if not shards.quick:
+        problems += _other_checksums(path, manifest, good)
     try:
         with _records(index) as database:
             _check_counts(database, index, manifest)
@@ -279,6 +282,16 @@ def _check_rows(database: duckdb.DuckDBPyConnection, index: Path, shards: dict[s
             if off.any():
                 wrong[current] = sorted({*wrong.get(current, []), *numbers[off].tolist()})
     return wrong
+
+
+def _other_checksums(path: Path, manifest: dict, shards: dict[str, Shard]) -> list[Problem]:
+    """Shards that are whole, but not those that the manifest was written of."""
+    said = manifest.get("checksums", {})
+    return [
+        Problem(f"{path}: has another checksum of {shard.path} than that has, which is whole", path)
+        for name, shard in shards.items()
+        if name in said and said[name] != content_sha256(shard)
+    ]
 
 
 def _damaged(index: Path, shard: Shard, numbers: list[int], what: str) -> list[Problem]:

@@ -163,6 +163,11 @@ def other_device(path) -> None:
     edit(settings=manifest["settings"] | {"device": "cuda"})(path)
 
 
+def other_checksum(path) -> None:
+    checksums = json.loads(path.read_text())["checksums"]
+    edit(checksums=checksums | {next(iter(checksums)): "0" * 64})(path)
+
+
 def at(tensor: str, row: int, mask: int = 1):
     return lambda path: flip(path, place_of(path, tensor, row), mask)
 
@@ -210,6 +215,7 @@ DAMAGES = {
     "manifest of counts in words": ("datasets/one/manifest.json", edit(accepted="20"), "damaged", "quick"),
     "manifest of sizes in words": ("datasets/one/manifest.json", edit(shards={"ab" * 16: "5"}), "damaged", "quick"),
     "manifest of another device": ("datasets/one/manifest.json", other_device, "other settings", "quick"),
+    "manifest of other checksums": ("datasets/one/manifest.json", other_checksum, "another checksum", "full"),
     "manifest of paths": ("datasets/one/manifest.json", edit(shards={"../../../x": 5}), "damaged", "quick"),
     "manifest of job paths": ("datasets/one/manifest.json", edit(jobs=["../weights"]), "damaged", "quick"),
     "manifest of other counts": ("datasets/one/manifest.json", edit(accepted=19), "other records", "quick"),
