@@ -23,10 +23,12 @@ from lengthwise.alphabet import digest_name
 from lengthwise.config import store_name
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import emptied, fsync_folder, lock
+from lengthwise.index import read_pages
 from lengthwise.logs import size
 from lengthwise.manifest import read_manifest
 from lengthwise.presence import at_work
-from lengthwise.store import Shard, shard_path
+from lengthwise.reading import another, open_shard
+from lengthwise.store import REMAKE, Shard
 
 # UniProt's ids are database|accession|name.
 _ACCESSION = r"^(?:sp|tr)\|([^|]+)\|"
@@ -74,7 +76,7 @@ def export(dataset: Path, kind: str, memory_bytes: int = 1 << 30) -> int:
             _Source(dataset, part.with_name("spill"), memory_bytes) as source,
         ):
             return _WRITERS[kind](source, part)
-    except (OSError, duckdb.Error) as error:
+    except (OSError, pa.ArrowException, duckdb.Error) as error:
         what = " ".join(str(error).split())[:300]
         raise LengthwiseError(f"{folder}: cannot be made: {what}; mend that and run again") from error
 
@@ -124,6 +126,7 @@ class _Source:
     """A dataset's records and what is stored of them, a few at a time. Use as a context manager."""
 
     def __init__(self, dataset: Path, spill: Path, memory_bytes: int):
+        self.dataset = dataset
         self.manifest = read_manifest(dataset / "manifest.json")
         self.settings = self.manifest["settings"]
         self.layer = self.settings["layers"][0]
@@ -131,6 +134,7 @@ class _Source:
         self.sequences = str(self.store / "inputs" / self.manifest["dataset"] / "sequences.parquet")
         config = {"memory_limit": f"{memory_bytes}B", "temp_directory": str(spill), "threads": 1}
         self.database = duckdb.connect(config=config)
+        read_pages(dataset / "index.parquet")  # DuckDB compares no checksums
         index = str(dataset / "index.parquet").replace("'", "''")  # a view takes no parameters
         self.database.execute(
             f"CREATE VIEW records AS SELECT * FROM read_parquet('{index}') WHERE status <> 'rejected'"
@@ -171,6 +175,11 @@ class _Source:
         found = self.database.execute(f"SELECT DISTINCT id FROM records WHERE {short} IN ({query})")
         return {record_id for (record_id,) in found.fetchall()}
 
+    def shard(self, name: str | None) -> Shard:
+        if name not in self.manifest["shards"]:
+            raise LengthwiseError(f"{self.dataset / 'index.parquet'}: damaged; remove it and run snakemake again")
+        return open_shard(self.dataset, self.store, self.settings, name)
+
     def proteins(self, names: list[str], with_key: bool = False) -> Iterator[_Protein]:
         """Each id once, in the order of storage, with these tensors of its sequence."""
         key, join, params = "NULL", "", []
@@ -178,16 +187,23 @@ class _Source:
             key, params = "key", [self.sequences]
             join = " JOIN (SELECT digest, sha256(decode(sequence) || '_' || length) AS key FROM read_parquet(?)) USING (digest)"
         reader = self.database.sql(
-            f"SELECT id, {key} AS key, shard, sequence_no, row_start, length, min(record_no) AS record_no FROM records{join}"
-            " GROUP BY ALL ORDER BY shard, sequence_no, record_no",
+            f"SELECT id, {key} AS key, digest, shard, sequence_no, row_start, length, min(record_no) AS record_no"
+            f" FROM records{join} GROUP BY ALL ORDER BY shard, sequence_no, record_no",
             params=params,
         ).to_arrow_reader(10_000)
         rows = (row for batch in reader for row in batch.to_pylist())
         for name, group in itertools.groupby(rows, key=lambda row: row["shard"]):
-            shard = Shard(shard_path(self.store, name))
+            shard = self.shard(name)
             for row in group:
+                number = row["sequence_no"]
+                if not shard.holds(number, row["digest"], row["row_start"], row["length"]):
+                    raise another(self.dataset, shard)
+                if not shard.is_intact(number):
+                    raise LengthwiseError(
+                        f"{shard.path}: sequence {number}, which is {row['id']}, is damaged; {REMAKE}"
+                    )
                 lines = slice(row["row_start"], row["row_start"] + row["length"])
-                stored = {n: shard[n][lines if n.startswith("layer_") else row["sequence_no"]] for n in names}
+                stored = {n: shard[n][lines if n.startswith("layer_") else number] for n in names}
                 yield _Protein(row["id"], row["key"], stored)
 
     def pooled(self, names: list[str]) -> Iterator[tuple[pa.RecordBatch, dict[str, np.ndarray]]]:
@@ -198,8 +214,12 @@ class _Source:
         ).to_arrow_reader(max(1, _GATHERED_BYTES // (4 * width * len(names))))
         for batch in reader:
             gathered = {name: np.empty((len(batch), width), np.float32) for name in names}
-            for name, group in batch.select(["shard", "sequence_no"]).to_pandas().groupby("shard"):
-                shard, numbers = Shard(shard_path(self.store, name)), group["sequence_no"].to_numpy()
+            places = batch.select(["digest", "shard", "sequence_no"]).to_pandas()
+            for name, group in places.groupby("shard", dropna=False):
+                shard, numbers = self.shard(name), group["sequence_no"].to_numpy()
+                digests = np.frombuffer(b"".join(group["digest"]), np.uint8).reshape(-1, 24)
+                if not shard.holds_all(numbers, digests):
+                    raise another(self.dataset, shard)
                 for tensor, vectors in gathered.items():
                     vectors[group.index] = shard[tensor][numbers]
             yield batch, gathered

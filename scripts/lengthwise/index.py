@@ -104,6 +104,14 @@ def hash_id(record_id: str) -> np.uint64:
     return np.uint64(int.from_bytes(digest[:8], "little"))
 
 
+def read_pages(path: Path) -> int:
+    """Read every page of a table and compare it with its checksum, if it has one; returns the number of rows."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        return sum(len(batch) for batch in file.iter_batches())
+
+
 class Index:
     """What a finished dataset knows of its records. A `place` counts those that are not rejected, from 0.
 
@@ -181,11 +189,8 @@ class Index:
         LengthwiseError
             One of them is damaged.
         """
-        import pyarrow.parquet as pq
-
         try:
-            with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
-                records = sum(len(batch) for batch in file.iter_batches())  # every column's pages
+            records = read_pages(self.path)
             same = _lookup(self.path).equals(self._table)
         except _UNREADABLE as error:
             raise self.damaged() from error

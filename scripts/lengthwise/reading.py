@@ -14,8 +14,7 @@ from lengthwise.ids import Ids, NoRecordError
 from lengthwise.index import LOOKUP, Index
 from lengthwise.manifest import read_manifest
 from lengthwise.settings import resolve_layers
-from lengthwise.status import GOOD
-from lengthwise.store import REMAKE, Shard, shard_path
+from lengthwise.store import REMAKE, Shard, is_laid_out, shard_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,7 +79,7 @@ class Dataset:
         if not self.manifest["shards"].keys() >= set(self._index.shard_names):
             raise self._index.damaged()
         self.ids = Ids(self._index, range(len(self._index)))
-        self._open = partial(_open_shard, path, self.store, settings, self._index.shard_names)
+        self._open = partial(_open_numbered, path, self.store, settings, self._index.shard_names)
         self._shard = lru_cache(OPEN_SHARDS)(self._open)
 
     @property
@@ -206,12 +205,8 @@ class Dataset:
         for numbers in self._by_shard():
             here = places[numbers]
             shard, rows = self._open(self._index.shard.item(here[0])), self._index.sequence_no[here]
-            try:
-                same = np.array_equal(shard["digests"][rows], self._index.digest[here])
-                if not same or (shard["status"][rows] != GOOD).any():
-                    raise _another(self.path, shard)
-            except IndexError:
-                raise _another(self.path, shard) from None
+            if not shard.holds_all(rows, self._index.digest[here]):
+                raise another(self.path, shard)
             out[numbers] = shard[f"{kind}_{self._layer}"][rows]
         return out
 
@@ -310,18 +305,10 @@ class Dataset:
             raise LengthwiseError(f"{self.path}: residues are not among the stored outputs; use pooled()")
         index = self._index
         number, start = index.sequence_no.item(place), index.row_start.item(place)
-        stop = start + index.length.item(place)
-        try:
-            if (
-                shard["offsets"].item(number) != start
-                or shard["offsets"].item(number + 1) != stop
-                or shard["digests"][number].tobytes() != index.digest[place].tobytes()
-                or shard["status"].item(number) != GOOD
-            ):
-                raise _another(self.path, shard)
-        except IndexError:
-            raise _another(self.path, shard) from None
-        return start, stop
+        length = index.length.item(place)
+        if not shard.holds(number, index.digest[place].tobytes(), start, length):
+            raise another(self.path, shard)
+        return start, start + length
 
     def _by_shard(self) -> Iterator[np.ndarray]:
         """Numbers in `ids` of the records of one shard after the other, each in its order."""
@@ -332,36 +319,36 @@ class Dataset:
             yield from np.split(order, np.flatnonzero(np.diff(shards[order])) + 1)
 
 
-def _open_shard(dataset: Path, store: Path, settings: dict[str, Any], names: list[str], number: int) -> Shard:
-    """One of the shards that a dataset names, if it is what a store of these settings has."""
+def _open_numbered(dataset: Path, store: Path, settings: dict[str, Any], names: list[str], number: int) -> Shard:
+    """One of the shards that a dataset's lookup names."""
+    if not 0 <= number < len(names):
+        raise LengthwiseError(f"{dataset / LOOKUP}: damaged; remove it and run snakemake again")
+    return open_shard(dataset, store, settings, names[number])
+
+
+def open_shard(dataset: Path, store: Path, settings: dict[str, Any], name: str) -> Shard:
+    """A shard that a dataset names, if it is what a store of these settings has.
+
+    Raises
+    ------
+    LengthwiseError
+        It is missing, damaged, or another.
+    """
     try:
-        path = shard_path(store, names[number])
-        shard = Shard(path)
-    except IndexError as error:
-        raise LengthwiseError(f"{dataset / LOOKUP}: damaged; remove it and run snakemake again") from error
+        shard = Shard(shard_path(store, name))
     except LengthwiseError as error:
         if getattr(error.__cause__, "errno", None) not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise
         advice = "too many arrays of different shards are held; keep copies instead, np.array(ds[...])"
         raise LengthwiseError(f"{error}: {advice}") from error
-    n, rows, d = len(shard["status"]), shard["offsets"].item(-1), settings["embed_dim"]
-    kinds = {
-        "residue": ("layer", rows, settings["storage_dtype"]),
-        "mean": ("mean", n, "float32"),
-        "bos": ("bos", n, "float32"),
-    }
-    expected = {
-        f"{name}_{layer}": ((length, d), np.dtype(dtype))
-        for name, length, dtype in map(kinds.__getitem__, settings["outputs"])
-        for layer in settings["layers"]
-    }
-    found = {name: (shard.tensors[name].shape, shard.tensors[name].dtype) for name in shard.data_names}
-    if shard.metadata.get("fingerprint") != settings["fingerprint"] or found != expected:
-        raise _another(dataset, shard)
+    same = shard.metadata.get("fingerprint") == settings["fingerprint"]
+    if not same or not is_laid_out(shard.tensors, np.diff(shard["offsets"]), settings):
+        raise another(dataset, shard)
     return shard
 
 
-def _another(dataset: Path, shard: Shard) -> LengthwiseError:
+def another(dataset: Path, shard: Shard) -> LengthwiseError:
+    """The error that a shard has not what the index says."""
     return LengthwiseError(
         f"{shard.path}: does not hold what the index of {dataset} says; if python -m lengthwise verify finds no damage in "
         f"the index, {REMAKE}"

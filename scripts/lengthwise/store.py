@@ -24,7 +24,7 @@ import numpy as np
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import claim, fsync_folder, outlive_others, reserve, writing
-from lengthwise.status import DOES_NOT_FIT
+from lengthwise.status import DOES_NOT_FIT, GOOD
 
 _DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U32": np.uint32, "U8": np.uint8}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
@@ -117,6 +117,17 @@ def layout(lengths: np.ndarray, settings: dict) -> tuple[bytes, dict[str, Tensor
         name: Tensor(dtype, shape, 8 + len(text) + entries[name]["data_offsets"][0]) for name, dtype, shape in planned
     }
     return len(text).to_bytes(8, "little") + text, tensors
+
+
+def is_laid_out(tensors: dict[str, Tensor], lengths: np.ndarray, settings: dict) -> bool:
+    """Whether tensors, in the order of a file, are those of `layout`: where each of them begins follows from that."""
+    expected = layout(lengths, settings)[1]
+    return [*map(_kind, tensors.items())] == [*map(_kind, expected.items())]
+
+
+def _kind(named: tuple[str, Tensor]) -> tuple:
+    name, tensor = named
+    return name, tensor.dtype, tensor.shape
 
 
 class ShardWriter:
@@ -285,6 +296,32 @@ class Shard:
         """Begin to read these bytes of the file, if they are not in memory yet."""
         before = start % mmap.PAGESIZE
         self._map.madvise(mmap.MADV_WILLNEED, start - before, before + size)
+
+    def holds(self, number: int, digest: bytes, start: int, length: int) -> bool:
+        """Whether the sequence of this number is the one of this digest, good, and has these rows."""
+        offsets = self["offsets"]
+        return (
+            0 <= number < len(offsets) - 1
+            and offsets.item(number) == start
+            and offsets.item(number + 1) == start + length
+            and self["digests"][number].tobytes() == digest
+            and self["status"].item(number) == GOOD
+        )
+
+    def holds_all(self, numbers: np.ndarray, digests: np.ndarray) -> bool:
+        """Whether the sequences of these numbers are those of these digests [n, 24], and good."""
+        if not len(numbers) or numbers.min() < 0 or numbers.max() >= len(self["status"]):
+            return not len(numbers)
+        return np.array_equal(self["digests"][numbers], digests) and (self["status"][numbers] == GOOD).all()
+
+    def is_intact(self, number: int) -> bool:
+        """Whether all that is stored of a sequence, as the map has it, has its checksum."""
+        crc = google_crc32c.value(self["digests"][number].tobytes() + self["status"][number].tobytes())
+        start, stop = self["offsets"][number : number + 2].tolist()
+        for name in self.data_names:
+            rows = self[name][start:stop] if name.startswith("layer_") else self[name][number : number + 1]
+            crc = google_crc32c.extend(crc, rows)
+        return crc == self["crc32c"].item(number)
 
     @property
     def data_names(self) -> list[str]:

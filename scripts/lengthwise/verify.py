@@ -30,7 +30,7 @@ from lengthwise.manifest import NewerError, read_manifest
 from lengthwise.provenance import content_sha256
 from lengthwise.settings import require
 from lengthwise.status import GOOD
-from lengthwise.store import Shard, Tensor, commit_path, find_metrics, layout, shard_name, shard_path
+from lengthwise.store import Shard, commit_path, find_metrics, is_laid_out, shard_name, shard_path
 
 PROGRESS_SECONDS = 10.0
 # Ends the name of what was taken out of service.
@@ -161,14 +161,9 @@ def whole_shard(path: Path, size: int, settings: dict) -> Shard:
         raise LengthwiseError(f"{path}: was made with other settings than this store's")
     if shard_name(settings["fingerprint"], [shard.read("digests").tobytes()]) != path.stem:
         raise LengthwiseError(f"{path}: has other sequences than its name says")
-    expected = layout(np.diff(shard.read("offsets")), settings)[1]
-    if _kinds(shard.tensors) != _kinds(expected):
+    if not is_laid_out(shard.tensors, np.diff(shard.read("offsets")), settings):
         raise LengthwiseError(f"{path}: its header is not the one of its sequences")
     return shard
-
-
-def _kinds(tensors: dict[str, Tensor]) -> list[tuple]:
-    return [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
 
 
 def _check_dataset(path: Path, shards: _Shards) -> Checked:

@@ -1,6 +1,7 @@
 """Exports: what h5py, torch and pyarrow open is what the dataset holds, under names that lose nothing, whole or not at all."""
 
 import csv
+import functools
 import hashlib
 import os
 import resource
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import unquote
 
+import google_crc32c
 import h5py
 import numpy as np
 import pandas as pd
@@ -24,6 +26,7 @@ from lengthwise import exports
 from lengthwise.exports import export, file_name, h5_key
 from lengthwise.files import write_json
 from lengthwise.presence import alone
+from lengthwise.settings import fingerprint
 from lengthwise.store import Shard, layout, shard_path
 
 KINDS = ("h5", "pt", "biotrainer", "parquet")
@@ -319,19 +322,68 @@ def test_a_missing_shard_is_one_line(small, refused):
         export(small, "h5")
 
 
-def sparse_dataset(folder, lengths: np.ndarray, d: int, **settings):
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_reading_refuses_is_not_exported(several, kind, refused):
+    """A shard of the same size with other sequences, copied over one."""
+    one, other = sorted(several.parent.parent.rglob("*.safetensors"))[:2]
+    assert one.stat().st_size == other.stat().st_size
+    shutil.copy(other, one)
+    with refused(str(one), "does not hold what the index"):
+        export(several, kind)
+
+
+@pytest.mark.parametrize("kind", ["h5", "pt", "biotrainer"])
+@pytest.mark.parametrize("tensor", ["layer_2", "mean_2"])
+def test_a_flipped_bit_is_not_exported(small, kind, tensor, refused):
+    path = next((small.parent.parent / "shards").rglob("*.safetensors"))
+    with open(path, "r+b") as file:
+        file.seek(Shard(path).tensors[tensor].start)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    with refused(str(path), "sequence 0, which is p", "is damaged"):
+        export(small, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_index_is_not_exported(small, kind, refused):
+    """A bit of an id, which decompresses as well as the right one."""
+    path = small / "index.parquet"
+    pq.write_table(pq.read_table(path), path, compression="none", use_dictionary=False, write_page_checksum=True)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"p11", b"p12", 1))
+    assert "p12" in pd.read_parquet(path)["id"].tolist()
+    with refused("exports", "cannot be made"):
+        export(small, kind)
+
+
+@pytest.fixture
+def several(small_store):
+    """The folder of a dataset in shards of one size."""
+    store = small_store()
+    store.ingest("a", {name: letter * 20 for name, letter in zip("wxyz", "ACDE", strict=True)})
+    store.run(shard_bytes=5_000)
+    return store.path / "datasets" / "a"
+
+
+def sparse_dataset(folder, lengths: np.ndarray, d: int):
     """A dataset of one shard whose rows are holes but for the last protein's: as large as one likes, and no larger on disk."""
     settings = {
+        "schema": 1,
         "model": "demo",
+        "weights_sha256": "0" * 64,
         "layers": [2],
-        "embed_dim": d,
+        "precision": "float32",
         "storage_dtype": "float16",
         "outputs": ["residue", "mean"],
-        "fingerprint": "f" * 64,
-        "weights_sha256": "0" * 64,
+        "numerics": 1,
+        "device": "cpu",
+        "num_layers": 2,
+        "embed_dim": d,
+        "attention_heads": 2,
         "random_weights": True,
-        **settings,
     }
+    settings["fingerprint"] = fingerprint(settings)
     name, n = "ab" * 16, len(lengths)
     path, dataset = shard_path(folder, name), folder / "datasets" / "big"
     path.parent.mkdir(parents=True)
@@ -345,13 +397,26 @@ def sparse_dataset(folder, lengths: np.ndarray, d: int, **settings):
         file.write(offsets.tobytes())
         file.seek(tensors["layer_2"].start + int(offsets[-2]) * d * 2)
         file.write(last_rows(lengths, d).tobytes())
+        file.seek(tensors["digests"].start)
+        file.write(b"".join(i.to_bytes(24) for i in range(n)))
+        file.seek(tensors["crc32c"].start)
+        file.write(np.array([checksum(i, lengths, d) for i in range(n)], np.uint32).tobytes())
     records = pd.DataFrame({"record_no": range(n), "id": [f"p{i}" for i in range(n)], "length": lengths})
     records["digest"] = [i.to_bytes(24) for i in range(n)]
     records["status"], records["shard"], records["sequence_no"] = "accepted", name, range(n)
     records["row_start"] = offsets[:-1]
     records.to_parquet(dataset / "index.parquet")
-    write_json(dataset / "manifest.json", {"dataset": "big", "settings": settings, "input_sha256": "0" * 64})
+    manifest = {"schema": 1, "dataset": "big", "model": "demo", "random_weights": True, "input_sha256": "0" * 64}
+    manifest |= {"records": n, "accepted": n, "duplicate": 0, "rejected": 0, "settings": settings, "jobs": []}
+    write_json(dataset / "manifest.json", manifest | {"shards": {name: path.stat().st_size}})
     return dataset
+
+
+def checksum(number: int, lengths: np.ndarray, d: int) -> int:
+    """As the shard's documentation has it: of digest and status, rows, mean."""
+    rows = last_rows(lengths, d) if number == len(lengths) - 1 else np.zeros((lengths[number], d), np.float16)
+    content = (number.to_bytes(24) + b"\0", rows.tobytes(), np.zeros(d, np.float32).tobytes())
+    return functools.reduce(google_crc32c.extend, content, 0)
 
 
 def last_rows(lengths: np.ndarray, d: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import doctest
 import gc
+import json
 import os
 import pickle
 import re
@@ -445,6 +446,21 @@ def test_a_shard_that_says_otherwise_of_a_record_is_refused(own, refused, what):
     if what != "offsets":
         with refused(str(path), "does not hold what the index"):
             ds[["p1"]].pooled()
+
+
+def test_a_shard_whose_layers_changed_places_is_refused(own, refused):
+    """Nothing overlaps, everything has its size."""
+    ds = own()
+    path = ds.store / "shards" / (name := ds.records.set_index("id").loc["p1", "shard"])[:2] / f"{name}.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["layer_0"], header["layer_2"] = header["layer_2"], header["layer_0"]
+    path.write_bytes(
+        content[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(length) + content[8 + length :]
+    )
+    with refused(str(path), "does not hold what the index"):
+        ds["p1"]
 
 
 @pytest.mark.parametrize(
