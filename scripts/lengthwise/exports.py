@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from lengthwise._version import __version__
 from lengthwise.alphabet import digest_name
 from lengthwise.config import store_name
 from lengthwise.errors import LengthwiseError
-from lengthwise.files import emptied, fsync_folder, lock
+from lengthwise.files import emptied, fsync_folder, lock, writing
 from lengthwise.index import read_pages
 from lengthwise.logs import size
 from lengthwise.manifest import read_manifest
@@ -85,7 +85,8 @@ def export(dataset: Path, kind: str, memory_bytes: int = 1 << 30) -> int:
 def _replacing(folder: Path) -> Iterator[Path]:
     """An empty folder to write to, which takes this one's place on success, synced; what a killed attempt left goes first."""
     scratch = folder.with_name(f".{folder.name}.tmp")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
     with _alone(folder.with_name(f".{folder.name}.lock.tmp")), emptied(scratch):
         part = scratch / "whole"
         part.mkdir()
@@ -94,7 +95,8 @@ def _replacing(folder: Path) -> Iterator[Path]:
         for path in part.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())  # nothing is left to write, but an error is told
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            os.rename(folder, scratch / "old")  # never half of it under its name
         os.rename(part, folder)
         fsync_folder(folder.parent)
 

@@ -26,6 +26,7 @@ from lengthwise import exports
 from lengthwise.exports import export, file_name, h5_key
 from lengthwise.files import write_json
 from lengthwise.presence import alone
+from lengthwise.recovery import leftovers, remove
 from lengthwise.settings import fingerprint
 from lengthwise.store import Shard, layout, shard_path
 
@@ -285,6 +286,36 @@ def test_what_a_killed_export_left_is_gone_after_the_next(small):
     assert content(small / "exports") != {}
     export(small, "parquet")
     assert content(small / "exports").keys() == {Path("parquet/pooled.parquet")}
+
+
+KILLED_IN_RENAME = """
+import os, signal, sys
+from pathlib import Path
+from lengthwise.exports import export
+calls, original = [], os.rename
+def rename(*paths):
+    calls.append(paths)
+    if len(calls) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(*paths)
+os.rename = rename
+export(Path(sys.argv[1]), "pt")
+"""
+
+
+@pytest.mark.parametrize("rename", ["1", "2"])
+def test_an_export_that_is_killed_while_it_takes_the_place_of_another_is_never_there_in_part(small, rename):
+    export(small, "pt")
+    before = content(small / "exports" / "pt")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", KILLED_IN_RENAME, small, rename]
+    assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
+    assert content(small / "exports" / "pt") == (before if rename == "1" else {})
+    for path in leftovers(small.parent.parent):
+        remove(path)
+    assert {path.name for path in (small / "exports").iterdir()} <= {"pt"}
+    export(small, "pt")
+    assert content(small / "exports").keys() == {Path("pt") / path for path in before}
 
 
 def test_a_record_that_is_gone_has_no_file_after_the_next_export(small):

@@ -21,14 +21,19 @@ from lengthwise.store import layout, shard_path
 from realistic import LOG_MEAN, LOG_SIGMA, LONGEST, SHORTEST
 
 SETTINGS = {
+    "schema": 1,
+    "model": "none",
+    "weights_sha256": "0" * 64,
     "layers": [6],
-    "num_layers": 6,
-    "embed_dim": 320,
+    "precision": "float32",
     "storage_dtype": "float16",
     "outputs": ["residue"],
-    "weights_sha256": "0" * 64,
-    "precision": "float32",
     "numerics": 1,
+    "device": "cpu",
+    "num_layers": 6,
+    "embed_dim": 320,
+    "attention_heads": 20,
+    "random_weights": False,
 }
 SETTINGS["fingerprint"] = fingerprint(SETTINGS)
 PER_SHARD = 5_000
@@ -80,8 +85,8 @@ def make(folder: Path, records: int, filled: bool) -> Path:
     dataset.mkdir(parents=True)
     pq.write_table(rows, dataset / "index.parquet", compression="zstd")
     write_lookup(dataset / "index.parquet")
-    manifest = {"schema": 1, "model": "none", "random_weights": False, "settings": SETTINGS}
-    counts = {"accepted": records, "duplicate": 0, "records": records, "shards": dict.fromkeys(names, 0)}
+    manifest = {"schema": 1, "model": "none", "random_weights": False, "settings": SETTINGS, "jobs": []}
+    counts = {"records": records, "accepted": records, "duplicate": 0, "rejected": 0, "shards": dict.fromkeys(names, 1)}
     write_json(dataset / "manifest.json", {**manifest, **counts})
     return dataset
 
