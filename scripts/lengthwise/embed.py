@@ -30,7 +30,7 @@ from lengthwise.engine import (
     set_threads,
 )
 from lengthwise.errors import LengthwiseError
-from lengthwise.files import write_json
+from lengthwise.files import write_json, writing
 from lengthwise.logs import count, duration
 from lengthwise.metrics import write_metrics
 from lengthwise.parity import ParityError, receipt
@@ -190,7 +190,8 @@ def _compare(
         return receipt(store, settings, checkpoint, device, maker, [s for s in shards if s.name in made] or shards)
     except ParityError as error:
         for shard in made:  # or the next run would take them for finished work
-            shard_path(store, shard).unlink()
+            with writing(path := shard_path(store, shard)):
+                path.unlink()
         done = f"what this job had made is removed ({count(len(made), 'shard')})" if made else "remove that file"
         raise LengthwiseError(f"{error}; {done}: run again, on another device if it comes back") from error
 

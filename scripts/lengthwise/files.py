@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
@@ -25,7 +25,8 @@ _temporaries: set[Path] = set()
 def atomic(path: Path) -> Iterator[Path]:
     """Write to the temporary path that this yields; it becomes `path` on success, fsynced, and vanishes on failure."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     part = temporary(path)
     try:
         with writing(path, _NO_SPACE):
@@ -36,7 +37,7 @@ def atomic(path: Path) -> Iterator[Path]:
             os.replace(part, path)
             fsync_folder(path.parent)
     finally:
-        part.unlink(missing_ok=True)
+        discard(part)
 
 
 def temporary(path: Path) -> Path:
@@ -55,7 +56,13 @@ def goes_with_this_process(path: Path) -> Path:
 def remove_temporaries() -> None:
     """Remove what is of use to this process alone, because it ends at once."""
     for part in tuple(_temporaries):
-        part.unlink(missing_ok=True)
+        discard(part)
+
+
+def discard(part: Path) -> None:
+    """Remove a temporary file, if it is there and if that is possible: a later run removes what is left."""
+    with suppress(OSError):
+        part.unlink()
 
 
 def claim(path: Path) -> tuple[Path, int]:
@@ -84,7 +91,7 @@ def outlive_others(path: Path, wait: bool) -> None:
             continue
         try:
             if lock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB):
-                part.unlink(missing_ok=True)
+                discard(part)
         finally:
             os.close(descriptor)
 
@@ -143,7 +150,8 @@ def writing(path: Path, refusals: set[int] | None = None) -> Iterator[None]:
 def emptied(folder: Path) -> Iterator[Path]:
     """A scratch folder, gone afterwards; what a killed run left there goes first."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    with writing(folder):
+        folder.mkdir(parents=True)
     try:
         yield folder
     finally:

@@ -7,7 +7,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import lengthwise
@@ -23,7 +23,8 @@ log = logging.getLogger("lengthwise")
 def reporting(log_file: str, scripts: str) -> Iterator[None]:
     """Run a rule's work: log to the terminal and to `log_file`; a failure becomes one line, with exit code 1.
 
-    A failure that is nobody's mistake but the program's has its traceback in the log. A SIGTERM ends the process at once.
+    A failure that is nobody's mistake but the program's has its traceback in the log. A SIGTERM ends the process at once. Where
+    the disk is full there is no log, and the terminal has it all.
 
     Parameters
     ----------
@@ -32,8 +33,10 @@ def reporting(log_file: str, scripts: str) -> Iterator[None]:
     scripts
         The folder of the rule's script: the package must be the one beside it.
     """
-    Path(log_file).parent.mkdir(parents=True, exist_ok=True)
-    handlers = [logging.StreamHandler(sys.stderr), logging.FileHandler(log_file, mode="w")]
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    with suppress(OSError):
+        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(_LogFile(log_file, mode="w"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
@@ -46,17 +49,27 @@ def reporting(log_file: str, scripts: str) -> Iterator[None]:
         print("lengthwise: interrupted; finished shards are kept", file=sys.stderr, flush=True)
         sys.exit(130)
     except Exception as error:
-        line = str(error)
+        line, details = str(error), ""
         if not isinstance(error, LengthwiseError):
             line = f"unexpected {type(error).__name__}: {line.splitlines()[0] if line else ''} (details in {log_file})"
-            with open(log_file, "a") as file:
-                file.write(traceback.format_exc())
-        _say_why(log_file, line)
+            details = traceback.format_exc()
+        _say_why(log_file, line, details)
         sys.exit(1)
     finally:
         for handler in handlers:
             log.removeHandler(handler)
             handler.flush()
+
+
+class _LogFile(logging.FileHandler):
+    """Says nothing of a disk that is full: that would hide what the work says of it."""
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        pass
 
 
 def count(number: int, noun: str) -> str:
@@ -81,10 +94,11 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
-def _say_why(log_file: str, line: str) -> None:
-    with open(log_file, "a") as file:
-        file.write(f"{FAILED}{line}\n")
+def _say_why(log_file: str, line: str, details: str = "") -> None:
+    """To the terminal first: the log may be on a disk that is full."""
     print(f"{FAILED}{line}", file=sys.stderr, flush=True)
+    with suppress(OSError), open(log_file, "a") as file:
+        file.write(f"{details}{FAILED}{line}\n")
 
 
 def _end_at_once_on_sigterm(log_file: str) -> None:
@@ -99,10 +113,10 @@ def _end_at_once_on_sigterm(log_file: str) -> None:
         while signal.SIGTERM not in os.read(reading, 1):
             pass
         try:
+            remove_temporaries()
             _say_why(
                 log_file, "ended by SIGTERM: cancelled, preempted or out of time; what is finished is kept, run again"
             )
-            remove_temporaries()
         finally:
             os._exit(128 + signal.SIGTERM)
 

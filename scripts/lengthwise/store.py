@@ -23,7 +23,7 @@ import google_crc32c
 import numpy as np
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.files import claim, fsync_folder, outlive_others, reserve, writing
+from lengthwise.files import claim, discard, fsync_folder, outlive_others, reserve, writing
 from lengthwise.status import DOES_NOT_FIT, GOOD
 
 _DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U32": np.uint32, "U8": np.uint8}
@@ -231,7 +231,7 @@ class ShardWriter:
     def abandon(self) -> None:
         """Leave without a shard, and without a trace."""
         if self.descriptor is not None:
-            self.part.unlink(missing_ok=True)
+            discard(self.part)
             self._close()
 
     def _close(self) -> None:

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 
 import lengthwise
-from lengthwise import embed, recovery
+from lengthwise import embed, logs, recovery
 from lengthwise.embed import embed_job
 from lengthwise.engine import Engine
+from lengthwise.errors import LengthwiseError
+from lengthwise.files import atomic
 from lengthwise.logs import reporting
 from lengthwise.store import commit_path, spec_path
 
+SCRIPTS = str(Path(lengthwise.__file__).parent.parent)
 SECONDS = 5.0  # at once, on a machine that is busy
 
 
@@ -55,7 +58,7 @@ def job_that_hangs(place: str, store: Path, job: str, log: Path) -> None:
     owner, name = PLACES[place]
     with pytest.MonkeyPatch.context() as patch:
         hang_in(pkgutil.resolve_name(owner), name, log.with_name("reached"), patch)
-        with reporting(str(log), str(Path(lengthwise.__file__).parent.parent)):
+        with reporting(str(log), SCRIPTS):
             embed_job(store, spec_path(store, job), commit_path(store, job), batch_tokens=128)
 
 
@@ -99,6 +102,61 @@ def test_a_sigterm_ends_a_job_at_once(store, processes, tmp_path, place):
     assert {path: path.read_bytes() for path in kept} == kept
 
 
+FULL = Path("/dev/full")  # opens, and has no room
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no device that is always full")
+@pytest.mark.parametrize(
+    "error", [LengthwiseError("shard: no room"), ZeroDivisionError("odd")], ids=["ours", "unexpected"]
+)
+def test_a_full_disk_does_not_hide_what_failed(capfd, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(logs, "_end_at_once_on_sigterm", lambda log_file: None)  # this process goes on
+    (tmp_path / "job.log").symlink_to(FULL)
+
+    def work():
+        with reporting(str(tmp_path / "job.log"), SCRIPTS):
+            logs.log.info("begun")
+            raise error
+
+    with pytest.raises(SystemExit, match="1"):
+        work()
+    begun, why = capfd.readouterr().err.splitlines()
+    assert begun.endswith("begun")
+    assert why.startswith("lengthwise: error: ")
+    assert str(error) in why
+
+
+def test_a_log_whose_folder_cannot_be_made_stops_no_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "_end_at_once_on_sigterm", lambda log_file: None)
+    (tmp_path / "logs").write_text("")
+    done = []
+    with reporting(str(tmp_path / "logs" / "job.log"), SCRIPTS):
+        done.append(True)
+    assert done
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no device that is always full")
+def test_a_sigterm_on_a_full_disk_says_so_and_leaves_nothing_temporary(store, processes, tmp_path):
+    reached = tmp_path / "reached"
+    process = processes.Process(target=job_on_a_full_disk, args=(store.path, reached))
+    process.start()
+    while not reached.exists():
+        time.sleep(0.01)
+        assert process.exitcode is None
+    assert list(store.path.glob(".x.*.tmp"))
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(SECONDS)
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert list(store.path.glob(".x.*.tmp")) == []
+
+
+def job_on_a_full_disk(store: Path, reached: Path) -> None:
+    (store / "job.log").symlink_to(FULL)
+    with reporting(str(store / "job.log"), SCRIPTS), atomic(store / "x") as part:
+        part.write_text("half")
+        hang(reached)
+
+
 def test_a_sigterm_in_the_middle_of_a_real_job_keeps_its_finished_shards(store, processes, tmp_path):
     undisturbed = store.embed(store.job)["made"]
     rows = store.rows()
@@ -122,7 +180,7 @@ def test_a_sigterm_in_the_middle_of_a_real_job_keeps_its_finished_shards(store, 
 def slow_job(store: Path, job: str, log: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "_forward", slowed(0.05))
-        with reporting(str(log), str(Path(lengthwise.__file__).parent.parent)):
+        with reporting(str(log), SCRIPTS):
             embed_job(store, spec_path(store, job), commit_path(store, job))
 
 

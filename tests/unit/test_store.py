@@ -16,6 +16,7 @@ import pytest
 from safetensors import safe_open
 
 from lengthwise import store
+from lengthwise.files import atomic, emptied, write_json
 from lengthwise.store import Shard, ShardWriter, bytes_per_sequence, find_metrics, metrics_path, shard_name, shard_path
 
 LENGTHS = np.array([3, 1, 40, 41, 200])
@@ -643,3 +644,19 @@ def test_tensors_for_different_numbers_of_sequences_are_refused(tmp_path, made, 
     save_file({**tensors, name: tensors[name][:-1].copy()}, tmp_path / "other.safetensors")
     with refused("other.safetensors", "damaged shard"):
         Shard(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("make", [lambda path: write_json(path, {}), lambda path: emptied(path).__enter__()])
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, refused, make):
+    (tmp_path / "file").write_text("")
+    with refused(str(tmp_path / "file" / "x"), "cannot be written", "mend that and run again"):
+        make(tmp_path / "file" / "x")
+
+
+def test_a_temporary_file_that_cannot_be_removed_hides_no_error(tmp_path, refused, monkeypatch):
+    def no_more(*_):
+        raise OSError(30, "Read-only file system")
+
+    with refused("x.json: cannot be written: Read-only file system"), atomic(tmp_path / "x.json"):
+        monkeypatch.setattr(Path, "unlink", no_more)
+        no_more()

@@ -172,9 +172,12 @@ def begin():
     require_device()
     if workflow.is_main_process:
         BEGUN.append(True)
-        note_run(RUN)
-        note_new_time(Path(STORE))
-        write_json(Path(PLANNED_INPUTS), STAMPS)  # a job on another node reads its config and inputs again
+        try:
+            note_run(RUN)
+            note_new_time(Path(STORE))
+            write_json(Path(PLANNED_INPUTS), STAMPS)  # a job on another node reads its config and inputs again
+        except LengthwiseError as error:
+            sys.exit(f"{FAILED}{error}")
 
 
 def require_device():
