@@ -174,7 +174,7 @@ def guard(store: Path, config: dict, weights: dict | None = None) -> dict | None
     differences = [
         f"{key} is {_shown(stored[key])} there and {_shown(asked[key])} in the config"
         for key in COMPARABLE
-        if (set(stored[key]) != set(asked[key]) if key == "layers" else stored[key] != asked[key])
+        if stored[key] != asked[key]  # of layers the order too: the first is the one that reading gives
     ]
     if differences:
         raise LengthwiseError(

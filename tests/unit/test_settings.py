@@ -87,11 +87,17 @@ def test_a_layer_that_the_model_has_not_is_one_line(refused, layer):
         settings.resolve_layers([-1, layer], 6)
 
 
-def test_the_order_of_layers_and_outputs_changes_nothing(tmp_path):
+def test_the_order_of_layers_and_outputs_changes_no_number(tmp_path):
     one = check(tmp_path / "one", layers=[2, -1], outputs=["mean", "residue"])
     other = check(tmp_path / "other", layers=[6, 2], outputs=["residue", "mean"])
     assert one["fingerprint"] == other["fingerprint"]
-    assert check(tmp_path / "one", layers=[6, 2]) == one
+    assert check(tmp_path / "one", layers=[2, 6], outputs=["residue", "mean"]) == one
+
+
+def test_another_order_of_layers_is_refused_because_reading_gives_the_first(tmp_path, refused):
+    check(tmp_path, layers=[2, 6])
+    with refused("layers is [2, 6] there and [6, 2] in the config", "Set the config back"):
+        check(tmp_path, layers=[6, 2])
 
 
 COMPARABLE_CHANGES = [
