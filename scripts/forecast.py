@@ -21,6 +21,7 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
         config["batch_tokens"],
         snakemake.params.threads,
         snakemake.resources.mem_mb * 10**6 * 2 // 5,
+        config["exports"],
     )
     forecast.write(made, store / "forecast")
     log.info("%s", store / "forecast" / "index.html")

@@ -7,6 +7,7 @@ from lengthwise.logs import log, reporting
 with reporting(snakemake.log[0], snakemake.scriptdir):
     import pyarrow.parquet as pq
 
+    from lengthwise.exports import missing_bytes
     from lengthwise.logs import count, duration
     from lengthwise.plan import Sizes, plan
     from lengthwise.rates import pace
@@ -21,7 +22,7 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
     retry = snakemake.params.retry_rejected
     jobs = plan(store, sequences, sizes, Path(snakemake.output.jobs), memory_bytes, retry)
     if config["disk_space"] == "refuse":
-        require_space(store, jobs)
+        require_space(store, jobs, missing_bytes(store, require(store), snakemake.params.datasets, config["exports"]))
     new = uncommitted(store, jobs)
     wanted = sum(pq.read_metadata(path).num_rows for path in sequences.values())
     log.info(

@@ -75,10 +75,45 @@ def export(dataset: Path, kind: str, memory_bytes: int = 1 << 30) -> int:
             _replacing(folder) as part,
             _Source(dataset, part.with_name("spill"), memory_bytes) as source,
         ):
-            return _WRITERS[kind](source, part)
+            source.require_space(part, kind)
+            return _WRITERS[kind](source, part, tensors_of(kind, source.settings))
     except (OSError, pa.ArrowException, duckdb.Error) as error:
         what = " ".join(str(error).split())[:300]
         raise LengthwiseError(f"{folder}: cannot be made: {what}; mend that and run again") from error
+
+
+def tensors_of(kind: str, settings: dict) -> list[str]:
+    """The stored tensors that an export takes."""
+    first = settings["layers"][0]
+    if kind in ("h5", "biotrainer"):
+        return [f"layer_{first}", f"mean_{first}"]
+    names = {"residue": "layer", "mean": "mean", "bos": "bos"}
+    taken = [output for output in names if output in settings["outputs"] and (kind == "pt" or output != "residue")]
+    return [f"{names[output]}_{layer}" for output in taken for layer in settings["layers"]]
+
+
+def export_bytes(kind: str, settings: dict, records: Path) -> int:
+    """What an export takes, about and at most.
+
+    Parameters
+    ----------
+    kind, settings
+        The export's name and the store's settings.
+    records
+        The table of a dataset's records: its index, or what ingest wrote.
+    """
+    query = "SELECT count(*), coalesce(sum(length), 0)::BIGINT FROM read_parquet(?) WHERE status <> 'rejected'"
+    with duckdb.connect(config={"threads": 1}) as database:
+        ((n, residues),) = database.execute(query, [str(records)]).fetchall()
+    tensors = tensors_of(kind, settings)
+    numbers = sum(residues if name.startswith("layer_") else n for name in tensors) * settings["embed_dim"]
+    return numbers * (2 if kind == "h5" else 4) + n * _ENTRY_BYTES
+
+
+def missing_bytes(store: Path, settings: dict, datasets: list[str], kinds: list[str]) -> int:
+    """What those of these exports take that are not there yet."""
+    missing = [(n, k) for n in datasets for k in kinds if not (store / "datasets" / n / "exports" / k).exists()]
+    return sum(export_bytes(kind, settings, store / "inputs" / name / "records.parquet") for name, kind in missing)
 
 
 @contextmanager
@@ -153,18 +188,9 @@ class _Source:
             "made_with": f"lengthwise {__version__}",
         }
 
-    def names(self, *outputs: str) -> list[str]:
-        """The stored tensors of these outputs, of all layers."""
-        kinds = {"residue": "layer", "mean": "mean", "bos": "bos"}
-        stored = [kinds[output] for output in outputs if output in self.settings["outputs"]]
-        return [f"{kind}_{layer}" for kind in stored for layer in self.settings["layers"]]
-
-    def require_space(self, folder: Path, names: list[str], itemsize: int) -> None:
-        """Raise if these tensors, of so many bytes a number, do not fit on the disk."""
-        query = "SELECT count(*), coalesce(sum(length), 0)::BIGINT FROM records"
-        ((n, rows),) = self.database.execute(query).fetchall()
-        numbers = sum(rows if name.startswith("layer_") else n for name in names) * self.settings["embed_dim"]
-        needed, free = numbers * itemsize + n * _ENTRY_BYTES, shutil.disk_usage(folder).free
+    def require_space(self, folder: Path, kind: str) -> None:
+        """Raise if an export does not fit on the disk."""
+        needed, free = export_bytes(kind, self.settings, self.dataset / "index.parquet"), shutil.disk_usage(folder).free
         if needed > free:
             raise LengthwiseError(
                 f"{folder.parents[1]}: this export takes about {size(needed)} and {size(free)} are free; free some space, or "
@@ -282,9 +308,7 @@ class _HDF5(io.FileIO):
             self.check()
 
 
-def _write_h5(source: _Source, folder: Path) -> int:
-    names = [f"layer_{source.layer}", f"mean_{source.layer}"]
-    source.require_space(folder, names, itemsize=2)
+def _write_h5(source: _Source, folder: Path, names: list[str]) -> int:
     shared = source.shared(f"coalesce(nullif(regexp_extract(id, '{_ACCESSION}', 1), ''), id)")
     about = {**source.origin, "layer": source.layer}
     n = 0
@@ -321,11 +345,9 @@ def _half(array: np.ndarray, record_id: str) -> np.ndarray:
     return half
 
 
-def _write_pt(source: _Source, folder: Path) -> int:
+def _write_pt(source: _Source, folder: Path, names: list[str]) -> int:
     import torch
 
-    names = source.names("residue", "mean", "bos")
-    source.require_space(folder, names, itemsize=4)
     words = {"layer": "representations", "mean": "mean_representations", "bos": "bos_representations"}
     shared = source.shared("lower(id)")
     with open(folder / "files.tsv", "w", newline="") as table:
@@ -358,10 +380,8 @@ def file_name(record_id: str, shared: set[str] = frozenset()) -> str:
     return f"{kept}~{hashlib.sha256(record_id.encode()).hexdigest()[:32]}.pt"
 
 
-def _write_biotrainer(source: _Source, folder: Path) -> int:
+def _write_biotrainer(source: _Source, folder: Path, names: list[str]) -> int:
     model = store_name(source.settings["model"])
-    names = [f"layer_{source.layer}", f"mean_{source.layer}"]
-    source.require_space(folder, names, itemsize=4)
     about = {**source.origin, "layer": source.layer}
     n = 0
     with (
@@ -377,9 +397,8 @@ def _write_biotrainer(source: _Source, folder: Path) -> int:
     return n
 
 
-def _write_parquet(source: _Source, folder: Path) -> int:
-    names, width = source.names("mean", "bos"), source.settings["embed_dim"]
-    source.require_space(folder, names, itemsize=4)
+def _write_parquet(source: _Source, folder: Path, names: list[str]) -> int:
+    width = source.settings["embed_dim"]
     vector = pa.list_(pa.float32(), width)
     schema = pa.schema(
         [("id", pa.string()), ("digest", pa.string()), ("length", pa.int32()), *((name, vector) for name in names)],

@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import textwrap
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from lengthwise.errors import LengthwiseError
+from lengthwise.exports import missing_bytes
 from lengthwise.files import atomic, emptied, read_json, write_json
 from lengthwise.logs import count, duration, size
 from lengthwise.plan import Sizes, cut_work
@@ -43,6 +45,7 @@ def forecast(
     batch_tokens: int | str = "auto",
     threads: int = 1,
     memory_bytes: int = 1 << 30,
+    exports: Collection[str] = (),
 ) -> dict:
     """What is left to do, and what it will take.
 
@@ -62,6 +65,8 @@ def forecast(
         CPU threads of a job.
     memory_bytes
         What joins may take before they spill to disk.
+    exports
+        Which exports are wanted.
 
     Returns
     -------
@@ -95,7 +100,7 @@ def forecast(
         "length_from": LENGTHS.tolist(),
         "datasets": [_dataset(name, folder, by_dataset.get(name, lengths[:0])) for name, folder in datasets.items()],
         "work": work,
-        "disk": _disk(store, settings, datasets, sizes, wanted, left, work),
+        "disk": _disk(store, settings, datasets, sizes, wanted, left, work, exports),
         "memory": _memory(settings, shape, batch_tokens, threads, left),
         "time": [_time(rate, shape, left, sizes) for rate in rates(store, settings, shape, threads)],
     }
@@ -178,6 +183,7 @@ def _disk(
     wanted: pd.DataFrame,
     left: pd.DataFrame,
     work: dict,
+    exports: Collection[str],
 ) -> dict:
     """Bytes to write against bytes that are free, and what other ways to store the same would take in a new store."""
     share = work["sequences"] / max(work["sequences"] + work["finished_sequences"], 1)
@@ -196,13 +202,15 @@ def _disk(
     ):
         if other != own:
             ways.append(other | {"chosen": False, "bytes": _shard_bytes(wanted, settings | other, sizes)})
-    needed = ways[0]["bytes"] + int(tables)
+    exported = missing_bytes(store, settings, list(datasets), list(exports))
+    needed = ways[0]["bytes"] + int(tables) + exported
     return {
         "free_bytes": free,
         "needed_bytes": needed,
         "fits": needed <= free,
         "embeddings_bytes": ways[0]["bytes"],
         "tables_bytes": int(tables),
+        "exports_bytes": exported,
         "ways": [way | {"fits": way["bytes"] + tables <= free} for way in ways],
     }
 
@@ -292,7 +300,8 @@ def _needs(made: dict) -> list[str]:
     """What the work that is left takes."""
     work, disk, memory = made["work"], made["disk"], made["memory"]
     verdict = "" if disk["fits"] else "; IT DOES NOT FIT"
-    lines = [f"Disk        {size(disk['needed_bytes'])} to write, {size(disk['free_bytes'])} free{verdict}"]
+    exported = f", at most {size(disk['exports_bytes'])} of them for exports" if disk["exports_bytes"] else ""
+    lines = [f"Disk        {size(disk['needed_bytes'])} to write{exported}, {size(disk['free_bytes'])} free{verdict}"]
     lines += [f"              {way_name(way)}: {size(way['bytes'])}" for way in disk["ways"] if not way["chosen"]]
     lines.append(
         f"Memory      {size(memory['batch_bytes'])} for {_batches(memory)}, {size(memory['longest_bytes'])} for the longest"

@@ -12,7 +12,7 @@ from lengthwise.logs import size
 from lengthwise.store import commit_path, shard_path, spec_path
 
 
-def require_space(store: Path, jobs: pd.DataFrame) -> None:
+def require_space(store: Path, jobs: pd.DataFrame, exports_bytes: int = 0) -> None:
     """Refuse work that the store's file system cannot hold.
 
     Parameters
@@ -21,20 +21,23 @@ def require_space(store: Path, jobs: pd.DataFrame) -> None:
         The store.
     jobs
         The table of `lengthwise.plan.plan`.
+    exports_bytes
+        What exports will take, see `lengthwise.exports.missing_bytes`.
 
     Raises
     ------
     LengthwiseError
-        The jobs that are not committed have more bytes to write than are free.
+        The jobs that are not committed, and the exports, have more bytes to write than are free.
     """
     unfinished = uncommitted(store, jobs)
-    needed, free = int(unfinished["forecast_bytes"].sum()), shutil.disk_usage(store).free
+    needed, free = int(unfinished["forecast_bytes"].sum()) + exports_bytes, shutil.disk_usage(store).free
     if needed > free:  # reading their specs takes seconds where there are thousands
         needed -= sum(_made_bytes(store, job) for job in unfinished["job"])
     if needed > free:
+        exports = f", {size(exports_bytes)} of them for exports," if exports_bytes else ""
         raise LengthwiseError(
-            f"{store}: {size(needed)} are to be written and {size(free)} are free on its file system; free some space, set "
-            "'results' to another one, store less (see 'snakemake forecast'), or set disk_space: ignore"
+            f"{store}: {size(needed)} are to be written{exports} and {size(free)} are free on its file system; free some space, "
+            "set 'results' to another one, store less (see 'snakemake forecast'), or set disk_space: ignore"
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from lengthwise import checkpoint, config, forecast, rates
 from lengthwise.closing import forecast_lines_of
 from lengthwise.engine import Engine, Output
+from lengthwise.exports import export, missing_bytes
 from lengthwise.metrics import METRICS, write_metrics
 from lengthwise.plan import Sizes
 from lengthwise.settings import expected
@@ -28,9 +29,9 @@ SIZES = {"job_seconds": 4e-4, "shard_bytes": 8_000}
 Usage = namedtuple("Usage", "total used free")
 
 
-def forecast_of(store, **sizes) -> dict:
+def forecast_of(store, exports=(), **sizes) -> dict:
     folders = {name: store.inputs(name) for name in store.datasets}
-    return forecast.forecast(store.path, store.settings, folders, Sizes(**(sizes or SIZES)))
+    return forecast.forecast(store.path, store.settings, folders, Sizes(**(sizes or SIZES)), exports=exports)
 
 
 def bytes_in(folder) -> int:
@@ -189,6 +190,28 @@ def test_what_does_not_fit_is_told_and_refused(store, full_disk, refused):
     assert not made["disk"]["fits"]
     assert "DOES NOT FIT" in forecast.text(made)
     assert "refuses to start" in forecast.page(made)
+
+
+def test_exports_need_room_too_until_they_are_there(store, full_disk, refused):
+    jobs = store.plan(**SIZES)
+    kinds, datasets = ["h5", "pt", "biotrainer", "parquet"], ["a"]
+    alone = forecast_of(store)["disk"]["needed_bytes"]
+    disk = forecast_of(store, exports=kinds)["disk"]
+    exported = missing_bytes(store.path, store.settings, datasets, kinds)
+    assert disk["needed_bytes"] == alone + exported == alone + disk["exports_bytes"]
+    assert "for exports" in forecast.text(forecast_of(store, exports=kinds))
+    needed = int(jobs["forecast_bytes"].sum()) + exported
+    full_disk(needed)
+    require_space(store.path, jobs, exported)
+    full_disk(needed - 1)
+    with refused("to be written", "of them for exports"):
+        require_space(store.path, jobs, exported)
+    full_disk(10**12)
+    store.run(**SIZES)
+    for kind in kinds:
+        export(store.path / "datasets" / "a", kind)
+    assert bytes_in(store.path / "datasets" / "a" / "exports") <= exported
+    assert missing_bytes(store.path, store.settings, datasets, kinds) == 0
 
 
 def test_only_what_is_not_yet_written_needs_room(store, full_disk, refused):
