@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from lengthwise.errors import LengthwiseError
+from lengthwise.files import stamp
 from lengthwise.ids import Ids, NoRecordError
 from lengthwise.index import LOOKUP, Index
 from lengthwise.manifest import read_manifest
@@ -70,14 +71,19 @@ class Dataset:
 
     def _load(self, path: Path) -> None:
         self.path = path
-        self.manifest = _read_manifest(path)
+        self.manifest, made = _read_manifest(path)
         settings = self.manifest["settings"]
         self.store = path.resolve().parent.parent
         self.layers: list[int] = settings["layers"]
         self._layer = self.layers[0]
-        self._index = Index(path.absolute(), self.manifest["accepted"] + self.manifest["duplicate"])
-        if not self.manifest["shards"].keys() >= set(self._index.shard_names):
-            raise self._index.damaged()
+        try:
+            self._index = Index(path.absolute(), self.manifest["accepted"] + self.manifest["duplicate"])
+            if not self.manifest["shards"].keys() >= set(self._index.shard_names):
+                raise self._index.damaged()
+        except LengthwiseError as error:
+            if made == _stamp(path / "manifest.json"):
+                raise
+            raise LengthwiseError(_unfinished(path)) from error
         self.ids = Ids(self._index, range(len(self._index)))
         self._open = partial(_open_numbered, path, self.store, settings, self._index.shard_names)
         self._shard = lru_cache(OPEN_SHARDS)(self._open)
@@ -355,12 +361,26 @@ def another(dataset: Path, shard: Shard) -> LengthwiseError:
     )
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """A dataset's manifest, if it is whole and this version's."""
+def _read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, int] | None]:
+    """A dataset's manifest, if it is whole and this version's, and the stamp of its file."""
     path = folder / "manifest.json"
-    if not path.exists():
-        raise LengthwiseError(_no_dataset(folder))
-    return read_manifest(path)
+    try:
+        made = _stamp(path)
+        return read_manifest(path), made
+    except FileNotFoundError:
+        raise LengthwiseError(_no_dataset(folder)) from None
+
+
+def _stamp(path: Path) -> dict[str, int] | None:
+    """What a file that is made again has another of; None where there is none."""
+    try:
+        return stamp(path)
+    except OSError:
+        return None
+
+
+def _unfinished(path: Path) -> str:
+    return f"{path}: is being made again, or was not finished: wait for the run that is at work, or run snakemake"
 
 
 def _no_dataset(path: Path) -> str:
@@ -369,4 +389,6 @@ def _no_dataset(path: Path) -> str:
         return f"{path}: no such folder"
     if (path / "settings.json").exists() and (found := sorted(path.glob("datasets/*/manifest.json"))):
         return f"{path}: is a store; open one of its datasets: {', '.join(str(manifest.parent) for manifest in found)}"
+    if any((path / name).exists() for name in ("index.parquet", "README.md")):
+        return _unfinished(path)
     return f"{path}: no finished dataset here (no manifest.json); run snakemake to make it"

@@ -529,6 +529,41 @@ def test_an_index_that_was_replaced_since_is_noticed(store, own, refused):
     assert other["p1"].shape[1] == 32
 
 
+OUTPUTS = ["index.parquet", "lookup.arrow", "rejected.tsv", "manifest.json"]
+
+
+@pytest.mark.parametrize("there", range(4))
+def test_a_dataset_that_is_being_made_again_says_so_and_advises_to_remove_nothing(own, refused, there):
+    """Snakemake removes all outputs; then they come back one after the other, the manifest last."""
+    path = own().path
+    for name in OUTPUTS[there:]:
+        (path / name).unlink()
+    with refused(str(path), "is being made again, or was not finished") as caught:
+        own()
+    assert "remove" not in str(caught.value)
+
+
+@pytest.mark.parametrize("back", [[], OUTPUTS[:1], OUTPUTS])
+def test_a_dataset_that_is_made_again_while_it_is_opened_says_so(own, refused, monkeypatch, back):
+    path = own().path
+    original = index.Index.__init__
+
+    def meanwhile(self, *arguments):
+        kept = {name: (path / name).read_bytes() for name in OUTPUTS}
+        for name in OUTPUTS:
+            (path / name).unlink()
+        with pytest.raises(LengthwiseError) as caught:
+            original(self, *arguments)
+        for name in back:
+            (path / name).write_bytes(kept[name])
+        raise caught.value
+
+    monkeypatch.setattr(index.Index, "__init__", meanwhile)
+    with refused(str(path), "is being made again, or was not finished") as caught:
+        own()
+    assert "remove" not in str(caught.value)
+
+
 def test_a_store_is_not_a_dataset_but_names_its_own(store, refused):
     with refused(str(store.path), "is a store", str(store.path / "datasets" / "a")):
         lengthwise.open(store.path)
