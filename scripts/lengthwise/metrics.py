@@ -44,7 +44,7 @@ METRICS = pa.schema(
 def write_metrics(path: Path, rows: list[dict]) -> None:
     """Write the rows of one shard's batches atomically."""
     with atomic(path) as part, writing(path):
-        pq.write_table(pa.Table.from_pylist(rows, METRICS), part)
+        pq.write_table(pa.Table.from_pylist(rows, METRICS), part, write_page_checksum=True)
 
 
 def read_metrics(paths: Iterable[Path]) -> pd.DataFrame:

@@ -24,7 +24,7 @@ from lengthwise import weights
 from lengthwise.alphabet import digest_name
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import fsync_folder, read_json
-from lengthwise.index import Index
+from lengthwise.index import Index, read_pages
 from lengthwise.logs import count
 from lengthwise.manifest import NewerError, read_manifest
 from lengthwise.provenance import content_sha256
@@ -86,6 +86,8 @@ def verify(store: Path, quick: bool = False) -> Iterator[Checked]:
     _require_agreement(store, settings, manifests)
     shards = _Shards(store, settings, quick)
     yield Checked("weights", _problems_of(lambda: weights.verify(store, quick), None))
+    if problems := [problem for path in sorted(store.glob("parity/*.json")) for problem in _check_parity(path)]:
+        yield Checked("parity", problems)
     for manifest in manifests:
         yield _check_dataset(manifest, shards)
 
@@ -197,10 +199,11 @@ def _check_dataset(path: Path, shards: _Shards) -> Checked:
         problems.append(Problem(str(error), _mendable(error, index)))
     for job in manifest["jobs"]:
         commit = commit_path(shards.store, job)
-        problems += _problems_of(lambda commit=commit: read_json(commit, "shards"), commit)
+        problems += _problems_of(lambda commit=commit: _check_commit(commit, manifest["shards"]), commit)
     metrics = [path for shard_id in manifest["shards"] if (path := find_metrics(shards.store, shard_id))]
     for each in metrics:
-        problems += _problems_of(lambda each=each: pq.read_metadata(each), each)
+        read = pq.read_metadata if shards.quick else read_pages
+        problems += _problems_of(lambda read=read, each=each: read(each), each)
     lost = len(manifest["shards"]) - len(metrics)
     return Checked(name, problems, count(manifest["records"], "record") + (f", {lost} without metrics" if lost else ""))
 
@@ -209,6 +212,19 @@ def _mendable(error: Exception, path: Path) -> Path | None:
     """The file, if a run would do better without it: not where this process may not read it, or has too many open."""
     cause = error if isinstance(error, OSError) else error.__cause__
     return path if getattr(cause, "errno", None) in _OF_A_FILE else None
+
+
+def _check_parity(path: Path) -> list[Problem]:
+    return _problems_of(lambda: read_json(path, "device", "versions", "parity"), path)
+
+
+def _check_commit(path: Path, sizes: dict[str, int]) -> None:
+    """A commit's sizes are those of the manifest, as far as that has its shards."""
+    shards = read_json(path, "job", "device", "shards")["shards"]
+    if not isinstance(shards, dict) or any(sizes.get(name, size) != size for name, size in shards.items()):
+        raise LengthwiseError(
+            f"{path}: damaged (other sizes of shards than in the manifest); remove it and run snakemake again"
+        )
 
 
 def _problems_of(check: Callable, path: Path | None) -> list[Problem]:

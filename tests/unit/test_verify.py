@@ -158,6 +158,10 @@ def without_places(path) -> None:
     pd.read_parquet(path).assign(sequence_no=None, row_start=None).to_parquet(path)
 
 
+def other_sizes(path) -> None:
+    edit(shards={name: size + 1 for name, size in json.loads(path.read_text())["shards"].items()})(path)
+
+
 def other_device(path) -> None:
     manifest = json.loads(path.read_text())
     edit(settings=manifest["settings"] | {"device": "cuda"})(path)
@@ -188,6 +192,9 @@ DAMAGES = {
     "residue row": (SHARD, at("layer_2", 3), "is damaged", "full"),
     "mean": (SHARD, at("mean_2", 0), "is damaged", "full"),
     "metrics": ("metrics/**/*.parquet", cut_short, "damaged", "quick"),
+    "metrics, in a page": ("metrics/**/*.parquet", lambda path: flip(path, 30), "damaged", "full"),
+    "parity receipt": ("parity/*.json", cut_short, "damaged", "quick"),
+    "commit of other sizes": ("jobs/*.json", other_sizes, "other sizes", "quick"),
     "commit": ("jobs/*.json", cut_short, "damaged", "quick"),
     "commit gone": ("jobs/*.json", os.unlink, "missing", "quick"),
     "index": ("datasets/one/index.parquet", cut_short, "damaged", "quick"),
