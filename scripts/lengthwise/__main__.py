@@ -3,11 +3,14 @@
 import argparse
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
 from lengthwise.shapes import MODELS
+
+SHOWN = 10  # files of which the same is said
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,13 +108,19 @@ def run_verify(given: argparse.Namespace) -> int:
     from lengthwise.verify import set_aside, verify
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    problems = []
+    problems, alike = [], Counter()
     for checked in verify(given.store, given.quick):
         problems += checked.problems
         for problem in checked.problems:
-            print(f"lengthwise: error: {problem.line}", file=sys.stderr)
+            what = problem.line.partition(": ")[2]
+            alike[what] += 1
+            if alike[what] <= SHOWN:
+                print(f"lengthwise: error: {problem.line}", file=sys.stderr)
         if not checked.problems:
             print(f"{checked.name}: good" + (f", {checked.note}" if checked.note else ""), flush=True)
+    for what, n in alike.items():
+        if n > SHOWN:
+            print(f"lengthwise: error: and {n - SHOWN:,} more files: {what}", file=sys.stderr)
     mendable = all(problem.path for problem in problems)
     if problems and not given.repair and any(problem.path for problem in problems):
         print("--repair takes what is damaged out of service; the next run of snakemake makes it again")

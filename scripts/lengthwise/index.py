@@ -44,14 +44,16 @@ _LOOKUP = pa.schema(
     ]
 )
 _REJECTED = "SELECT reason FROM records WHERE id = $asked AND status = 'rejected' LIMIT 1"
-# Ids that are most like one that is asked for: a part of it between bars is its accession or name.
-_NEAR = """
+# Ids that are most like one that is asked for: a part of it between bars is its accession, perhaps with a version, or name.
+_NEAR = r"""
+    WITH asked AS (SELECT lower($asked) AS whole, regexp_replace(lower($asked), '\.[0-9]+$', '') AS short)
     SELECT id FROM (
         SELECT id, record_no, CASE
-            WHEN contains(concat('|', id, '|'), concat('|', $asked, '|')) THEN 2
-            WHEN contains(concat('|', $asked, '|'), concat('|', id, '|')) THEN 2
-            ELSE jaro_winkler_similarity(lower(id), lower($asked)) END AS likeness
-        FROM records WHERE status != 'rejected')
+            WHEN contains(concat('|', lower(id), '|'), concat('|', whole, '|')) THEN 2
+            WHEN contains(concat('|', lower(id), '|'), concat('|', short, '|')) THEN 2
+            WHEN contains(concat('|', whole, '|'), concat('|', lower(id), '|')) THEN 2
+            ELSE jaro_winkler_similarity(lower(id), whole) END AS likeness
+        FROM records, asked WHERE status != 'rejected')
     WHERE likeness > 0.85 ORDER BY likeness DESC, record_no LIMIT 8
 """
 
@@ -191,12 +193,25 @@ class Index:
         """
         try:
             records = read_pages(self.path)
+        except _UNREADABLE as error:
+            raise self.damaged() from error
+        self.check_lookup()
+        return records
+
+    def check_lookup(self) -> None:
+        """Compare the lookup with an index that is whole.
+
+        Raises
+        ------
+        LengthwiseError
+            It is damaged.
+        """
+        try:
             same = _lookup(self.path).equals(self._table)
         except _UNREADABLE as error:
             raise self.damaged() from error
         if not same:
             raise LengthwiseError(f"{self.path.with_name(LOOKUP)}: damaged; remove it and run snakemake again")
-        return records
 
     def where(self, condition: str) -> np.ndarray:
         """Whether a SQL condition over the columns of `frame` holds for the record at each place.

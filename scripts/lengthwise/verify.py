@@ -24,7 +24,7 @@ from lengthwise import weights
 from lengthwise.alphabet import digest_name
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import fsync_folder, read_json
-from lengthwise.index import Index, read_pages
+from lengthwise.index import LOOKUP, Index, read_pages
 from lengthwise.logs import count
 from lengthwise.manifest import NewerError, read_manifest
 from lengthwise.provenance import content_sha256
@@ -192,11 +192,12 @@ def _check_dataset(path: Path, shards: _Shards) -> Checked:
             _check_counts(database, index, manifest)
             for shard_id, numbers in _check_rows(database, index, good).items():
                 problems += _damaged(index, good[shard_id], numbers, "has other rows or another status in the index")
-        lookup = Index(path.parent, manifest["accepted"] + manifest["duplicate"])
-        if not shards.quick:
-            lookup.check()
     except LengthwiseError as error:
         problems.append(Problem(str(error), _mendable(error, index)))
+    else:
+        problems += _problems_of(lambda: read_pages(index), index) or _problems_of(
+            lambda: _check_lookup(path.parent, manifest["accepted"] + manifest["duplicate"]), index.with_name(LOOKUP)
+        )
     for job in manifest["jobs"]:
         commit = commit_path(shards.store, job)
         problems += _problems_of(lambda commit=commit: _check_commit(commit, manifest["shards"]), commit)
@@ -212,6 +213,14 @@ def _mendable(error: Exception, path: Path) -> Path | None:
     """The file, if a run would do better without it: not where this process may not read it, or has too many open."""
     cause = error if isinstance(error, OSError) else error.__cause__
     return path if getattr(cause, "errno", None) in _OF_A_FILE else None
+
+
+def _check_lookup(folder: Path, readable: int) -> None:
+    """Of an index that is whole."""
+    try:
+        Index(folder, readable).check_lookup()
+    except LengthwiseError as error:
+        raise LengthwiseError(f"{folder / LOOKUP}: damaged; remove it and run snakemake again") from error.__cause__
 
 
 def _check_parity(path: Path) -> list[Problem]:
