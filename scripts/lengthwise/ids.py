@@ -35,7 +35,7 @@ class Ids(Sequence[str]):
     def __getitem__(self, number: int | slice) -> "str | Ids":
         if isinstance(number, slice):
             return Ids(self._index, self.places[number])
-        return self._index.id(int(self.places[number]))
+        return self._index.id(self.place_of(number))
 
     def __iter__(self) -> Iterator[str]:
         return (self._index.id(int(place)) for place in self.places)
@@ -56,6 +56,14 @@ class Ids(Sequence[str]):
 
     def __reduce__(self) -> tuple[type[list[str]], tuple[list[str]]]:
         return list, (list(self),)  # another process has no map of the index
+
+    def place_of(self, number: int) -> int:
+        """The place of the record of this number, from the end if it is negative."""
+        if not isinstance(number, int | np.integer):
+            raise TypeError(f"these are asked for by a number, and {number!r} is none")
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"no record {number:,}: there are {len(self):,}, counted from 0")
+        return int(self.places[number])
 
     def place(self, record_id: str) -> int | None:
         """The place of the first of these records with this id."""

@@ -81,6 +81,7 @@ Row `i` of a protein's array is residue `i` of its sequence; the model's own BOS
 
 - `index.parquet`: every record of the input in its order: id, description, digest (GA4GH refget), length, status, reason, and the
   shard, the number in it and the first row of its embedding.
+- `lookup.arrow`: what Lengthwise reads of that to find a record at once; it can be made from the index again.
 - `rejected.tsv`: the rejected records and why.
 - `manifest.json`: the numbers above, the settings, and what made them; there if and only if the dataset is complete.
 - `exports/`, if there: the same embeddings in the layouts of other tools, each complete in itself.

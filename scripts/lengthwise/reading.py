@@ -2,7 +2,7 @@
 
 import errno
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -13,8 +13,8 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.files import stamp
 from lengthwise.ids import Ids, NoRecordError
 from lengthwise.index import LOOKUP, Index
+from lengthwise.logs import count
 from lengthwise.manifest import read_manifest
-from lengthwise.settings import resolve_layers
 from lengthwise.store import REMAKE, Shard, is_laid_out, shard_path
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 # Shards that stay mapped: before Python 3.13 each takes a file descriptor, of which a process often has but 1,024.
 OPEN_SHARDS = 128
+_NO_KEY = (
+    "records are asked for by an id or a number, a slice, a list of these, or a mask of bools; {!r} is none of them"
+)
 
 
 class Dataset:
@@ -127,10 +130,18 @@ class Dataset:
         LengthwiseError
             The model does not have this layer, or it was not stored.
         """
-        resolved = resolve_layers([layer], self.manifest["settings"]["num_layers"])[0]
-        if resolved not in self.layers:
-            raise LengthwiseError(f"{self.path}: layer {layer} was not stored; stored are {self.layers}")
+        last = self.manifest["settings"]["num_layers"]
+        if layer not in range(-last - 1, last + 1) or (resolved := layer % (last + 1)) not in self.layers:
+            raise LengthwiseError(
+                f"{self.path}: layer {layer} was not stored; stored are {self.layers}, of the model's 0 to {last}"
+            )
         return self._view(self.ids.places, resolved)
+
+    def __repr__(self) -> str:
+        name, model = self.path.resolve().name, self.manifest["model"]
+        return (
+            f"<lengthwise.Dataset {name}: {count(len(self), 'record')}, {model}, layer {self._layer} of {self.layers}>"
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -159,14 +170,16 @@ class Dataset:
         LengthwiseError
             Residues were not stored; a shard is missing, damaged, or another than the dataset was made of.
         """
-        if isinstance(key, str | int | np.integer):
+        if isinstance(key, str | int | np.integer) and not isinstance(key, bool):
             return self._read(self._place(key))
         if isinstance(key, slice):
             return self._view(self.ids.places[key], self._layer)
-        if isinstance(key, bytes):
-            raise TypeError(f"an id is a str, and {key!r} is not")
+        if isinstance(key, bytes | bool) or not isinstance(key, Iterable):
+            raise TypeError(_NO_KEY.format(key))
         keys = list(key)
-        if keys and isinstance(keys[0], bool | np.bool_):
+        if keys and all(isinstance(one, bool | np.bool_) for one in keys):
+            if len(keys) != len(self):
+                raise IndexError(f"a mask of {len(keys):,} bools for {count(len(self), 'record')}")
             return self._view(self.ids.array()[np.array(keys)], self._layer)
         return self._view(np.array([self._place(one) for one in keys], np.int64), self._layer)
 
@@ -283,10 +296,10 @@ class Dataset:
         self.ids, self._layer = Ids(self._index, state["places"]), state["layer"]
 
     def _place(self, key: str | int) -> int:
-        if isinstance(key, int | np.integer):
-            return int(self.ids.places[key])
+        if isinstance(key, int | np.integer) and not isinstance(key, bool):
+            return self.ids.place_of(key)
         if not isinstance(key, str):
-            raise TypeError(f"a record is asked for by an id or a number, not by {key!r}")
+            raise TypeError(_NO_KEY.format(key))
         place = self.ids.place(key)
         if place is None:
             raise NoRecordError(key, self._explain)

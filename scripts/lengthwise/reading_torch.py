@@ -61,5 +61,7 @@ class TorchDataset(torch.utils.data.Dataset[Item]):
 
 
 def _unzip(items: list[Item]) -> tuple[list[str], list[torch.Tensor]]:
+    if not items:
+        raise ValueError("a batch of no proteins cannot be collated")
     ids, rows = zip(*items, strict=True)
     return list(ids), list(rows)

@@ -263,7 +263,7 @@ class Shard:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY, **_NO_DESCRIPTOR)
         except FileNotFoundError as error:
             raise LengthwiseError(
-                f"{self.path}: the shard is missing; restore it, or remove its job's commit"
+                f"{self.path}: the shard is missing; restore it, or run snakemake: it will be made again"
             ) from error
         except OSError as error:
             raise LengthwiseError(f"{self.path}: cannot be read: {error.strerror}") from error

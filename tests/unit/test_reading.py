@@ -144,8 +144,15 @@ def test_a_number_is_a_place_in_ids(ds):
 
 @pytest.mark.parametrize("number", [6, -7, 1_000_000])
 def test_a_number_outside_is_an_index_error(ds, number):
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match=f"no record {number:,}: there are 6"):
         ds[number]
+    with pytest.raises(IndexError, match=f"no record {number:,}: there are 6"):
+        ds.ids[number]
+
+
+def test_a_dataset_says_what_it_is(ds):
+    assert repr(ds) == f"<lengthwise.Dataset a: 6 records, {ds.manifest['model']}, layer 0 of [0, 1, 2]>"
+    assert repr(ds[:1].layer(-1)).endswith(" 1 record, " + ds.manifest["model"] + ", layer 2 of [0, 1, 2]>")
 
 
 def test_a_dataset_can_be_walked_through(ds):
@@ -171,6 +178,8 @@ def test_a_rejected_record_raises_with_its_reason(ds):
         ("P1", "sp|P1|ONE"),
         ("ONE", "sp|P1|ONE"),
         ("tr|one|ELSE", "one"),
+        ("oNe", "sp|P1|ONE"),
+        ("P1.2", "sp|P1|ONE"),
     ],
 )
 def test_an_id_nearly_right_is_answered_with_the_right_one(ds, asked, near):
@@ -210,8 +219,9 @@ def pooled_only(small_store):
 def test_what_was_not_stored_is_one_line_that_says_what_was(pooled_only, refused):
     with refused("layer 1 was not stored", "[2]"):
         pooled_only.layer(1)
-    with refused("layers: 3", "0 to 2"):
-        pooled_only.layer(3)
+    for layer in (3, 99, -4, "1"):
+        with refused(f"layer {layer} was not stored", "0 to 2"):
+            pooled_only.layer(layer)
     with refused("residues are not among the stored outputs"):
         pooled_only["one"]
     with refused("'bos' was not stored"):

@@ -154,15 +154,28 @@ def test_a_repeated_id_is_found_in_a_selection_of_the_second_alone(small_store):
     np.testing.assert_array_equal(ds[2:]["x"], ds["x"])
 
 
-@pytest.mark.parametrize("key", [1.5, None, b"p1", {"p1": 0}.items(), [["p1"]], [1.0], [None]])
+@pytest.mark.parametrize(
+    "key", [1.5, None, b"p1", True, {"p1": 0}.items(), [["p1"]], [1.0], [None], [True, 5], [5, True]]
+)
 def test_what_is_no_id_and_no_number_is_a_type_error(ds, key):
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="records are asked for by an id or a number"):
         ds[key]
 
 
 def test_a_mask_of_another_length_is_an_error(ds):
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="a mask of 2 bools for 61 records"):
         ds[[True, False]]
+
+
+def test_a_torch_dataset_has_numbers_alone(ds):
+    with pytest.raises(TypeError, match="asked for by a number, and 'p1' is none"):
+        ds.torch()["p1"]
+
+
+@pytest.mark.parametrize("collate", [reading_torch.TorchDataset.pad, reading_torch.TorchDataset.pack])
+def test_a_batch_of_nothing_is_one_clear_error(collate):
+    with pytest.raises(ValueError, match="a batch of no proteins"):
+        collate([])
 
 
 def test_ids_are_a_sequence(ds, stored):
