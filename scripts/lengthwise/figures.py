@@ -153,7 +153,8 @@ def scaling_memory(study: pd.DataFrame, found: list[Law], config: ModelConfig, m
     _engines(plot, study, "peak_bytes", "measured", "")
     lengths = np.geomspace(study["length"].min(), study["length"].max(), 60)
     for engine, (name, color, _) in ENGINES.items():
-        if law := choose(found, "memory", engine, study["precision"].iloc[0]):
+        law = choose(found, "memory", engine, study["precision"].iloc[0])
+        if law and law.determined:
             values = [law.at(config, length) for length in lengths]
             plot.axes.plot(lengths, values, color=color, lw=1.2, label=f"{name}, law")
     for length in (50, 500):
@@ -173,7 +174,8 @@ def scaling_time(study: pd.DataFrame, found: list[Law], config: ModelConfig) -> 
     _engines(plot, study, "wall_ms", "measured", "")
     lengths = np.geomspace(study["length"].min(), study["length"].max(), 60)
     for engine, (name, color, _) in ENGINES.items():
-        if law := choose(found, "time", engine, study["precision"].iloc[0]):
+        law = choose(found, "time", engine, study["precision"].iloc[0])
+        if law and law.determined:
             values = [1000 * law.at(config, length) for length in lengths]
             plot.axes.plot(lengths, values, color=color, lw=1.2, label=f"{name}, law")
     _finish(plot, study, "wall_ms", log=True)

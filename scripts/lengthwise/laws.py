@@ -17,6 +17,8 @@ CARDS_GB = (16, 24, 40, 80)
 RESIDENT_GRAIN = 4_000_000
 # Largest over smallest batch of the points: batches that are all alike tell a fixed part from a growing one by noise alone.
 SPREAD = 4
+# A law with fewer points, or that explains less of them, is not read at lengths that were not measured.
+LEAST_POINTS, LEAST_R_SQUARED = 5, 0.95
 MEMORY_MARGIN = 0.9  # as in the engine: the rest is for what the formula leaves out
 KEYS = ["engine", "precision", "gradients"]
 UNITS = {
@@ -39,6 +41,13 @@ class Law:
     r_squared: float
     largest_residual: float  # of a point, as a share of its measurement
     n_points: int
+    up_to: int  # residues of its longest point
+
+    @property
+    def determined(self) -> bool:
+        """Whether the points say enough to read the law: they are many, they lie on it, and every growing term was seen."""
+        seen = all(value for term, value in self.coefficients.items() if term != "fixed")
+        return seen and self.n_points >= LEAST_POINTS and self.r_squared >= LEAST_R_SQUARED
 
     def at(self, config: ModelConfig, length: int, n: int = 1) -> float:
         """What the law says of a batch of n sequences."""
@@ -59,18 +68,19 @@ def laws(study: pd.DataFrame) -> list[Law]:
         terms = {"fixed": np.ones(len(sized)), "tokens": tokens}
         if engine == FAIR_ESM:
             terms["squares"] = tokens * (sized["length"].to_numpy(float) + 2)
-        fits = {"memory": (terms, sized["peak_bytes"].to_numpy(float))}
+        fits = {"memory": (sized, terms, sized["peak_bytes"].to_numpy(float))}
         if not gradients:  # with them, time is of the forward pass alone, which nobody wants by itself
             terms = {
                 "fixed": np.ones(len(timed)),
                 "products": timed["product_flops"].to_numpy(float),
                 "attention": timed["attention_flops"].to_numpy(float),
             }
-            fits["time"] = (terms, timed["wall_ms"].to_numpy(float) / 1000)
-        for quantity, (terms, values) in fits.items():
+            fits["time"] = (timed, terms, timed["wall_ms"].to_numpy(float) / 1000)
+        for quantity, (points, terms, values) in fits.items():
             growing = list(terms.values())[1]
             if len(values) > len(terms) and growing.max() >= SPREAD * growing.min():
-                found.append(Law(quantity, engine, precision, gradients, *fit(terms, values), len(values)))
+                up_to = int(points["length"].max())
+                found.append(Law(quantity, engine, precision, gradients, *fit(terms, values), len(values), up_to))
     return found
 
 
@@ -105,13 +115,16 @@ def fit(terms: dict[str, np.ndarray], values: np.ndarray) -> tuple[dict[str, flo
 
 
 def crossing(law: Law, config: ModelConfig) -> float | None:
-    """The length where attention takes as long as the products, by a law of time; None where one of them was not seen."""
-    products, attention = (law.coefficients[part] for part in ("products", "attention"))
-    return 6 * config.embed_dim * products / attention - 2 if products and attention else None
+    """The length where attention takes as long as the products, by a law of time; None where it is not determined."""
+    if not law.determined:
+        return None
+    return 6 * config.embed_dim * law.coefficients["products"] / law.coefficients["attention"] - 2
 
 
-def longest(law: Law, config: ModelConfig, free_bytes: float) -> int:
-    """Residues of the longest sequence whose pass fits into so much memory beside the weights, by a law of memory."""
+def longest(law: Law, free_bytes: float) -> int | None:
+    """Residues of the longest sequence whose pass fits into so much memory, by a law of memory; None if not determined."""
+    if not law.determined:
+        return None
     squares, tokens = law.coefficients.get("squares", 0.0), law.coefficients["tokens"]
     left = free_bytes - law.coefficients["fixed"]
     if squares:

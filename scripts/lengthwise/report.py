@@ -4,7 +4,6 @@ from collections import Counter
 from pathlib import Path
 
 import jinja2
-import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
@@ -12,7 +11,18 @@ from lengthwise import figures, tables
 from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import atomic, read_json
-from lengthwise.laws import MEMORY_MARGIN, Law, as_table, choose, crossing, laws, longest, longest_table
+from lengthwise.laws import (
+    LEAST_POINTS,
+    LEAST_R_SQUARED,
+    MEMORY_MARGIN,
+    Law,
+    as_table,
+    choose,
+    crossing,
+    laws,
+    longest,
+    longest_table,
+)
 from lengthwise.metrics import read_metrics
 from lengthwise.plan import read_jobs
 from lengthwise.projection import Projection, project
@@ -153,7 +163,7 @@ def _facts(
         "oom_splits": int(batches["oom_splits"].sum()),
         "padding": int(tokens - (batches["n_residues"] + 2 * batches["n_sequences"]).sum()),
         "padding_saved": float(padded / tokens - 1) if tokens else None,
-        "fill": float(np.average(filled["fill"], weights=filled["n_tokens"])) if len(filled) else None,
+        "fill": float(filled["n_tokens"].sum() / filled["most_tokens"].sum()) if len(filled) else None,
         "rates": devices[["device", "precision", "batches", "residues_per_second"]].to_dict("records"),
     }
 
@@ -231,7 +241,7 @@ def _study_facts(study: pd.DataFrame, found: list[Law], settings: dict) -> dict:
     reach = {}
     if device_bytes is not None:
         free = MEMORY_MARGIN * device_bytes - config.parameters * itemsize
-        reach = {engine: longest(law, config, free) for engine, law in sizes.items() if law}
+        reach = {engine: longest(law, free) for engine, law in sizes.items() if law}
     table = longest_table(device_bytes, itemsize)
     clocks, warmth = study["clock_mhz"].dropna(), study["temperature_c"].dropna()
     return {
@@ -243,11 +253,10 @@ def _study_facts(study: pd.DataFrame, found: list[Law], settings: dict) -> dict:
         "copies": _copies(study),
         "stops": _stops(study),
         "laws": found,
+        "least_points": LEAST_POINTS,
+        "least_r_squared": LEAST_R_SQUARED,
         "equal_by_formula": 6 * config.embed_dim - 2,
-        "equal": {engine: crossing(law, config) for engine, law in times.items() if law},
-        "longest_measured": int(study["length"][study["wall_ms"].notna()].max())
-        if study["wall_ms"].notna().any()
-        else 0,
+        "equal": {engine: (crossing(law, config), law.up_to) for engine, law in times.items() if law},
         "reach": reach,
         "longest": {"columns": list(table.columns[1:]), "rows": table.to_dict("records")},
         "clock": (clocks.min(), clocks.max()) if len(clocks) else None,

@@ -165,8 +165,9 @@ def write_parquet(table: pd.DataFrame, path: Path) -> None:
 def batches(rows: pd.DataFrame, commits: list[dict]) -> pd.DataFrame:
     """Metrics with what figures and tables need of them besides.
 
-    Added are `residues_per_second`; `peak_bytes` and `memory_measure`; `group`, the device and precision in words; `fill`;
-    and `busy_ms`, the time that the whole device would have computed for the batch.
+    Added are `residues_per_second`; `peak_bytes` and `memory_measure`; `group`, the device and precision in words;
+    `most_tokens`, what the job allowed a batch, and `fill`, what of it the batch held; and `busy_ms`, the time that the
+    whole device would have computed for the batch.
     """
     texts = ["job", "shard", "device", "precision"]
     numbers = [name for name in rows.columns if name not in texts]
@@ -182,7 +183,8 @@ def batches(rows: pd.DataFrame, commits: list[dict]) -> pd.DataFrame:
     limits = {
         commit["job"]: commit.get("batch_tokens") for commit in commits
     }  # none of a job that found all shards made
-    table["fill"] = table["n_tokens"] / pd.to_numeric(table["job"].map(limits), errors="coerce")
+    table["most_tokens"] = pd.to_numeric(table["job"].map(limits), errors="coerce")
+    table["fill"] = table["n_tokens"] / table["most_tokens"]
     threads = table["job"].map({commit["job"]: commit["threads"] for commit in commits}).fillna(1)
     # A CPU gives each core a batch of its own, and to a long sequence all of them; a GPU's clock is the whole GPU's.
     of_a_batch = (threads // threads.clip(upper=MOST_AT_ONCE)).where(

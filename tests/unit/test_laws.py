@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -83,6 +85,20 @@ def test_attention_costs_as_much_as_the_products_where_the_law_says():
     assert 2e-12 * products == pytest.approx(5e-12 * attention, rel=1e-5)
 
 
+def test_a_law_that_its_points_do_not_determine_is_not_read():
+    good = laws.choose(laws.laws(study()), "time", LENGTHWISE, "float32")
+    assert (good.determined, good.up_to) == (True, 2000)
+    unseen = good.coefficients | {"products": 0.0}
+    for fault in ({"coefficients": unseen}, {"r_squared": 0.6}, {"r_squared": float("nan")}, {"n_points": 4}):
+        assert laws.crossing(replace(good, **fault), SHAPE) is None
+    memory = laws.choose(laws.laws(study()), "memory", FAIR_ESM, "float32")
+    assert laws.longest(memory, 1e9) > 2000
+    assert laws.longest(replace(memory, r_squared=0.6), 1e9) is None
+    assert replace(
+        good, coefficients=good.coefficients | {"fixed": 0.0}
+    ).determined  # nothing fixed is something to say
+
+
 def test_operations_of_both_parts_are_equal_at_six_widths():
     assert SHAPE.flops(6 * 320 - 2) == 2 * SHAPE.attention_flops(6 * 320 - 2)
 
@@ -90,7 +106,7 @@ def test_operations_of_both_parts_are_equal_at_six_widths():
 def test_the_longest_sequence_fits_and_one_more_residue_does_not():
     for engine in (LENGTHWISE, FAIR_ESM):
         law = laws.choose(laws.laws(study()), "memory", engine, "float32")
-        length = laws.longest(law, SHAPE, 1e9)
+        length = laws.longest(law, 1e9)
         assert law.at(SHAPE, length) <= 1e9 < law.at(SHAPE, length + 1)
 
 

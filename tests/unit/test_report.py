@@ -419,9 +419,35 @@ def test_the_questions_are_answered_with_what_was_measured(store):
     assert "Lengthwise at 500 residues: 7.53 MB instead of 15.1 MB, a factor of 2.0." in text
     assert "float32: weights 30 MB, 30.1 MB a batch" in text
     assert "nothing is copied, so there is no time to measure" in text
-    assert "at L = 6 d = 1,918 residues" in text
-    assert "Measured: Lengthwise at 958" in text  # attention's operations cost twice the products' in this study
+    assert "at L = 6 d - 2 = 1,918 residues" in text
+    assert "Lengthwise, measured: at 958." in text  # attention's operations cost twice the products' in this study
     assert pd.read_csv(store.folder / "report" / "scaling.tsv", sep="\t")["copy_out_ms"].isna().all()
+
+
+def test_a_law_beyond_its_points_is_called_extrapolated(store):
+    store.study = study()[lambda rows: rows["length"] < 600]
+    _, page = store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
+    assert "Lengthwise, extrapolated from at most 500 residues: at 958." in Page(page).text
+
+
+def test_a_law_of_scattered_points_is_not_stated(store, monkeypatch):
+    rows = study()
+    rows["wall_ms"] *= np.where(np.arange(len(rows)) % 2, 20, 1)
+    store.study = rows.assign(memory_measure="allocated")  # of which no point is too small to count
+    labels = []
+    monkeypatch.setattr(report, "save", lambda plot, *_: labels.extend(plot.axes.get_legend_handles_labels()[1]) or "")
+    _, page = store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
+    text = Page(page).text
+    assert "Lengthwise: not determined, too few or too scattered points." in text
+    assert "at 958" not in text
+    assert labels.count("Lengthwise, law") == 1  # of memory, which does not scatter
+
+
+def test_the_fill_of_batches_is_tokens_over_tokens_allowed(store):
+    rows = [batch("s0", 0, 300, n_tokens=2_000), batch("s0", 1, 300, n_tokens=500)]
+    facts, page = store.job({"s0": rows}).dataset("a").summarize()
+    assert facts["fill"] == pytest.approx(2_500 / (2 * 2_048))
+    assert "fill of batches 61.0 %" in Page(page).text
 
 
 def test_time_is_split_into_computing_waiting_and_the_rest(store):
