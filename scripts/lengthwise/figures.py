@@ -62,7 +62,8 @@ def production(batches: pd.DataFrame, bins: pd.DataFrame, quantity: str, label: 
     label
         What the vertical axis says.
     """
-    batches, bins = batches.dropna(subset=[quantity]), bins.dropna(subset=[f"{quantity}_median"])
+    batches = batches[["group", "mean_length", "n_sequences", quantity]].dropna(subset=[quantity])
+    bins = bins.dropna(subset=[f"{quantity}_median"])
     text = _text(quantity)
     shown = batches if len(batches) <= MAX_POINTS else batches.sample(MAX_POINTS, random_state=0).sort_index()
     plot = Plot("Mean length of the batch's sequences (residues)", label)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow.dataset import dataset
+from pyarrow.dataset import ParquetFileFormat, dataset
 
 from lengthwise.files import atomic, writing
 
@@ -40,6 +40,12 @@ METRICS = pa.schema(
     ]
 )
 
+TEXTS = ("job", "shard", "device", "precision")
+# As METRICS with texts once each: millions of rows name few jobs and fewer devices.
+_ENCODED = pa.schema(
+    [(field.name, pa.dictionary(pa.int32(), pa.string()) if field.name in TEXTS else field.type) for field in METRICS]
+)
+
 
 def write_metrics(path: Path, rows: list[dict]) -> None:
     """Write the rows of one shard's batches atomically."""
@@ -49,6 +55,12 @@ def write_metrics(path: Path, rows: list[dict]) -> None:
 
 def read_metrics(paths: Iterable[Path]) -> pd.DataFrame:
     """The rows of many shards, in one frame with nullable integers."""
+    return read_encoded(paths).cast(METRICS).to_pandas(types_mapper=pd.ArrowDtype)
+
+
+def read_encoded(paths: Iterable[Path]) -> pa.Table:
+    """The rows of many shards, `TEXTS` as dictionaries."""
     paths = [str(path) for path in paths]
-    table = dataset(paths, METRICS, format="parquet").to_table() if paths else METRICS.empty_table()
-    return table.to_pandas(types_mapper=pd.ArrowDtype)
+    form = ParquetFileFormat(dictionary_columns=set(TEXTS))
+    table = dataset(paths, _ENCODED, format=form).to_table() if paths else _ENCODED.empty_table()
+    return table.unify_dictionaries()

@@ -23,7 +23,7 @@ from lengthwise.laws import (
     longest,
     longest_table,
 )
-from lengthwise.metrics import read_metrics
+from lengthwise.metrics import read_encoded
 from lengthwise.plan import read_jobs
 from lengthwise.projection import Projection, project
 from lengthwise.scaling_table import FAIR_ESM, LENGTHWISE, OK, SERIES, read_scaling
@@ -88,15 +88,16 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
     commits = _read_commits(store, jobs_tsv)
     shards = list(dict.fromkeys(shard for commit in commits for shard in commit["shards"]))
     present = [path for shard in shards if (path := find_metrics(store, shard))]
-    metrics = read_metrics(present)
+    metrics = read_encoded(present)
+    tables.write({"metrics": metrics}, out)
     batches = tables.batches(metrics, commits)
+    del metrics  # of millions of batches it is large
     bins, jobs, devices = tables.bin_by_length(batches), tables.jobs(commits, batches), tables.devices(batches)
     study = read_scaling(scaling)
     found = laws(study)
     ledger = [read_json(manifest) | {"dataset": name} for name, manifest in datasets.items()]
     projection, no_map = project(store, settings, datasets)
     written = {
-        "metrics": metrics,
         "by_length": bins.drop(columns="group"),
         "jobs": jobs,
         "devices": devices,
@@ -105,6 +106,7 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
         "map": projection.records if projection else pd.DataFrame(columns=list(tables.COLUMNS["map"]), dtype="string"),
     }
     tables.write(written, out)
+    tables.write_columns(out)
     tables.write_parquet(study, out / "scaling.parquet")
     facts = _facts(settings, commits, batches, devices, ledger)
     facts |= {"shards": len(shards), "missing_metrics": len(shards) - len(present)}
@@ -148,7 +150,7 @@ def _facts(
     counts = {key: sum(row[key] for row in ledger) for key in ("records", "accepted", "duplicate", "rejected")}
     tokens = batches["n_tokens"].sum()
     padded = (batches["n_sequences"] * (batches["max_length"] + 2)).sum()
-    filled = batches[batches["fill"].notna()]
+    limited = batches["most_tokens"].notna()
     return {
         "model": settings["model"],
         "precision": settings["precision"],
@@ -163,7 +165,7 @@ def _facts(
         "oom_splits": int(batches["oom_splits"].sum()),
         "padding": int(tokens - (batches["n_residues"] + 2 * batches["n_sequences"]).sum()),
         "padding_saved": float(padded / tokens - 1) if tokens else None,
-        "fill": float(filled["n_tokens"].sum() / filled["most_tokens"].sum()) if len(filled) else None,
+        "fill": float(batches["n_tokens"][limited].sum() / batches["most_tokens"].sum()) if limited.any() else None,
         "rates": devices[["device", "precision", "batches", "residues_per_second"]].to_dict("records"),
     }
 
@@ -227,7 +229,8 @@ def _with_measure(table: pd.DataFrame) -> pd.DataFrame:
     """Groups that say how memory was measured, where measures differ."""
     if table["memory_measure"].nunique() < 2:
         return table
-    return table.assign(group=table["group"] + ", " + table["memory_measure"].map(MEASURES).fillna("not measured"))
+    measure = table["memory_measure"].astype(object).map(MEASURES).fillna("not measured")
+    return table.assign(group=table["group"].astype(object) + ", " + measure)
 
 
 def _study_facts(study: pd.DataFrame, found: list[Law], settings: dict) -> dict:

@@ -9,11 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lengthwise.files import atomic
+from lengthwise.metrics import TEXTS
 from lengthwise.shapes import AUTO_BATCH_TOKENS, MOST_AT_ONCE
 
 # Bounds of the bins of lengths: 1, 2, 3, 4, 6, 8, 12, 16, 24, ... Engine batches do not cross the powers of two.
 BOUNDS = np.unique(np.outer(2 ** np.arange(20), (1.0, 1.5)).astype(int))
 QUANTITIES = ("residues_per_second", "peak_bytes", "fill")
+SLOW = 1.2  # times the usual: a batch that took less is no news
 SHARES = ("computing", "wait_read", "wait_write", "other")
 
 # What every column of every table means; written beside them as columns.tsv.
@@ -147,51 +149,65 @@ COLUMNS = {
 }
 
 
-def write(tables: dict[str, pd.DataFrame], out: Path) -> None:
-    """Write each table as <name>.tsv and <name>.parquet, and columns.tsv, which says what their columns mean."""
-    meanings = [(name, column, text) for name, columns in COLUMNS.items() for column, text in columns.items()]
+def write(tables: dict[str, pd.DataFrame | pa.Table], out: Path) -> None:
+    """Write each table as <name>.tsv and <name>.parquet."""
     for name, table in tables.items():
-        _write_tsv(pa.Table.from_pandas(table, preserve_index=False), out / f"{name}.tsv")
-        write_parquet(table, out / f"{name}.parquet")
+        arrow = table if isinstance(table, pa.Table) else pa.Table.from_pandas(table, preserve_index=False)
+        _write_tsv(arrow, out / f"{name}.tsv")
+        _write_parquet(arrow, out / f"{name}.parquet")
+
+
+def write_columns(out: Path) -> None:
+    """Write columns.tsv, which says what the tables' columns mean."""
+    meanings = [(name, column, text) for name, columns in COLUMNS.items() for column, text in columns.items()]
     columns = pd.DataFrame(meanings, columns=["table", "column", "meaning"])
     _write_tsv(pa.Table.from_pandas(columns, preserve_index=False), out / "columns.tsv")
 
 
 def write_parquet(table: pd.DataFrame, path: Path) -> None:
-    with atomic(path) as part:
-        pq.write_table(pa.Table.from_pandas(table, preserve_index=False), part, compression="zstd")
+    _write_parquet(pa.Table.from_pandas(table, preserve_index=False), path)
 
 
-def batches(rows: pd.DataFrame, commits: list[dict]) -> pd.DataFrame:
+def _write_parquet(table: pa.Table, path: Path) -> None:
+    encoded = any(pa.types.is_dictionary(kind) for kind in table.schema.types)
+    with atomic(path) as part:  # without its schema a dictionary of texts reads back as texts
+        pq.write_table(table, part, compression="zstd", store_schema=not encoded)
+
+
+def batches(metrics: pa.Table, commits: list[dict]) -> pd.DataFrame:
     """Metrics with what figures and tables need of them besides.
 
     Added are `residues_per_second`; `peak_bytes` and `memory_measure`; `group`, the device and precision in words;
     `most_tokens`, what the job allowed a batch, and `fill`, what of it the batch held; and `busy_ms`, the time that the
     whole device would have computed for the batch.
     """
-    texts = ["job", "shard", "device", "precision"]
-    numbers = [name for name in rows.columns if name not in texts]
-    table = rows.copy()
-    table[numbers] = table[numbers].astype(float)  # null becomes NaN
-    table[texts] = table[texts].astype(object)
+    table = metrics.drop_columns("peak_reserved_bytes").to_pandas()  # null becomes NaN, texts are categories
+    for name in TEXTS:
+        table[name] = table[name].cat.reorder_categories(sorted(table[name].cat.categories))
     allocated, resident = table["peak_allocated_bytes"], table["peak_rss_bytes"]
-    table["peak_bytes"] = allocated.fillna(resident)
-    measure = np.where(allocated.notna(), "allocated", np.where(resident.notna(), "resident", None))
-    table["memory_measure"] = pd.Series(measure, index=table.index, dtype=object)
+    table["peak_bytes"] = allocated.fillna(resident).astype(float)
+    measure = np.where(allocated.notna(), 0, np.where(resident.notna(), 1, -1))
+    table["memory_measure"] = pd.Categorical.from_codes(measure, ["allocated", "resident"])
     table["residues_per_second"] = table["n_residues"] / (table["wall_ms"] / 1000)
-    table["group"] = table["device"] + ", " + table["precision"]
-    limits = {
-        commit["job"]: commit.get("batch_tokens") for commit in commits
-    }  # none of a job that found all shards made
-    table["most_tokens"] = pd.to_numeric(table["job"].map(limits), errors="coerce")
+    groups = table.groupby(["device", "precision"], observed=True)
+    names = [f"{device}, {precision}" for device, precision in groups.size().index]
+    table["group"] = pd.Categorical.from_codes(groups.ngroup(), names)
+    # None of a job that found all shards made.
+    table["most_tokens"] = _of_jobs(table["job"], {commit["job"]: commit.get("batch_tokens") for commit in commits})
     table["fill"] = table["n_tokens"] / table["most_tokens"]
-    threads = table["job"].map({commit["job"]: commit["threads"] for commit in commits}).fillna(1)
+    threads = _of_jobs(table["job"], {commit["job"]: commit["threads"] for commit in commits}).fillna(1)
     # A CPU gives each core a batch of its own, and to a long sequence all of them; a GPU's clock is the whole GPU's.
     of_a_batch = (threads // threads.clip(upper=MOST_AT_ONCE)).where(
         table["n_tokens"] <= AUTO_BATCH_TOKENS["cpu"], threads
     )
     table["busy_ms"] = table["device_ms"] * (of_a_batch / threads).where(table["gpu_busy"].isna(), 1)
     return table
+
+
+def _of_jobs(job: pd.Series, values: dict) -> pd.Series:
+    """The number of each row's job; NaN where it has none."""
+    numbers = pd.to_numeric(pd.Series([values.get(name) for name in job.cat.categories], dtype=object), errors="coerce")
+    return pd.Series(numbers.to_numpy(float)[job.cat.codes], index=job.index)
 
 
 def bin_by_length(table: pd.DataFrame) -> pd.DataFrame:
@@ -201,8 +217,9 @@ def bin_by_length(table: pd.DataFrame) -> pd.DataFrame:
     """
     keys = ["group", "device", "precision", "memory_measure", "bin"]
     bin_of = np.searchsorted(BOUNDS, table["mean_length"], side="right")
-    groups = table.assign(bin=bin_of).groupby(keys, dropna=False, sort=True)
+    groups = table.assign(bin=bin_of).groupby(keys, dropna=False, sort=True, observed=True)
     found = groups.agg(n_batches=("batch", "size"), median_length=("mean_length", "median")).reset_index()
+    found = found.astype(dict.fromkeys(keys[:-1], object))
     for quantity in QUANTITIES:
         for name, quantile in (("q25", 0.25), ("median", 0.5), ("q75", 0.75)):
             found[f"{quantity}_{name}"] = groups[quantity].quantile(quantile).to_numpy()
@@ -214,7 +231,7 @@ def bin_by_length(table: pd.DataFrame) -> pd.DataFrame:
 
 def jobs(commits: list[dict], table: pd.DataFrame) -> pd.DataFrame:
     """One row per job; its rate counts the shards that it made itself, which is what its time went to."""
-    by_shard = table.groupby("shard").agg(residues=("n_residues", "sum"), splits=("oom_splits", "sum"))
+    by_shard = table.groupby("shard", observed=True).agg(residues=("n_residues", "sum"), splits=("oom_splits", "sum"))
     residues, splits = by_shard["residues"].to_dict(), by_shard["splits"].to_dict()
     used = _use(table, "job").set_index("job")
     rows = []
@@ -237,7 +254,8 @@ def devices(table: pd.DataFrame) -> pd.DataFrame:
     """One row for each device and precision that batches ran on."""
     used = _use(table, ["device", "precision"])
     used["residues_per_second"] = used["residues"] / (used.pop("wall_ms") / 1000)
-    return used[list(COLUMNS["devices"])].astype({"residues": int, "oom_splits": int})
+    kinds = {"device": object, "precision": object, "residues": int, "oom_splits": int}
+    return used[list(COLUMNS["devices"])].astype(kinds)
 
 
 def datasets(ledger: list[dict]) -> pd.DataFrame:
@@ -252,23 +270,25 @@ def datasets(ledger: list[dict]) -> pd.DataFrame:
 
 
 def slowest(table: pd.DataFrame, bins: pd.DataFrame, most: int) -> pd.DataFrame:
-    """The batches that lost most time against the median rate of their device and bin of lengths.
+    """The batches that lost most time against the median rate of their device and bin of lengths, of those `SLOW` times it.
 
     Added are `usual_ms`, what the batch would have taken at that rate, and `times`, how many times that it took.
     """
     bin_of = BOUNDS[np.searchsorted(BOUNDS, table["mean_length"], side="right") - 1]
     usual = bins[["group", "length_from", "residues_per_second_median"]].drop_duplicates(["group", "length_from"])
-    found = table.assign(length_from=bin_of).merge(usual, on=["group", "length_from"])
-    found["usual_ms"] = 1000 * found["n_residues"] / found["residues_per_second_median"]
-    found["times"] = found["wall_ms"] / found["usual_ms"]
-    lost = found["wall_ms"] - found["usual_ms"]
-    return found[lost > 0].loc[lost[lost > 0].sort_values(ascending=False, kind="stable").index[:most]]
+    rate = (
+        table[["group"]].astype(object).assign(length_from=bin_of).merge(usual, how="left", on=["group", "length_from"])
+    )
+    usual_ms = 1000 * table["n_residues"] / rate["residues_per_second_median"]
+    lost = (table["wall_ms"] - usual_ms)[table["wall_ms"] >= SLOW * usual_ms].nlargest(most)
+    found = table.loc[lost.index].assign(usual_ms=usual_ms)
+    return found.assign(times=found["wall_ms"] / found["usual_ms"])
 
 
 def _use(table: pd.DataFrame, keys: str | list[str]) -> pd.DataFrame:
     """What the device did with the time of the batches, for each of these; the host's waits count where the device idled."""
     sums = {"wall_ms": "sum", "busy_ms": "sum", "wait_read_ms": "sum", "wait_write_ms": "sum", "oom_splits": "sum"}
-    used = table.groupby(keys, sort=True).agg(
+    used = table.groupby(keys, sort=True, observed=True).agg(
         jobs=("job", "nunique"),
         batches=("batch", "size"),
         residues=("n_residues", "sum"),

@@ -1,16 +1,21 @@
 import json
 import re
+import resource
 import time
+from concurrent.futures import ProcessPoolExecutor
 from html.parser import HTMLParser
+from multiprocessing import get_context
 from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lengthwise import report
 from lengthwise.errors import LengthwiseError
-from lengthwise.metrics import write_metrics
+from lengthwise.metrics import METRICS, write_metrics
 from lengthwise.plan import JOBS_COLUMNS
 from lengthwise.scaling_table import COLUMNS
 from lengthwise.settings import fingerprint
@@ -511,17 +516,46 @@ def test_a_job_without_commit_is_an_error(store):
     assert not (store.folder / "report" / "index.html").exists()
 
 
-def test_five_thousand_jobs_make_a_light_page_in_good_time(store):
+def reported_at_scale(folder, with_metrics):
+    """A report of 5,000 jobs, so many with 400 batches each, in a process of its own: (facts, seconds, most bytes, page)."""
+    store, rows = Store(folder).dataset("a"), batches_of("", 400, wait_read_ms=1.0, wait_write_ms=1.0)
+    template = pa.Table.from_pylist(rows, METRICS)
     for number in range(5_000):
-        store.job({f"{number:032x}": None})
-    rows = batches_of("many", 2_000)
-    metrics_path(store.folder, f"{7:032x}").parent.mkdir(parents=True, exist_ok=True)
-    write_metrics(
-        metrics_path(store.folder, f"{7:032x}"), [row | {"job": "job7", "shard": f"{7:032x}"} for row in rows]
-    )
+        shard = f"{number:032x}"
+        store.job({shard: None})
+        if number < with_metrics:
+            metrics_path(folder, shard).parent.mkdir(parents=True, exist_ok=True)
+            names = {"job": f"job{number}", "shard": shard}
+            for column, name in names.items():
+                template = template.set_column(template.column_names.index(column), column, pa.array([name] * 400))
+            pq.write_table(template, metrics_path(folder, shard))
+    store.embeddings(30)
     began = time.perf_counter()
-    facts, page = store.dataset("a").summarize()
-    assert facts["jobs"] == 5_000
-    assert time.perf_counter() - began < 30
-    assert len(page) < 1_000_000
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        facts, most_bytes = pool.submit(summarized, store).result()
+    return facts, time.perf_counter() - began, most_bytes, (folder / "report" / "index.html").read_text()
+
+
+def summarized(store):
+    facts, _ = store.summarize()
+    return facts, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def test_five_thousand_jobs_make_a_light_page_in_good_time(tmp_path):
+    facts, seconds, most_bytes, page = reported_at_scale(tmp_path, 300)
+    assert (facts["jobs"], facts["batches"]) == (5_000, 120_000)
+    assert seconds < 45  # about 10 on two free cores
+    assert most_bytes < 1e9
+    assert len(page) < 2_000_000
     assert "The slowest 25 of 5,000" in Page(page).text
+    assert page.count("<svg") == 10
+
+
+@pytest.mark.slow
+def test_two_million_batches_make_a_light_page_in_a_minute_and_two_gigabytes(tmp_path):
+    facts, seconds, most_bytes, page = reported_at_scale(tmp_path, 5_000)
+    assert facts["batches"] == 2_000_000
+    assert seconds < 60
+    assert most_bytes < 2e9
+    assert len(page) < 2_000_000
+    assert len(pd.read_parquet(tmp_path / "report" / "metrics.parquet", columns=["batch"])) == 2_000_000
