@@ -11,14 +11,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from lengthwise.laws import Law, choose
 from lengthwise.logs import count
 from lengthwise.projection import Projection
 from lengthwise.scaling_table import FAIR_ESM, LENGTHWISE
 from lengthwise.shapes import ModelConfig
-from lengthwise.svg import BLUE, GREEN, INK, LINE, ORANGE, PURPLE, SOFT, STYLE, VERMILION, Plot
+from lengthwise.svg import BLUE, CARD, GREEN, INK, LINE, ORANGE, PURPLE, SOFT, STYLE, VERMILION, Plot
 from lengthwise.tables import SHARES
 
 MAX_POINTS = 1_500  # of a figure: more make the page heavy and no clearer
@@ -32,7 +32,7 @@ SHARE_WORDS = {
     "computing": ("computing", BLUE),
     "wait_read": ("waiting for sequences", ORANGE),
     "wait_write": ("waiting for the disk", VERMILION),
-    "other": ("copies, and the rest", LINE),
+    "other": ("", LINE),  # what it is depends on the device
 }
 
 
@@ -48,7 +48,7 @@ def styled(draw: Callable) -> Callable:
 
 
 @styled
-def production(batches: pd.DataFrame, bins: pd.DataFrame, quantity: str, label: str) -> Plot:
+def production(batches: pd.DataFrame, bins: pd.DataFrame, quantity: str, label: str, medians: bool = True) -> Plot:
     """Every batch as a point, and the median and middle half of each bin of lengths, one colour per group.
 
     Parameters
@@ -61,6 +61,8 @@ def production(batches: pd.DataFrame, bins: pd.DataFrame, quantity: str, label: 
         The column to draw.
     label
         What the vertical axis says.
+    medians
+        Without them points alone, where a line would say nothing.
     """
     batches = batches[["group", "mean_length", "n_sequences", quantity]].dropna(subset=[quantity])
     bins = bins.dropna(subset=[f"{quantity}_median"])
@@ -71,8 +73,10 @@ def production(batches: pd.DataFrame, bins: pd.DataFrame, quantity: str, label: 
         color = GROUP_COLORS[number % len(GROUP_COLORS)]
         points = shown[shown["group"] == group]
         few = len(points) <= 200  # many dots shade into a cloud, few should be seen
+        size, alpha = (14, 0.55) if few else (8, 0.25)
+        named = None if medians else group
         drawn = plot.axes.scatter(
-            points["mean_length"], points[quantity], s=14 if few else 8, color=color, alpha=0.55 if few else 0.25, lw=0
+            points["mean_length"], points[quantity], s=size, color=color, alpha=alpha, lw=0, label=named
         )
         plot.explain(
             drawn,
@@ -82,6 +86,8 @@ def production(batches: pd.DataFrame, bins: pd.DataFrame, quantity: str, label: 
                 for row in points.itertuples()
             ),
         )
+        if not medians:
+            continue
         quartiles = here[f"{quantity}_q25"], here[f"{quantity}_q75"]
         plot.axes.fill_between(here["median_length"], *quartiles, color=color, alpha=0.2, linewidth=0)
         median = here[f"{quantity}_median"]
@@ -102,13 +108,14 @@ def production(batches: pd.DataFrame, bins: pd.DataFrame, quantity: str, label: 
 
 
 @styled
-def time_shares(devices: pd.DataFrame) -> Plot:
-    """What the devices did with their time, one bar for each."""
+def time_shares(devices: pd.DataFrame, rest: str) -> Plot:
+    """What the devices did with their time, one bar for each; `rest` says what is neither computing nor waiting."""
     names = [f"{row.device},\n{row.precision}" for row in devices.itertuples()]
     plot = Plot("Share of the batches' time (%)", size=(4.4, 1.9 + 0.55 * len(names)))
     start = np.zeros(len(names))
     for share in SHARES:
         words, color = SHARE_WORDS[share]
+        words = words or rest
         values = 100 * devices[share].to_numpy(float)
         bars = plot.axes.barh(range(len(names)), values, left=start, color=color, label=words, height=0.5)
         for bar, value in zip(bars, values, strict=True):
@@ -159,7 +166,7 @@ def scaling_memory(study: pd.DataFrame, found: list[Law], config: ModelConfig, m
             values = [law.at(config, length) for length in lengths]
             plot.axes.plot(lengths, values, color=color, lw=1.2, label=f"{name}, law")
     for length in (50, 500):
-        plot.axes.axvline(length, color=SOFT, lw=0.8, ls=":")
+        _mark(plot, length, f"{length} residues")
     _finish(plot, study, "peak_bytes", log=True)
     plot.legend(columns=2)
     return plot
@@ -182,9 +189,7 @@ def scaling_time(study: pd.DataFrame, found: list[Law], config: ModelConfig) -> 
     _finish(plot, study, "wall_ms", log=True)
     equal = 6 * config.embed_dim - 2
     if equal <= plot.axes.get_xlim()[1]:
-        plot.axes.axvline(equal, color=SOFT, lw=0.8, ls=":")
-        where = plot.axes.get_xaxis_transform()
-        plot.axes.text(equal, 0.03, "L = 6 d ", transform=where, ha="right", va="bottom", fontsize=9, color=SOFT)
+        _mark(plot, equal, "L = 6 d - 2")
     plot.legend(columns=2)
     return plot
 
@@ -296,6 +301,13 @@ def bytes_text(count: float) -> str:
     return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
+def _mark(plot: Plot, length: int, words: str) -> None:
+    """A dotted line at a length, with what it is, at the top, where no curve begins."""
+    plot.axes.axvline(length, color=SOFT, lw=0.8, ls=":")
+    where = plot.axes.get_xaxis_transform()
+    plot.axes.text(length, 0.98, words, transform=where, rotation=90, ha="right", va="top", fontsize=8, color=SOFT)
+
+
 def _engines(plot: Plot, rows: pd.DataFrame, quantity: str, what: str, style: str) -> None:
     for engine, (name, color, marker) in ENGINES.items():
         _line(plot, rows[rows["engine"] == engine], quantity, f"{name}, {what}", color, style, marker)
@@ -306,7 +318,10 @@ def _line(plot: Plot, rows: pd.DataFrame, quantity: str, label: str, color: str,
         return
     rows, text = rows.sort_values("length"), _text(quantity)
     values = rows[quantity].astype(float)
-    (line,) = plot.axes.plot(rows["length"], values, color=color, ls=style, marker=marker, ms=4, label=label)
+    face = CARD if style == "--" else color  # hollow beside dashes, which a marker hides in the legend
+    (line,) = plot.axes.plot(
+        rows["length"], values, color=color, ls=style, marker=marker, ms=4.5, mfc=face, label=label
+    )
     plot.explain(
         line,
         (
@@ -333,7 +348,11 @@ def _scale_lengths(axes: Axes, lengths: pd.Series) -> None:
     low, high = float(lengths.min()), float(lengths.max())
     axes.set_xscale("log")
     axes.set_xlim(low / 1.25, high * 1.25)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 60 * low else (1, 3)))
+    if lengths.nunique() <= 3:  # a scale between so few says nothing
+        axes.xaxis.set_major_locator(FixedLocator(sorted(lengths.unique())))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 60 * low else (1, 3)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 

@@ -85,6 +85,7 @@ def receipt(
         "bound": bound(settings["precision"]),
         "max_error_over_rms": max(each["max_error_over_rms"] for each in compared),
         "min_cosine": min(each["min_cosine"] for each in compared),
+        "share_of_bound": max(each["share_of_bound"] for each in compared),
         "compared": compared,
         "seconds": round(perf_counter() - began, 3),
     }
@@ -161,7 +162,7 @@ def _compare(model, settings: dict, chosen: list[tuple[Shard, int, bytes]]) -> l
 def _judge(shard: Shard, number: int, expected: dict[int, np.ndarray], precision: str) -> dict:
     """The errors of all that is stored of one sequence."""
     start, stop = shard["offsets"][number : number + 2].tolist()
-    errors, cosines = [], []
+    errors, cosines, shares = [], [], []
     for name in shard.data_names:
         kind, layer = name.split("_")
         rows = expected[int(layer)]
@@ -175,8 +176,9 @@ def _judge(shard: Shard, number: int, expected: dict[int, np.ndarray], precision
         allowed = FLOAT32_TOLERANCE * np.maximum(max(1.0, rms), np.abs(right))
         if stored.dtype == np.float16:
             allowed += FLOAT16_ROUNDING * np.abs(right) + FLOAT16_SMALLEST
-        good = error <= allowed if precision == "float32" else cosine >= MIN_COSINE[precision]
-        if not good.all():  # NaN is not good
+        share = error / allowed if precision == "float32" else (1 - cosine) / (1 - MIN_COSINE[precision])
+        shares.append(float(share.max()))
+        if not shares[-1] <= 1:  # NaN is not
             raise ParityError(
                 f"{shard.path}: {name} of sequence number {number} ({stop - start} residues) is not what fair-esm computes: "
                 f"largest error {errors[-1]:.2g} of the layer's RMS, smallest cosine {cosines[-1]:.6f}; the bound is: "
@@ -187,6 +189,7 @@ def _judge(shard: Shard, number: int, expected: dict[int, np.ndarray], precision
         "residues": stop - start,
         "max_error_over_rms": float(f"{max(errors):.3g}"),
         "min_cosine": round(min(cosines), 9),
+        "share_of_bound": float(f"{max(0.0, *shares):.3g}"),
     }
 
 

@@ -117,6 +117,8 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
         reasons=sum((Counter(row["reasons"]) for row in ledger), Counter()).most_common(),
         figures=_figures(batches, bins, devices, study, found, projection or no_map, settings, out),
         measures=_measures(batches),
+        rest=_rest(batches),
+        slow=tables.SLOW,
         batches_shown=min(len(batches), figures.MAX_POINTS),
         study=_study_facts(study, found, settings),
         map_of=projection.of if projection else "",
@@ -194,8 +196,8 @@ def _figures(
         "memory": figures.production(_with_measure(batches), _with_measure(bins), "peak_bytes", label)
         if measures
         else "Peak memory of production batches was not measured, so there is no figure of it.",
-        "time": figures.time_shares(devices) if len(batches) else none,
-        "fill": figures.production(batches, bins, "fill", "Tokens of the batch, of the most allowed")
+        "time": figures.time_shares(devices, _rest(batches)) if len(batches) else none,
+        "fill": figures.production(batches, bins, "fill", "Tokens of the batch, of the most allowed", medians=False)
         if batches["fill"].notna().any()
         else none,
         "scaling_memory": figures.scaling_memory(plain, found, config, added),
@@ -209,7 +211,10 @@ def _figures(
     shown = {}
     for name, plot in drawn.items():
         if isinstance(plot, str):
-            save(figures.note(plot), out, name)  # the file is there either way, and the page says it in words
+            save(
+                figures.note(plot), out, name
+            )  # for Snakemake's report, which has every figure; the page says it in words
+            (out / f"{name}.png").unlink(missing_ok=True)  # a paper needs no picture of a sentence
             shown[name] = {"reason": plot}
         else:
             shown[name] = {"svg": Markup(save(plot, out, name))}
@@ -223,6 +228,13 @@ def _shape(settings: dict) -> ModelConfig:
 def _measures(rows: pd.DataFrame) -> list[str]:
     """How memory was measured, in words."""
     return [MEASURES[name] for name in sorted(rows["memory_measure"].dropna().unique())]
+
+
+def _rest(batches: pd.DataFrame) -> str:
+    """What of the time was neither computing nor waiting: only a GPU is copied to, only a CPU has cores without a batch."""
+    on_cpu = batches["gpu_busy"].isna()
+    what = "idle cores" if on_cpu.all() else "copies, idle cores" if on_cpu.any() else "copies"
+    return f"{what}, and the rest"
 
 
 def _with_measure(table: pd.DataFrame) -> pd.DataFrame:
@@ -262,9 +274,14 @@ def _study_facts(study: pd.DataFrame, found: list[Law], settings: dict) -> dict:
         "equal": {engine: (crossing(law, config), law.up_to) for engine, law in times.items() if law},
         "reach": reach,
         "longest": {"columns": list(table.columns[1:]), "rows": table.to_dict("records")},
-        "clock": (clocks.min(), clocks.max()) if len(clocks) else None,
-        "temperature": (warmth.min(), warmth.max()) if len(warmth) else None,
+        "clock": _range(clocks),
+        "temperature": _range(warmth),
     }
+
+
+def _range(values: pd.Series) -> str:
+    """From the least to the most, or the one where they read alike; empty if there is none."""
+    return " to ".join(dict.fromkeys(f"{value:,.0f}" for value in (values.min(), values.max()))) if len(values) else ""
 
 
 def _ratios(sized: pd.DataFrame) -> list[dict]:

@@ -15,10 +15,10 @@ from lengthwise.files import atomic
 
 # Okabe and Ito's palette, which colour-blind people can tell apart: https://jfly.uni-koeln.de/color/
 BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"
-INK, SOFT, LINE = "#1b1f24", "#59636e", "#d8dee4"
+INK, SOFT, LINE, CARD = "#1b1f24", "#59636e", "#d8dee4", "#ffffff"
 # What the page calls them: a dark one has lighter ones.
 VARIABLES = {BLUE: "blue", VERMILION: "vermilion", GREEN: "green", PURPLE: "purple", ORANGE: "orange"}
-VARIABLES |= {INK: "ink", SOFT: "soft", LINE: "line"}
+VARIABLES |= {INK: "ink", SOFT: "soft", LINE: "line", CARD: "card"}
 STYLE = {
     "font.size": 9.5,
     "text.color": INK,
@@ -34,6 +34,7 @@ STYLE = {
     "grid.color": LINE,
     "legend.frameon": False,
     "legend.fontsize": 9,
+    "legend.handlelength": 3.2,  # a dash shows beside the marker
     "lines.linewidth": 1.8,
     "svg.hashsalt": "lengthwise",
     "text.parse_math": False,  # a device's name is no formula

@@ -276,12 +276,11 @@ def slowest(table: pd.DataFrame, bins: pd.DataFrame, most: int) -> pd.DataFrame:
     """
     bin_of = BOUNDS[np.searchsorted(BOUNDS, table["mean_length"], side="right") - 1]
     usual = bins[["group", "length_from", "residues_per_second_median"]].drop_duplicates(["group", "length_from"])
-    rate = (
-        table[["group"]].astype(object).assign(length_from=bin_of).merge(usual, how="left", on=["group", "length_from"])
-    )
+    rows = table[["group"]].astype(object).assign(length_from=bin_of)
+    rate = rows.merge(usual, how="left", on=["group", "length_from"])
     usual_ms = 1000 * table["n_residues"] / rate["residues_per_second_median"]
     lost = (table["wall_ms"] - usual_ms)[table["wall_ms"] >= SLOW * usual_ms].nlargest(most)
-    found = table.loc[lost.index].assign(usual_ms=usual_ms)
+    found = table.loc[lost.index].assign(usual_ms=usual_ms[lost.index])
     return found.assign(times=found["wall_ms"] / found["usual_ms"])
 
 

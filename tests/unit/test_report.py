@@ -253,7 +253,10 @@ def test_every_file_is_written_and_is_what_it_says(whole):
     for name in report.FIGURES:
         assert ElementTree.parse(out / f"{name}.svg").getroot().tag.endswith("svg")
         assert (out / f"{name}.svg").stat().st_size > 10_000
-        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        if name == "copies":  # of a CPU there is only a sentence
+            assert not (out / f"{name}.png").exists()
+        else:
+            assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert len(pd.read_csv(out / "metrics.tsv", sep="\t")) == 1_600
     bins = pd.read_csv(out / "by_length.tsv", sep="\t")
     assert bins["n_batches"].sum() == 1_600
@@ -422,7 +425,7 @@ def test_the_questions_are_answered_with_what_was_measured(store):
     assert "From 50 to 500 residues Lengthwise goes from 780 kB to 7.53 MB, 10 times as much" in text
     assert "fair-esm goes from 834 kB to 12.6 MB, 15 times as much" in text
     assert "Lengthwise at 500 residues: 7.53 MB instead of 15.1 MB, a factor of 2.0." in text
-    assert "float32: weights 30 MB, 30.1 MB a batch" in text
+    assert "float32: weights 30 MB, 30.1 MB of resident memory added by a batch" in text
     assert "nothing is copied, so there is no time to measure" in text
     assert "at L = 6 d - 2 = 1,918 residues" in text
     assert "Lengthwise, measured: at 958." in text  # attention's operations cost twice the products' in this study
@@ -478,8 +481,15 @@ def test_batches_that_lost_time_are_named_with_what_is_usual(store):
     rows = [batch("s0", i, 300, wall_ms=100.0) for i in range(20)] + [batch("s0", 20, 300, wall_ms=900.0)]
     _, page = store.job({"s0": rows}).dataset("a").summarize()
     text = Page(page).text
-    assert "s0 20 job0 6 300 to 300 900 100 9.0" in text
+    assert "900 100 9.0 6 300 to 300 s0 20 job0" in text
+    assert text.count("300 to 300") == 1  # the others took what is usual
     assert "0 of its tokens are neither a residue nor a special" in text
+
+
+def test_no_batch_is_named_where_none_took_long(store):
+    rows = [batch("s0", i, 300, wall_ms=100.0 + i) for i in range(19)]
+    _, page = store.job({"s0": rows}).dataset("a").summarize()
+    assert "None took 1.2 times the usual" in Page(page).text
 
 
 def test_a_study_of_an_earlier_version_has_a_report(store):
@@ -502,10 +512,15 @@ def test_parity_receipts_are_shown(store):
     assert "Parity with fair-esm" not in store.summarize()[1]
     compared = [{"digest": "SQ.a", "residues": 70, "max_error_over_rms": 3e-6, "min_cosine": 0.9999999}]
     parity = {"bound": "the bound", "max_error_over_rms": 3e-6, "min_cosine": 0.9999999, "compared": compared}
+    parity["share_of_bound"] = 0.25
     (store.folder / "parity").mkdir()
     receipt = {"device": CPU, "versions": {"torch": "2.0", "cuda": None}, "parity": parity}
     (store.folder / "parity" / "cpu.json").write_text(json.dumps(receipt))
-    assert f"{CPU} torch 2.0 1 70 3.0e-06 0.9999999 the bound" in Page(store.summarize()[1]).text
+    text = Page(store.summarize()[1]).text
+    assert f"{CPU} torch 2.0 1 70 25.0 % of 100 % within 3.0e-06 0.9999999 The bound is: the bound." in text
+    del parity["share_of_bound"]  # a receipt of an earlier version
+    (store.folder / "parity" / "cpu.json").write_text(json.dumps(receipt))
+    assert f"{CPU} torch 2.0 1 70 not kept within 3.0e-06" in Page(store.summarize()[1]).text
 
 
 def test_a_job_without_commit_is_an_error(store):

@@ -48,7 +48,6 @@ rule summarize:
     output:
         **{figure: captioned(figure, category) for figure, category in FIGURES.items()},
         page=report(f"{STORE}/report/index.html", caption="../report/index.rst", category="Report"),
-        pictures=expand(f"{STORE}/report/{{figure}}.png", figure=FIGURES),
         tables=expand(f"{STORE}/report/{{table}}.{{ending}}", table=TABLES, ending=["tsv", "parquet"]),
         study=f"{STORE}/report/scaling.parquet",
         columns=f"{STORE}/report/columns.tsv",
