@@ -165,9 +165,9 @@ def scaling_memory(study: pd.DataFrame, found: list[Law], config: ModelConfig, m
         if law and law.determined:
             values = [law.at(config, length) for length in lengths]
             plot.axes.plot(lengths, values, color=color, lw=1.2, label=f"{name}, law")
+    _finish(plot, study, "peak_bytes", log=True)
     for length in (50, 500):
         _mark(plot, length, f"{length} residues")
-    _finish(plot, study, "peak_bytes", log=True)
     plot.legend(columns=2)
     return plot
 
@@ -187,9 +187,7 @@ def scaling_time(study: pd.DataFrame, found: list[Law], config: ModelConfig) -> 
             values = [1000 * law.at(config, length) for length in lengths]
             plot.axes.plot(lengths, values, color=color, lw=1.2, label=f"{name}, law")
     _finish(plot, study, "wall_ms", log=True)
-    equal = 6 * config.embed_dim - 2
-    if equal <= plot.axes.get_xlim()[1]:
-        _mark(plot, equal, "L = 6 d - 2")
+    _mark(plot, 6 * config.embed_dim - 2, "L = 6 d - 2")
     plot.legend(columns=2)
     return plot
 
@@ -302,7 +300,10 @@ def bytes_text(count: float) -> str:
 
 
 def _mark(plot: Plot, length: int, words: str) -> None:
-    """A dotted line at a length, with what it is, at the top, where no curve begins."""
+    """A dotted line at a length of the axis, with what it is, at the top, where no curve begins."""
+    low, high = plot.axes.get_xlim()
+    if not low <= length <= high:
+        return
     plot.axes.axvline(length, color=SOFT, lw=0.8, ls=":")
     where = plot.axes.get_xaxis_transform()
     plot.axes.text(length, 0.98, words, transform=where, rotation=90, ha="right", va="top", fontsize=8, color=SOFT)

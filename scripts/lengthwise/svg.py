@@ -34,7 +34,8 @@ STYLE = {
     "grid.color": LINE,
     "legend.frameon": False,
     "legend.fontsize": 9,
-    "legend.handlelength": 3.2,  # a dash shows beside the marker
+    "legend.handlelength": 2.8,  # a dash shows beside the marker
+    "legend.columnspacing": 1.0,
     "lines.linewidth": 1.8,
     "svg.hashsalt": "lengthwise",
     "text.parse_math": False,  # a device's name is no formula
