@@ -300,13 +300,14 @@ def bytes_text(count: float) -> str:
 
 
 def _mark(plot: Plot, length: int, words: str) -> None:
-    """A dotted line at a length of the axis, with what it is, at the top, where no curve begins."""
+    """A dotted line at a length of the axis, with what it is, where rising curves are not."""
     low, high = plot.axes.get_xlim()
     if not low <= length <= high:
         return
     plot.axes.axvline(length, color=SOFT, lw=0.8, ls=":")
     where = plot.axes.get_xaxis_transform()
-    plot.axes.text(length, 0.98, words, transform=where, rotation=90, ha="right", va="top", fontsize=8, color=SOFT)
+    height, side = (0.98, "top") if length**2 < low * high else (0.02, "bottom")
+    plot.axes.text(length, height, words, transform=where, rotation=90, ha="right", va=side, fontsize=8, color=SOFT)
 
 
 def _engines(plot: Plot, rows: pd.DataFrame, quantity: str, what: str, style: str) -> None:

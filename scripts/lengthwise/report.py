@@ -70,8 +70,8 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
     scaling
         The table that `lengthwise.scaling.scaling` wrote.
     out
-        The folder for the tables (`lengthwise.tables.COLUMNS`) as TSV and Parquet, an SVG and a PNG of each of `FIGURES`, and
-        index.html, which is last.
+        The folder for the tables (`lengthwise.tables.COLUMNS`) as TSV and Parquet, an SVG and a PNG of each of
+        `FIGURES` (of one that cannot be drawn an SVG that says why), and index.html, which is last.
 
     Returns
     -------
