@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from lengthwise.database import out_of_core
 from lengthwise.errors import LengthwiseError
-from lengthwise.files import atomic, emptied, read_json, write_json
+from lengthwise.files import atomic, read_json, scratch_folder, write_json
 from lengthwise.index import SCHEMA, write_lookup
 from lengthwise.provenance import content_sha256, makers, readme
 from lengthwise.settings import require
@@ -76,7 +76,7 @@ def assemble(
     per_token = shape.bytes_per_token(4 if settings["precision"] == "float32" else 2)
     rows = _Rows(dataset)
     with (
-        emptied(index.with_name(f".{index.name}.spill")) as spill,
+        scratch_folder(index.with_name(f".{index.name}.spill")) as spill,
         out_of_core("assemble", memory_bytes, spill, threads=1) as database,
     ):
         _find_places(database, store, jobs, settings["fingerprint"])

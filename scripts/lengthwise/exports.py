@@ -22,7 +22,7 @@ from lengthwise._version import __version__
 from lengthwise.alphabet import digest_name
 from lengthwise.config import store_name
 from lengthwise.errors import LengthwiseError
-from lengthwise.files import emptied, fsync_folder, lock, writing
+from lengthwise.files import fsync_folder, lock, scratch_folder, writing
 from lengthwise.index import read_pages
 from lengthwise.logs import size
 from lengthwise.manifest import read_manifest
@@ -119,10 +119,12 @@ def missing_bytes(store: Path, settings: dict, datasets: list[str], kinds: list[
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
     """An empty folder to write to, which takes this one's place on success, synced; what a killed attempt left goes first."""
-    scratch = folder.with_name(f".{folder.name}.tmp")
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder.with_name(f".{folder.name}.lock.tmp")), emptied(scratch):
+    with (
+        _alone(folder.with_name(f".{folder.name}.lock.tmp")),
+        scratch_folder(folder.with_name(f".{folder.name}.tmp")) as scratch,
+    ):
         part = scratch / "whole"
         part.mkdir()
         yield part

@@ -147,15 +147,39 @@ def writing(path: Path, refusals: set[int] | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def emptied(folder: Path) -> Iterator[Path]:
-    """A scratch folder, gone afterwards; what a killed run left there goes first."""
-    shutil.rmtree(folder, ignore_errors=True)
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """A folder of this process's own, named after this one, and gone afterwards; what killed ones left beside it goes first.
+
+    Another process may be at the same work: a job of a dead run, say.
+    """
     with writing(folder):
-        folder.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".*{folder.name}"):
+        with suppress(OSError), _opened(left) as descriptor:
+            if lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):  # its owner is dead
+                shutil.rmtree(left, ignore_errors=True)
+    while True:
+        own = folder.with_name(f".{secrets.token_hex(4)}{folder.name}")
+        with writing(own):
+            own.mkdir()
+        with _opened(own) as descriptor:
+            lock(descriptor, fcntl.LOCK_EX)
+            if not own.exists():  # between the two calls another process took it for a leftover
+                continue
+            try:
+                yield own
+            finally:
+                shutil.rmtree(own, ignore_errors=True)
+            return
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        yield folder
+        yield descriptor
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.exports import missing_bytes
-from lengthwise.files import atomic, emptied, read_json, write_json
+from lengthwise.files import atomic, read_json, scratch_folder, write_json
 from lengthwise.logs import count, duration, size
 from lengthwise.plan import Sizes, cut_work
 from lengthwise.rates import Rate, rates
@@ -80,7 +80,7 @@ def forecast(
         A spec or a summary is damaged.
     """
     shape = ModelConfig(settings["num_layers"], settings["embed_dim"], settings["attention_heads"])
-    with emptied(store / "forecast" / ".spill") as spill:
+    with scratch_folder(store / "forecast" / ".spill") as spill:
         config = {"memory_limit": f"{memory_bytes}B", "temp_directory": str(spill), "threads": 2}
         with duckdb.connect(config=config | {"preserve_insertion_order": "false"}) as database:
             lengths, wanted, left = _count(database, store, {n: f / "sequences.parquet" for n, f in datasets.items()})

@@ -30,7 +30,7 @@ from lengthwise.fasta import (
     split_headers,
     split_records,
 )
-from lengthwise.files import atomic, emptied, write_json
+from lengthwise.files import atomic, scratch_folder, write_json
 from lengthwise.nucleotides import Nucleotides, look_alike, suspects
 
 RECORDS = pa.schema(
@@ -105,7 +105,7 @@ def ingest(
     with (
         atomic(records) as records_part,
         atomic(sequences) as sequences_part,
-        emptied(records.parent / ".spill") as spill,
+        scratch_folder(records.parent / ".spill") as spill,
         out_of_core("ingest", memory_bytes, spill, threads=1) as database,
     ):
         for word in range(DIGEST_WORDS):

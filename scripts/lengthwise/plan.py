@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from lengthwise.database import out_of_core
 from lengthwise.errors import LengthwiseError
-from lengthwise.files import atomic, emptied, read_json
+from lengthwise.files import atomic, read_json, scratch_folder
 from lengthwise.order import Ordered
 from lengthwise.resources import ask
 from lengthwise.settings import require
@@ -83,7 +83,7 @@ def plan(
         Settings, or a shard of a commit whose spec is gone, are damaged.
     """
     settings, files = require(store), list(sequences.values())
-    with emptied(jobs_tsv.parent / ".spill") as spill:
+    with scratch_folder(jobs_tsv.parent / ".spill") as spill:
         with _specs(store, files, spill, memory_bytes) as specs:
             users, todo = specs.standing(retry_rejected)
         ordered = Ordered(files, todo, spill, memory_bytes // _PARTS_IN_MEMORY)

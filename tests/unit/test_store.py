@@ -16,7 +16,7 @@ import pytest
 from safetensors import safe_open
 
 from lengthwise import store
-from lengthwise.files import atomic, emptied, write_json
+from lengthwise.files import atomic, scratch_folder, write_json
 from lengthwise.store import Shard, ShardWriter, bytes_per_sequence, find_metrics, metrics_path, shard_name, shard_path
 
 LENGTHS = np.array([3, 1, 40, 41, 200])
@@ -646,11 +646,19 @@ def test_tensors_for_different_numbers_of_sequences_are_refused(tmp_path, made, 
         Shard(tmp_path / "other.safetensors")
 
 
-@pytest.mark.parametrize("make", [lambda path: write_json(path, {}), lambda path: emptied(path).__enter__()])
+@pytest.mark.parametrize("make", [lambda path: write_json(path, {}), lambda path: scratch_folder(path).__enter__()])
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, refused, make):
     (tmp_path / "file").write_text("")
     with refused(str(tmp_path / "file" / "x"), "cannot be written", "mend that and run again"):
         make(tmp_path / "file" / "x")
+
+
+def test_scratch_folders_are_one_process_s_and_those_of_the_dead_go(tmp_path):
+    (tmp_path / ".dead.spill").mkdir()
+    with scratch_folder(tmp_path / ".spill") as mine, scratch_folder(tmp_path / ".spill") as anothers:
+        (mine / "file").write_text("")
+        assert {*tmp_path.iterdir()} == {mine, anothers}
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_temporary_file_that_cannot_be_removed_hides_no_error(tmp_path, refused, monkeypatch):
