@@ -26,13 +26,26 @@ def planned(tmp_path_factory) -> Project:
     return project
 
 
-def test_a_dry_run_with_every_job_to_do_takes_under_a_minute(planned):
+# Snakemake, and at its end the most memory that it had.
+WITH_PEAK = """if True:
+    import atexit, pathlib, re, runpy
+    status = pathlib.Path("/proc/self/status")
+    atexit.register(lambda: print(re.search("VmHWM.*", status.read_text())[0]))
+    runpy.run_module("snakemake", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_dry_run_with_every_job_to_do_takes_under_a_minute_and_a_gigabyte(planned, monkeypatch):
+    python, _, _, *arguments = planned.command("--dry-run", "--quiet", "rules")
+    monkeypatch.setattr(planned, "command", lambda: [python, "-c", WITH_PEAK, *arguments])
     started = time.monotonic()
-    run = planned.snakemake("--dry-run", "--quiet", "rules")
+    run = planned.snakemake()
     seconds = time.monotonic() - started
     assert re.search(rf"^embed +{JOBS}$", run.output, re.MULTILINE), run.output[-2000:]
-    warnings.warn(f"{JOBS} jobs, all to do (dry run): {seconds:.1f} s", stacklevel=1)
+    gigabytes = int(re.search(r"^VmHWM:\s+(\d+) kB", run.output, re.MULTILINE)[1]) * 1024 / 1e9
+    warnings.warn(f"{JOBS} jobs, all to do (dry run): {seconds:.1f} s, {gigabytes:.2f} GB", stacklevel=1)
     assert seconds < 60
+    assert gigabytes < 1
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ rule scaling:
     resources:
         gpu=gpus,
         mem_mb=scaling_mem_mb,
-        runtime=short_minutes,
+        runtime=scaling_minutes,
     params:
         store=subpath(output.table, ancestor=2),
     script:

@@ -6,6 +6,7 @@ They change no results, and a site may replace each of them: --set-resources emb
 
 from lengthwise.device import auto_device
 from lengthwise.files import read_json
+from lengthwise.rates import READ_BYTES_PER_SECOND
 
 # Of jobs that a plan says nothing about: one of an earlier version.
 UNKNOWN = {"mem_mb": 16000, "disk_mb": 4000, "runtime_minutes": 120}
@@ -85,14 +86,22 @@ def reading_minutes(wildcards, attempt):
     return int(10 + 3 * input_gigabytes(wildcards)) * attempt
 
 
-def scaling_mem_mb(wildcards, attempt):
-    """The study runs fair-esm's model too, which it builds in float32, and keeps graphs for gradients."""
+def float32_bytes():
+    """Of the model's weights: its file holds at most so much."""
     name = config["model"]
     if name.endswith(".pt"):
-        weights = 3 * os.path.getsize(name)
-    else:
-        weights = 8 * MODELS["esm2_t6_8M_UR50D" if name == "demo" else name].parameters
-    return int(16000 + weights / 1e6) * attempt
+        return os.path.getsize(name) * 3 // 2  # fair-esm's own files have some in float16
+    return 4 * MODELS["esm2_t6_8M_UR50D" if name == "demo" else name].parameters
+
+
+def scaling_mem_mb(wildcards, attempt):
+    """The study runs fair-esm's model too, which it builds in float32, and keeps graphs for gradients."""
+    return int(16000 + 2 * float32_bytes() / 1e6) * attempt
+
+
+def scaling_minutes(wildcards, attempt):
+    """The study's own few, and the weights read twice."""
+    return int(20 + 2 * float32_bytes() / READ_BYTES_PER_SECOND / 60) * attempt
 
 
 def summarize_mem_mb(wildcards, attempt):
