@@ -135,7 +135,7 @@ class _Shards:
         """The shard, or what is wrong with all of it; `bad` has the numbers of its sequences that are damaged."""
         if name not in self.known:
             try:
-                self.known[name] = shard = whole_shard(shard_path(self.store, name), size, self.settings)
+                self.known[name] = shard = whole_shard(shard_path(self.store, name), self.settings)
                 self.bad[name] = [] if self.quick else shard.damaged()
             except LengthwiseError as error:
                 self.known[name] = error
@@ -146,8 +146,8 @@ class _Shards:
         return self.known[name]
 
 
-def whole_shard(path: Path, size: int, settings: dict) -> Shard:
-    """A shard of this size that is what its name and the settings promise; its data are not read.
+def whole_shard(path: Path, settings: dict) -> Shard:
+    """A shard that is what its name and the settings promise; its data are not read.
 
     Raises
     ------
@@ -156,9 +156,6 @@ def whole_shard(path: Path, size: int, settings: dict) -> Shard:
     """
     shard = Shard(path)
     shard.unmap()
-    found = path.stat().st_size
-    if found != size:
-        raise LengthwiseError(f"{path}: has {found:,} bytes, and {size:,} in the manifest")
     if shard.metadata.get("fingerprint") != settings["fingerprint"]:
         raise LengthwiseError(f"{path}: was made with other settings than this store's")
     if shard_name(settings["fingerprint"], [shard.read("digests").tobytes()]) != path.stem:
@@ -185,6 +182,8 @@ def _check_dataset(path: Path, shards: _Shards) -> Checked:
             problems += _damaged(index, shard, bad, "is damaged")
         else:
             good[shard_id] = shard
+            if (found := shard.path.stat().st_size) != size:  # which its header confirms
+                problems.append(Problem(f"{path}: says {size:,} bytes of {shard.path}, which has {found:,}", path))
     if not shards.quick:
         problems += _other_checksums(path, manifest, good)
     try:
@@ -198,9 +197,10 @@ def _check_dataset(path: Path, shards: _Shards) -> Checked:
         problems += _problems_of(lambda: read_pages(index), index) or _problems_of(
             lambda: _check_lookup(path.parent, manifest["accepted"] + manifest["duplicate"]), index.with_name(LOOKUP)
         )
+    sizes = {name: shard.path.stat().st_size for name, shard in good.items()}
     for job in manifest["jobs"]:
         commit = commit_path(shards.store, job)
-        problems += _problems_of(lambda commit=commit: _check_commit(commit, manifest["shards"]), commit)
+        problems += _problems_of(lambda commit=commit: _check_commit(commit, sizes), commit)
     metrics = [path for shard_id in manifest["shards"] if (path := find_metrics(shards.store, shard_id))]
     for each in metrics:
         read = pq.read_metadata if shards.quick else read_pages
@@ -228,12 +228,10 @@ def _check_parity(path: Path) -> list[Problem]:
 
 
 def _check_commit(path: Path, sizes: dict[str, int]) -> None:
-    """A commit's sizes are those of the manifest, as far as that has its shards."""
+    """A commit's sizes are those of its shards, as far as these are known."""
     shards = read_json(path, "job", "device", "shards")["shards"]
     if not isinstance(shards, dict) or any(sizes.get(name, size) != size for name, size in shards.items()):
-        raise LengthwiseError(
-            f"{path}: damaged (other sizes of shards than in the manifest); remove it and run snakemake again"
-        )
+        raise LengthwiseError(f"{path}: damaged (its shards have other sizes); remove it and run snakemake again")
 
 
 def _problems_of(check: Callable, path: Path | None) -> list[Problem]:

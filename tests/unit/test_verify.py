@@ -167,6 +167,11 @@ def other_device(path) -> None:
     edit(settings=manifest["settings"] | {"device": "cuda"})(path)
 
 
+def other_size(path) -> None:
+    sizes = json.loads(path.read_text())["shards"]
+    edit(shards=sizes | {(first := next(iter(sizes))): sizes[first] + 1})(path)
+
+
 def other_checksum(path) -> None:
     checksums = json.loads(path.read_text())["checksums"]
     edit(checksums=checksums | {next(iter(checksums)): "0" * 64})(path)
@@ -222,6 +227,7 @@ DAMAGES = {
     "manifest of counts in words": ("datasets/one/manifest.json", edit(accepted="20"), "damaged", "quick"),
     "manifest of sizes in words": ("datasets/one/manifest.json", edit(shards={"ab" * 16: "5"}), "damaged", "quick"),
     "manifest of another device": ("datasets/one/manifest.json", other_device, "other settings", "quick"),
+    "manifest of another size": ("datasets/one/manifest.json", other_size, "bytes of", "quick"),
     "manifest of other checksums": ("datasets/one/manifest.json", other_checksum, "another checksum", "full"),
     "manifest of paths": ("datasets/one/manifest.json", edit(shards={"../../../x": 5}), "damaged", "quick"),
     "manifest of job paths": ("datasets/one/manifest.json", edit(jobs=["../weights"]), "damaged", "quick"),
@@ -410,7 +416,7 @@ def test_no_single_flipped_bit_goes_unnoticed(small_store, random_proteins, ever
                 file.seek(place)
                 file.write(bytes([whole[place] ^ (1 << bit)]))
             try:
-                noticed = whole_shard(flipped, len(whole), store.settings).damaged() != []
+                noticed = whole_shard(flipped, store.settings).damaged() != []
             except LengthwiseError:
                 noticed = True
             if not noticed and not harmless <= place < harmless + len(b'"format":"pt"'):
