@@ -63,15 +63,19 @@ def test_the_error_in_a_receipt_is_the_largest_of_what_is_stored(new):
     stored = {digest_name(digest): rows for (digest, name), rows in store.rows().items() if name == "layer_1"}
     sequences = {digest_name(row.digest): row.sequence.decode() for row in store.spec(job).itertuples()}
     model = reference_model(store.config["model"])
-    errors = []
+    errors, shares = [], []
     for each in receipt["compared"]:
         _, _, tokens = model.alphabet.get_batch_converter()([("", sequences[each["digest"]])])
         with torch.inference_mode():
             right = model(tokens, repr_layers=[1])["representations"][1][0, 1:-1].numpy()
         ours = np.frombuffer(stored[each["digest"]], np.float32).reshape(right.shape)
-        errors.append(np.abs(ours - right).max() / np.sqrt(np.mean(right**2)))
+        rms = np.sqrt(np.mean(right**2))
+        errors.append(np.abs(ours - right).max() / rms)
+        shares.append((np.abs(ours - right) / (2e-5 * np.maximum(max(1, rms), np.abs(right)))).max())
         assert errors[-1] == pytest.approx(each["max_error_over_rms"], rel=1e-2)
     assert max(errors) == pytest.approx(receipt["max_error_over_rms"], rel=1e-2)
+    assert max(shares) == pytest.approx(receipt["share_of_bound"], rel=1e-2)
+    assert 0 < receipt["share_of_bound"] < 1
 
 
 def test_a_device_is_compared_once_and_again_with_other_versions(new, references, monkeypatch):
