@@ -165,7 +165,7 @@ class Index:
     def find(self, record_id: str) -> Iterator[int]:
         """The places of the records with this id, the first first; only repeats of one sequence share an id."""
         wanted = hash_id(record_id)
-        at = int(np.searchsorted(self._hash, wanted))
+        at = int(self._hash.searchsorted(wanted))
         while at < len(self) and self._hash[at] == wanted:
             place = self._place.item(at)
             if 0 <= place < len(self) and self.id(place) == record_id:  # and not only its hash

@@ -6,6 +6,7 @@ float32 [n, D] (when they are outputs), `offsets` int64 [n + 1], `crc32c` uint32
 digest and status, then its rows of every `layer_<n>` in ascending order, then its `mean_<n>`, then its `bos_<n>`.
 """
 
+import ctypes
 import hashlib
 import itertools
 import json
@@ -32,6 +33,8 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 REMAKE = "remove it and run snakemake: it will be made again"
 # A map without a file descriptor of its own, so that a process can hold more of them than it may open files.
 _NO_DESCRIPTOR = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+_mincore = ctypes.CDLL(None).mincore
+_mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 _DATA = ("layer_", "mean_", "bos_")
 _ALIGNMENT = 4096
 _MAX_HEADER = 1 << 20
@@ -268,6 +271,7 @@ class Shard:
         except OSError as error:
             raise LengthwiseError(f"{self.path}: cannot be read: {error.strerror}") from error
         self._arrays: dict[str, np.ndarray] = {}
+        self._address: int = np.frombuffer(self._map, np.uint8).ctypes.data
         tail = self.tensors["offsets"].start
         self._will_need(tail, size - tail)
 
@@ -287,15 +291,21 @@ class Shard:
 
         A page fault alone reads as far around its page as the device's readahead goes, which may be megabytes.
         """
-        tensor = self.tensors[name]
-        row_bytes = tensor.dtype.itemsize * math.prod(tensor.shape[1:])
-        self._will_need(tensor.start + start * row_bytes, (stop - start) * row_bytes)
-        return self[name][start:stop]
+        array = self[name]
+        row_bytes = array.strides[0]
+        self._will_need(self.tensors[name].start + start * row_bytes, (stop - start) * row_bytes)
+        return array[start:stop]
 
     def _will_need(self, start: int, size: int) -> None:
-        """Begin to read these bytes of the file, if they are not in memory yet."""
+        """Begin to read these bytes of the file, if the last of them is not in memory yet.
+
+        To advise of the 900 kB of a protein takes 10 to 20 microseconds even where they are; to ask for one page, one.
+        """
         before = start % mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_WILLNEED, start - before, before + size)
+        last = (before + size - 1) // mmap.PAGESIZE * mmap.PAGESIZE
+        found = ctypes.c_ubyte()
+        if _mincore(self._address + start - before + last, 1, ctypes.byref(found)) or not found.value & 1:
+            self._map.madvise(mmap.MADV_WILLNEED, start - before, before + size)
 
     def holds(self, number: int, digest: bytes, start: int, length: int) -> bool:
         """Whether the sequence of this number is the one of this digest, good, and has these rows."""
