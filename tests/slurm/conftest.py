@@ -2,10 +2,13 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import scenarios
@@ -53,6 +56,15 @@ def ends(cluster, tmp_path_factory) -> dict[str, Future]:
         yield ends
         for submission in Submission.begun:
             submission.process.kill()  # if a scenario came to no end
+        end_processes_in(tmp_path_factory.getbasetemp())
+
+
+def end_processes_in(folder: Path) -> None:
+    """Kill what a job left: here nothing tracks its processes, and a Snakemake that got a SIGTERM may wait for ever."""
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with suppress(OSError):
+            if Path(os.readlink(link)).is_relative_to(folder):
+                os.kill(int(link.parent.name), signal.SIGKILL)
 
 
 @pytest.fixture
