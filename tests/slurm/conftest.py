@@ -14,7 +14,7 @@ import pytest
 import scenarios
 from project import ROOT
 
-from slurm import SCRIPT, Cluster, ClusterProject, Submission
+from slurm import SCRIPT, Cluster, ClusterProject, ControllerCrashedError, Submission
 
 
 @pytest.fixture(scope="session")
@@ -51,8 +51,25 @@ def ends(cluster, tmp_path_factory) -> dict[str, Future]:
             "whole": pool.submit(scenarios.whole, cluster, tmp_path_factory.mktemp("whole")),
             "login": pool.submit(scenarios.login, cluster, project("login")),
         }
-        others, folder = list(ends.values()), tmp_path_factory.mktemp("tools")
-        ends["faults"] = pool.submit(scenarios.faults, cluster, project("faults"), folder, others)
+        others = list(ends.values())
+
+        def faults() -> scenarios.Faults:
+            return scenarios.faults(cluster, project("faults"), tmp_path_factory.mktemp("tools"), others)
+
+        def faults_or_again() -> scenarios.Faults:
+            try:
+                return faults()
+            except (ControllerCrashedError, subprocess.CalledProcessError) as crash:
+                if not Cluster.crashed():  # SLURM's own fault, and none of those that are tested
+                    raise
+                warnings.warn(f"SLURM's controller crashed, and the faults are made again: {crash}", stacklevel=1)
+                for submission in Submission.begun:
+                    submission.process.kill()
+                cluster.start()
+                cluster.run("scancel", "--user=root")
+                return faults()
+
+        ends["faults"] = pool.submit(faults_or_again)
         yield ends
         for submission in Submission.begun:
             submission.process.kill()  # if a scenario came to no end

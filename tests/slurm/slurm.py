@@ -22,9 +22,15 @@ STATE = Path("/run/lengthwise-slurm")
 SECONDS = 400  # for anything at all: machines that run tests are slow at times
 
 
+class ControllerCrashedError(Exception):
+    """SLURM's controller ended by itself: 22.05 does at times, when a job asks for its allocation on a node that came back."""
+
+
 def wait_until(true: Callable[[], object], what: str) -> None:
     ends = time.monotonic() + SECONDS
     while not true():
+        if Cluster.crashed():
+            raise ControllerCrashedError(what)
         assert time.monotonic() < ends, f"this did not come true in {SECONDS} s: {what}"
         time.sleep(0.1)
 
@@ -32,12 +38,23 @@ def wait_until(true: Callable[[], object], what: str) -> None:
 class Cluster:
     """The daemons, and what one asks them."""
 
+    stopped: ClassVar[bool] = False  # the controller, by us
+
+    @classmethod
+    def crashed(cls) -> bool:
+        try:
+            pid = (STATE / "slurmctld.pid").read_text().strip()
+        except FileNotFoundError:
+            return False
+        return bool(pid) and not cls.stopped and not Path(f"/proc/{pid}").exists()
+
     def run(self, *command: str | Path) -> str:
         return subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
 
     def start(self) -> None:
         done = subprocess.run([SCRIPT, "start"], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+        Cluster.stopped = False
 
     def pid(self, daemon: str) -> int:
         return int((STATE / f"{daemon}.pid").read_text())
@@ -55,7 +72,7 @@ class Cluster:
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def stop_controller(self) -> None:
-        controller = self.pid("slurmctld")
+        controller, Cluster.stopped = self.pid("slurmctld"), True
         os.kill(controller, signal.SIGTERM)
         wait_until(lambda: not Path(f"/proc/{controller}").exists(), "the controller is gone")
 
