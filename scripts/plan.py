@@ -16,13 +16,14 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
 
     store = Path(snakemake.params.store)
     config = snakemake.config
-    sizes = Sizes(config["job_minutes"] * 60, config["shard_bytes"], pace(store, require(store)))
+    settings = require(store)
+    sizes = Sizes(config["job_minutes"] * 60, config["shard_bytes"], pace(store, settings))
     sequences = dict(zip(snakemake.params.datasets, map(Path, snakemake.input.sequences), strict=True))
     memory_bytes = snakemake.resources.mem_mb * 10**6 * 2 // 5  # the rest is for a job's spec
     retry = snakemake.params.retry_rejected
     jobs = plan(store, sequences, sizes, Path(snakemake.output.jobs), memory_bytes, retry)
     if config["disk_space"] == "refuse":
-        require_space(store, jobs, missing_bytes(store, require(store), snakemake.params.datasets, config["exports"]))
+        require_space(store, jobs, missing_bytes(store, settings, snakemake.params.datasets, config["exports"]))
     new = uncommitted(store, jobs)
     wanted = sum(pq.read_metadata(path).num_rows for path in sequences.values())
     log.info(

@@ -94,7 +94,6 @@ def assemble(
                 rows.count(table)
                 rows.list_rejected(table, listed)
                 file.write_table(table)
-            file.close()
             counts = rows.checked(summary["records"])
             if strict and counts["rejected"]:
                 raise LengthwiseError(
@@ -138,8 +137,8 @@ def _find_places(database: duckdb.DuckDBPyConnection, store: Path, jobs: list[st
     for job in jobs:
         spec = pq.read_table(spec_path(store, job), columns=["shard", "row_start", "digest"])
         start = 0
-        for count in pc.run_end_encode(spec.column("shard").combine_chunks()).run_ends.to_pylist():
-            part, start = spec.slice(start, count - start), count
+        for stop in pc.run_end_encode(spec.column("shard").combine_chunks()).run_ends.to_pylist():
+            part, start = spec.slice(start, stop - start), stop
             shard = Shard(shard_path(store, part.column("shard")[0].as_py()))
             if shard.metadata.get("fingerprint") != fingerprint:
                 raise LengthwiseError(f"{shard.path}: was made with other settings than this store's; {REMAKE}")

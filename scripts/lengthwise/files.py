@@ -96,6 +96,16 @@ def outlive_others(path: Path, wait: bool) -> None:
             os.close(descriptor)
 
 
+@contextmanager
+def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """A file's or a folder's descriptor, to be locked."""
+    descriptor = os.open(path, flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def lock(descriptor: int, how: int) -> bool:
     """Lock an open file; false where the file system has no locks, so that nobody knows who else is there.
 
@@ -155,14 +165,14 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f".*{folder.name}"):
-        with suppress(OSError), _opened(left) as descriptor:
+        with suppress(OSError), opened(left) as descriptor:
             if lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):  # its owner is dead
                 shutil.rmtree(left, ignore_errors=True)
     while True:
         own = folder.with_name(f".{secrets.token_hex(4)}{folder.name}")
         with writing(own):
             own.mkdir()
-        with _opened(own) as descriptor:
+        with opened(own) as descriptor:
             lock(descriptor, fcntl.LOCK_EX)
             if not own.exists():  # between the two calls another process took it for a leftover
                 continue
@@ -171,15 +181,6 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
             finally:
                 shutil.rmtree(own, ignore_errors=True)
             return
-
-
-@contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def fsync_folder(folder: Path) -> None:

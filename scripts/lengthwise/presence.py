@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.files import lock
+from lengthwise.files import lock, opened
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def at_work(store: Path) -> Iterator[None]:
             store.mkdir(parents=True, exist_ok=True)
         for path in (store, store / "settings.json"):
             with suppress(FileNotFoundError):
-                lock(stack.enter_context(_opened(path, os.O_RDONLY)), fcntl.LOCK_SH)
+                lock(stack.enter_context(opened(path, os.O_RDONLY)), fcntl.LOCK_SH)
         yield
 
 
@@ -36,9 +36,9 @@ def alone(store: Path) -> Iterator[None]:
     """
     with ExitStack() as stack:
         try:
-            known = lock(stack.enter_context(_opened(store, os.O_RDONLY)), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            known = lock(stack.enter_context(opened(store, os.O_RDONLY)), fcntl.LOCK_EX | fcntl.LOCK_NB)
             if (store / "settings.json").exists():  # on NFS such a lock needs a file that is open for writing
-                settings = stack.enter_context(_opened(store / "settings.json", os.O_RDWR))
+                settings = stack.enter_context(opened(store / "settings.json", os.O_RDWR))
                 known = lock(settings, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not known:
                 raise LengthwiseError(f"{store}: its file system has no locks that would tell whether a job is at work")
@@ -47,12 +47,3 @@ def alone(store: Path) -> Iterator[None]:
         except OSError as error:
             raise LengthwiseError(f"{error.filename or store}: {error.strerror}") from error
         yield
-
-
-@contextmanager
-def _opened(path: Path, flags: int) -> Iterator[int]:
-    descriptor = os.open(path, flags)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)

@@ -241,7 +241,7 @@ def _plan(store: Path) -> Path:
 
 def _usual_pace(store: Path, jobs: dict[str, dict], committed: set[str]) -> float:
     """Forecast seconds a second of the jobs that were finished last, for those that have no rate of their own yet."""
-    commits = sorted((store / "jobs" / f"{job}.json" for job in committed), key=lambda path: path.stat().st_mtime)
+    commits = sorted((store / "jobs" / f"{job}.json" for job in committed), key=_time_of)
     paces = []
     for path in commits[-RECENT_JOBS:]:
         with suppress(OSError, ValueError, KeyError, TypeError):
@@ -250,6 +250,14 @@ def _usual_pace(store: Path, jobs: dict[str, dict], committed: set[str]) -> floa
                 share = commit["made_residues"] / commit["residues"]
                 paces.append(jobs[path.stem]["seconds"] * share / (commit["load_seconds"] + commit["embed_seconds"]))
     return statistics.median(paces) if paces else 0.0
+
+
+def _time_of(path: Path) -> float:
+    """When a commit was made; one that a run withdrew meanwhile is long ago."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _planned(store: Path) -> dict[str, dict]:

@@ -15,8 +15,8 @@ from lengthwise.store import find_metrics
 
 HERE, ELSEWHERE, ASSUMED = "measured in this store", "measured on another machine", "assumed"
 
-# (device, threads, precision, width of the model, floating-point operations per second), from the benchmark in the README.
-# Nothing was measured on a GPU yet.
+# (device, threads, precision, width of the model, floating-point operations per second), from runs of the benchmark before the
+# README's. Nothing was measured on a GPU yet.
 DEVICES = [
     ("AMD EPYC", 2, "float32", 320, 110e9),
     ("AMD EPYC", 2, "bfloat16", 320, 121e9),
