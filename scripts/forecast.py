@@ -9,6 +9,7 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
     from lengthwise.plan import Sizes
     from lengthwise.rates import pace
     from lengthwise.settings import expected
+    from lengthwise.weights import path_of
 
     config, folders = snakemake.config, [Path(table).parent for table in snakemake.input.sequences]
     store = folders[0].parent.parent
@@ -22,6 +23,7 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
         snakemake.params.threads,
         snakemake.resources.mem_mb * 10**6 * 2 // 5,
         config["exports"],
+        path_of(config["model"], config["weights"]),
     )
     forecast.write(made, store / "forecast")
     log.info("%s", store / "forecast" / "index.html")

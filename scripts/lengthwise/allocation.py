@@ -1,4 +1,4 @@
-"""What a scheduler gave this process: a place, and until when it may run."""
+"""What this process was given, by a scheduler or a machine: a place, cores, and until when it may run."""
 
 import math
 import os
@@ -16,6 +16,11 @@ def place() -> str:
     return ", ".join(
         [platform.node(), *(f"{what} {os.environ[name]}" for what, name in given.items() if name in os.environ)]
     )
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def deadline() -> float:

@@ -129,9 +129,10 @@ def embed_job(
     progress = Progress(job, int(lengths.sum()))
     with Heartbeat(store, job, device_name(device), progress.state):  # until the commit is there
         made, began = set(), time.perf_counter()
-        loaded = began
+        loaded, loaded_bytes = began, None
         if todo:
             engine = _load(store, settings, checkpoint, device, lengths)
+            loaded_bytes = engine.memory.used()
             batch_tokens = engine.auto_batch_tokens() if batch_tokens == "auto" else batch_tokens
             loaded = time.perf_counter()
             progress.start()
@@ -159,6 +160,7 @@ def embed_job(
             "started": started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "load_seconds": round(loaded - began, 3),
+            "loaded_bytes": loaded_bytes,
             "embed_seconds": round(progress.seconds, 3),
         }
         write_json(commit, result)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lengthwise import alphabet
+from lengthwise.allocation import usable_cores
 from lengthwise.checkpoint import load_model
 from lengthwise.errors import LengthwiseError
 from lengthwise.memory import MemoryMeter, Peaks
@@ -75,7 +76,7 @@ def resolve_device(device: str) -> torch.device:
 
 def set_threads(threads: int) -> None:
     """CPU threads for torch, at most as many as this process has cores: more only wait for each other."""
-    torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
+    torch.set_num_threads(min(threads, usable_cores()))
 
 
 def device_name(device: torch.device) -> str:

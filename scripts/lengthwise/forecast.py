@@ -30,8 +30,8 @@ TRAINED = 1022
 CARD_SHARE = 0.85
 DATASETS_SHOWN = 20  # in a terminal
 CARDS_GB = (8, 16, 24, 40, 80)
-# Python and torch, measured on a CPU.
-PROCESS_BYTES = 0.55e9
+# Python and torch's CPU build with what they have loaded, before the weights.
+PROCESS_BYTES = 0.37e9
 # Tables beside the embeddings, measured: a dataset's index against its table of records, its lookup for each record; a job's
 # spec and commit beside its sequences; a shard's metrics.
 INDEX_SHARE, LOOKUP_BYTES, JOB_BYTES, METRICS_BYTES = 1.3, 100, 3_000, 6_000
@@ -46,6 +46,7 @@ def forecast(
     threads: int = 1,
     memory_bytes: int = 1 << 30,
     exports: Collection[str] = (),
+    weights: Path | None = None,
 ) -> dict:
     """What is left to do, and what it will take.
 
@@ -67,6 +68,8 @@ def forecast(
         What joins may take before they spill to disk.
     exports
         Which exports are wanted.
+    weights
+        Where the checkpoint is, or will be downloaded to.
 
     Returns
     -------
@@ -90,6 +93,7 @@ def forecast(
         shards, jobs = cut_work(left["length"].to_numpy(), left["n"].to_numpy(), settings, sizes)
         work |= {"shards": len(shards) - 1, "jobs": len(jobs) - 1}
     by_dataset = dict(iter(lengths.groupby("dataset")))
+    known = rates(store, settings, shape, threads)
     chosen = {key: settings[key] for key in ("device", "precision", "layers", "outputs", "storage_dtype")}
     return {
         "store": str(store),
@@ -100,9 +104,9 @@ def forecast(
         "length_from": LENGTHS.tolist(),
         "datasets": [_dataset(name, folder, by_dataset.get(name, lengths[:0])) for name, folder in datasets.items()],
         "work": work,
-        "disk": _disk(store, settings, datasets, sizes, wanted, left, work, exports),
-        "memory": _memory(settings, shape, batch_tokens, threads, left),
-        "time": [_time(rate, shape, left, sizes) for rate in rates(store, settings, shape, threads)],
+        "disk": _disk(store, settings, datasets, sizes, wanted, left, work, exports, weights),
+        "memory": _memory(settings, shape, batch_tokens, threads, left, known[0].loaded_bytes),
+        "time": [_time(rate, shape, left, sizes) for rate in known],
     }
 
 
@@ -184,6 +188,7 @@ def _disk(
     left: pd.DataFrame,
     work: dict,
     exports: Collection[str],
+    weights: Path | None,
 ) -> dict:
     """Bytes to write against bytes that are free, and what other ways to store the same would take in a new store."""
     share = work["sequences"] / max(work["sequences"] + work["finished_sequences"], 1)
@@ -211,8 +216,16 @@ def _disk(
         "embeddings_bytes": ways[0]["bytes"],
         "tables_bytes": int(tables),
         "exports_bytes": exported,
+        "download": _download(weights, settings) if weights and not weights.exists() else None,
         "ways": [way | {"fits": way["bytes"] + tables <= free} for way in ways],
     }
+
+
+def _download(weights: Path, settings: dict) -> dict:
+    """What a checkpoint takes at most, in float32, and what is free for it; `needed_bytes` leaves it out."""
+    shape = ModelConfig(settings["num_layers"], settings["embed_dim"], settings["attention_heads"])
+    folder = next(folder for folder in weights.absolute().parents if folder.exists())
+    return {"path": str(weights), "bytes": 4 * shape.parameters, "free_bytes": shutil.disk_usage(folder).free}
 
 
 def _shard_bytes(lengths: pd.DataFrame, settings: dict, sizes: Sizes) -> int:
@@ -225,43 +238,55 @@ def _shard_bytes(lengths: pd.DataFrame, settings: dict, sizes: Sizes) -> int:
     return int((bytes_per_sequence(length, settings) * n).sum()) + header * (len(shards) - 1)
 
 
-def bytes_per_token(settings: dict, shape: ModelConfig, precision: str) -> int:
-    """What a batch needs beside the weights for each of its tokens, see `ModelConfig.bytes_per_token`."""
+def stored_bytes(settings: dict) -> int:
+    """What a batch's results take for each of its tokens, see `ModelConfig.bytes_per_token`."""
     layers, d = len(settings["layers"]), settings["embed_dim"]
     stored = layers * d * np.dtype(settings["storage_dtype"]).itemsize if "residue" in settings["outputs"] else 0
-    return shape.bytes_per_token(_itemsize(precision), stored + 4 * (layers - 1) * d)
+    return stored + 4 * (layers - 1) * d
 
 
 def _itemsize(precision: str) -> int:
     return 4 if precision == "float32" else 2
 
 
-def _memory(settings: dict, shape: ModelConfig, batch_tokens: int | str, threads: int, left: pd.DataFrame) -> dict:
-    """What weights, a batch and the longest sequence take of the device's memory; the proteins that GPUs hold."""
+def _memory(
+    settings: dict, shape: ModelConfig, batch_tokens: int | str, threads: int, left: pd.DataFrame, loaded: int | None
+) -> dict:
+    """What weights, a batch and the longest sequence take of the device's memory; the proteins that GPUs hold.
+
+    `loaded` is what the process and its weights took in this store's jobs, where that was measured.
+    """
     device, precision = settings["device"], settings["precision"]
     longest = int(left["length"].max()) if len(left) else 0
     tokens = AUTO_BATCH_TOKENS[device] if batch_tokens == "auto" else batch_tokens
-    per_token = bytes_per_token(settings, shape, precision)
-    fixed = shape.parameters * _itemsize(precision) + (PROCESS_BYTES if device == "cpu" else 0)
+    itemsize, stored = _itemsize(precision), stored_bytes(settings)
+    fixed = loaded or int(shape.parameters * itemsize + (PROCESS_BYTES if device == "cpu" else 0))
     at_once = min(threads, MOST_AT_ONCE) if device == "cpu" and tokens <= AUTO_BATCH_TOKENS["cpu"] else 1
+    if device == "cpu":
+        batch = shape.resident_bytes(itemsize, tokens, threads, stored)
+        alone = shape.resident_bytes_alone(itemsize, longest + 2, stored)
+    else:
+        batch, alone = (n * shape.bytes_per_token(itemsize, stored) for n in (tokens, longest + 2))
     on_gpu = precision if device == "cuda" else "float16"
+    per_token = shape.bytes_per_token(_itemsize(on_gpu), stored)
     cards = []
     for card in CARDS_GB:
         room = CARD_SHARE * card * 1e9 - shape.parameters * _itemsize(on_gpu)
-        most = int(room / bytes_per_token(settings, shape, on_gpu)) - 2
+        most = int(room / per_token) - 2
         beyond = int(left["n"][left["length"] > most].sum())
         cards.append({"gigabytes": card, "longest_residues": max(most, 0), "sequences_beyond": beyond})
     return {
         "measure": "allocated GPU memory" if device == "cuda" else "resident memory",
-        "weights_bytes": shape.parameters * _itemsize(precision),
-        "process_bytes": int(fixed) - shape.parameters * _itemsize(precision),
-        "bytes_per_token": per_token,
+        "weights_bytes": shape.parameters * itemsize,
+        "loaded_bytes": fixed,
+        "loaded_measured": loaded is not None,
         "batch_tokens": tokens,
         "batches_at_once": at_once,
-        "batch_bytes": int(fixed + at_once * per_token * tokens),
+        "batch_bytes": fixed + batch,
         "longest_residues": longest,
-        "longest_bytes": int(fixed + per_token * (longest + 2)),
+        "longest_bytes": fixed + alone,
         "cards_precision": on_gpu,
+        "cards_bytes_per_token": per_token,
         "cards": cards,
     }
 
@@ -302,7 +327,13 @@ def _needs(made: dict) -> list[str]:
     verdict = "" if disk["fits"] else "; IT DOES NOT FIT"
     exported = f", at most {size(disk['exports_bytes'])} of them for exports" if disk["exports_bytes"] else ""
     lines = [f"Disk        {size(disk['needed_bytes'])} to write{exported}, {size(disk['free_bytes'])} free{verdict}"]
-    lines += [f"              {way_name(way)}: {size(way['bytes'])}" for way in disk["ways"] if not way["chosen"]]
+    if download := disk["download"]:
+        most, free = size(download["bytes"]), size(download["free_bytes"])
+        lines.append(f"              and first the weights, {download['path']}: {most} in float32, {free} free")
+    whole = "everything in a new store, " if work["finished_sequences"] else ""
+    lines += [
+        f"              {whole}{way_name(way)}: {size(way['bytes'])}" for way in disk["ways"] if not way["chosen"]
+    ]
     lines.append(
         f"Memory      {size(memory['batch_bytes'])} for {_batches(memory)}, {size(memory['longest_bytes'])} for the longest"
         f" protein ({memory['longest_residues']:,} residues); {memory['measure']}"

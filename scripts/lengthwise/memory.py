@@ -41,9 +41,11 @@ class MemoryMeter:
                 peaks.allocated = torch.cuda.max_memory_allocated(self.device)
                 peaks.reserved = torch.cuda.max_memory_reserved(self.device)
 
-    def used(self) -> int:
+    def used(self) -> int | None:
         """Bytes in use now, by the measure that peaks have on this device."""
-        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else _resident("VmRSS")
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return _resident("VmRSS") if self.resident else None
 
     def _note(self, change: Callable[[], object]) -> None:
         """Credit the peak so far to all that is running, then begin or end one and measure afresh."""

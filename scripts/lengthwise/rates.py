@@ -51,6 +51,7 @@ class Rate:
     high: float
     basis: str  # where rate and range come from
     measured_seconds: float = 0.0  # what was measured took so long
+    loaded_bytes: int | None = None  # memory in use once the weights were loaded, as far as it was measured
 
     def seconds(self, shape: ModelConfig, lengths: np.ndarray) -> np.ndarray:
         """What sequences of these lengths are expected to take, without loading the weights."""
@@ -108,10 +109,16 @@ def measured_here(store: Path, settings: dict, shape: ModelConfig) -> list[Rate]
     batches["seconds"] = rows["wall_ms"].astype(float) / 1000
     found = []
     for device, here in batches.groupby("device"):
-        loads = [commit["load_seconds"] for commit in commits if commit["device"] == device]
-        rate = _fit(here, device, settings["precision"])
-        load, took = float(np.median(loads or [0.0])), float(here["seconds"].sum())
-        found.append((len(here), replace(rate, load_seconds=load, measured_seconds=took)))
+        jobs = [commit for commit in commits if commit["device"] == device]
+        loads = [commit["load_seconds"] for commit in jobs]
+        loaded = [n for commit in jobs if (n := commit.get("loaded_bytes"))]  # earlier versions did not note it
+        rate = replace(
+            _fit(here, device, settings["precision"]),
+            load_seconds=float(np.median(loads or [0.0])),
+            measured_seconds=float(here["seconds"].sum()),
+            loaded_bytes=int(np.median(loaded)) if loaded else None,
+        )
+        found.append((len(here), rate))
     return [rate for _, rate in sorted(found, key=lambda item: -item[0])]
 
 

@@ -5,7 +5,7 @@ import pandas as pd
 
 from lengthwise.shapes import AUTO_BATCH_TOKENS, MOST_AT_ONCE, ModelConfig
 
-# Python and torch, before any work. 0.55 GB were measured on the CPU; what CUDA's libraries, its context and the processes
+# Python and torch, before any work. 0.4 GB were measured on the CPU; what CUDA's libraries, its context and the processes
 # of torch.compile take is assumed.
 PROCESS_BYTES = {"cpu": 1.0e9, "cuda": 8.0e9}
 # Assumed of a shared file system that others read from too.
@@ -45,7 +45,8 @@ def ask(jobs: pd.DataFrame, settings: dict, checkpoint_bytes: int) -> pd.DataFra
     results = tokens + BATCHES_WAITING * np.maximum(jobs["longest"] + 2, AUTO_BATCH_TOKENS[device])
     host += results * shape.embed_dim * len(settings["layers"]) * 4
     if device == "cpu":
-        host += shape.parameters * itemsize + tokens * shape.bytes_per_token(itemsize)
+        host += shape.parameters * itemsize + shape.resident_bytes(itemsize, AUTO_BATCH_TOKENS[device], at_once)
+        host += shape.resident_bytes_alone(itemsize, 1) * jobs["longest"]
     seconds = START_SECONDS + checkpoint_bytes / READ_BYTES_PER_SECOND + PATIENCE * jobs["forecast_seconds"]
     columns = {"mem_mb": host / 1e6, "disk_mb": jobs["forecast_bytes"] * 1.05 / 1e6, "runtime_minutes": seconds / 60}
     return pd.DataFrame({name: np.ceil(values).astype(int) for name, values in columns.items()}, index=jobs.index)

@@ -2,6 +2,15 @@
 
 from dataclasses import dataclass
 
+# Tokens per batch where `batch_tokens` is auto. On the CPU more gain nothing (8M and 150M, measured), and cost memory.
+AUTO_BATCH_TOKENS = {"cpu": 2_048, "cuda": 32_768}
+# Batches that a CPU computes at the same time, at most: each takes memory.
+MOST_AT_ONCE = 16
+# What a CPU's passes take of resident memory, against what is counted, and of how many earlier batches of a core something is
+# kept: measured with 8M and 150M, one protein of 4,000 to 16,000 residues, and 100,000 residues in batches of 1,024 to 4,096
+# tokens on one and two cores, in float32 and bfloat16 (glibc 2.36, torch 2.13).
+RESIDENT_SHARE, BATCHES_KEPT = 1.4, 2
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -49,11 +58,28 @@ class ModelConfig:
         feed_forward = 12 + (9 if itemsize == 4 else 10) * itemsize
         return self.embed_dim * max(rotary, feed_forward) + 4 * self.head_dim + stored_bytes
 
+    def resident_bytes(self, itemsize: int, batch_tokens: int, cores: int, stored_bytes: int = 0) -> int:
+        """Resident memory that a CPU's forward passes of many batches come to take beside the process and its weights.
 
-# Tokens per batch where `batch_tokens` is auto. On the CPU more gain nothing (8M and 150M, measured), and cost memory.
-AUTO_BATCH_TOKENS = {"cpu": 2_048, "cuda": 32_768}
-# Batches that a CPU computes at the same time, at most: each takes memory.
-MOST_AT_ONCE = 16
+        Parameters
+        ----------
+        itemsize, stored_bytes
+            As of `bytes_per_token`.
+        batch_tokens
+            Of a batch: on a core of its own, or, where it is longer than usual, on all of them.
+        cores
+            That compute.
+        """
+        cores, usual = min(cores, MOST_AT_ONCE), min(batch_tokens, AUTO_BATCH_TOKENS["cpu"])
+        # What goes into qkv, out_proj, fc1 and fc2 and comes out; in float32 oneDNN adds the residual too.
+        products = (18 if itemsize == 4 else 16) * itemsize * self.embed_dim
+        computed = self.resident_bytes_alone(itemsize, max(batch_tokens, cores * usual), stored_bytes)
+        return computed + BATCHES_KEPT * cores * usual * products
+
+    def resident_bytes_alone(self, itemsize: int, tokens: int, stored_bytes: int = 0) -> int:
+        """The same of a first batch of so many tokens, while nothing is kept of others yet."""
+        return int(RESIDENT_SHARE * self.bytes_per_token(itemsize, stored_bytes) * tokens)
+
 
 # Source: the checkpoints' names and https://github.com/facebookresearch/esm#available-models
 MODELS = {

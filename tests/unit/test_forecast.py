@@ -29,9 +29,9 @@ SIZES = {"job_seconds": 4e-4, "shard_bytes": 8_000}
 Usage = namedtuple("Usage", "total used free")
 
 
-def forecast_of(store, exports=(), **sizes) -> dict:
+def forecast_of(store, sizes: dict = SIZES, **options) -> dict:
     folders = {name: store.inputs(name) for name in store.datasets}
-    return forecast.forecast(store.path, store.settings, folders, Sizes(**(sizes or SIZES)), exports=exports)
+    return forecast.forecast(store.path, store.settings, folders, Sizes(**sizes), **options)
 
 
 def bytes_in(folder) -> int:
@@ -57,7 +57,7 @@ def test_a_run_writes_the_bytes_that_were_forecast(small_store, random_proteins,
     store.ingest("a", random_proteins(50, 50, 500))
     store.ingest("b", random_proteins(20, 50, 500, seed=1) | {"x": "M-K"})
     sizes = {"job_seconds": 0.05, "shard_bytes": 1_000_000}
-    made = forecast_of(store, **sizes)
+    made = forecast_of(store, sizes)
     before = bytes_in(store.path)
     store.run(**sizes)
     assert (len(store.jobs), len(store.shard_files())) == (made["work"]["jobs"], made["work"]["shards"])
@@ -134,7 +134,35 @@ def test_memory_for_a_token_is_what_the_engine_reckons_with(small_store, tiny_ch
     made = small_store(**settings).settings
     output = Output(tuple(made["layers"]), tuple(made["outputs"]), made["storage_dtype"])
     engine = Engine(tiny_checkpoint, torch.device("cpu"), "float32", output)
-    assert forecast.bytes_per_token(made, TINY, "float32") == engine.bytes_per_token
+    assert TINY.bytes_per_token(4, forecast.stored_bytes(made)) == engine.bytes_per_token
+
+
+def test_what_the_loaded_weights_took_in_this_store_is_what_they_will_take(small_store, random_proteins):
+    store = small_store()
+    store.ingest("a", random_proteins(60))
+    store.plan(**SIZES)
+    commit = store.embed(store.jobs["job"][0])
+    assert commit["loaded_bytes"] > 50e6
+    memory = forecast_of(store)["memory"]
+    assert (memory["loaded_bytes"], memory["loaded_measured"]) == (commit["loaded_bytes"], True)
+    path = commit_path(store.path, commit["job"])
+    path.write_text(json.dumps({key: value for key, value in commit.items() if key != "loaded_bytes"}))
+    memory = forecast_of(store)["memory"]  # of an earlier version
+    assert (memory["loaded_bytes"], memory["loaded_measured"]) == (
+        int(forecast.PROCESS_BYTES) + memory["weights_bytes"],
+        False,
+    )
+
+
+def test_weights_to_download_are_told_until_they_are_there(store, tmp_path):
+    weights = tmp_path / "not" / "there.pt"
+    made = forecast_of(store, weights=weights)
+    assert made["disk"]["download"]["bytes"] == 4 * TINY.parameters
+    assert str(weights) in forecast.text(made)
+    assert str(weights) in forecast.page(made)
+    weights.parent.mkdir()
+    weights.write_bytes(b"")
+    assert forecast_of(store, weights=weights)["disk"]["download"] is None
 
 
 def test_the_weights_are_counted(tiny_checkpoint):

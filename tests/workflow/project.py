@@ -41,6 +41,8 @@ class Run:
 class Project:
     """A folder with a config and inputs, on which a checkout's workflow runs."""
 
+    cores = 4
+
     def __init__(self, folder: Path, checkout: Path = ROOT):
         self.folder, self.checkout = folder, checkout
 
@@ -76,7 +78,7 @@ class Project:
         (self.folder / "config" / "config.yaml").write_text(yaml.safe_dump(config))
 
     def command(self, *arguments: str) -> list[str]:
-        command = [sys.executable, "-m", "snakemake", *arguments, "--cores", "4", "--resources", "gpu=1"]
+        command = [sys.executable, "-m", "snakemake", *arguments, "--cores", str(self.cores), "--resources", "gpu=1"]
         return [*command, "--snakefile", str(self.checkout / "workflow" / "Snakefile"), "--directory", str(self.folder)]
 
     @property

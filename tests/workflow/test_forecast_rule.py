@@ -1,8 +1,16 @@
 """The forecast as a user asks for it, and the refusal of what does not fit on the disk."""
 
 import json
+import statistics
 
+import pytest
 from project import Project, random_sequences
+
+import realistic
+from lengthwise.allocation import usable_cores
+from lengthwise.files import read_json
+from lengthwise.metrics import read_metrics
+from lengthwise.store import find_metrics
 
 
 def test_a_forecast_reads_the_inputs_and_nothing_more(project):
@@ -36,3 +44,48 @@ def test_a_run_that_the_disk_cannot_hold_stops_before_it_embeds(tmp_path, monkey
     assert not (project.store / "plan" / "jobs.tsv").exists()  # so that the next run plans, and asks, again
     project.configure(inputs=["in/*.fasta"], model="tiny.pt", disk_space="ignore")
     assert project.snakemake("results/tiny/plan/jobs.tsv").code == 0
+
+
+def test_a_gpu_is_forecast_where_there_is_none(project, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    project.configure(model="esm2_t33_650M_UR50D", device="cuda")
+    run = project.snakemake("forecast")
+    assert run.code == 0, run.output
+    assert "float16 on cuda" in run.output
+    assert "allocated GPU memory" in run.output
+    assert "no GPU is visible" in project.snakemake().errors[0]  # embedding there is another matter
+
+
+# Records of the job that is learned from, and of the one that is forecast; so often.
+FIRST, SECOND, ROUNDS = 120, 280, 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_memory_and_time_are_as_forecast_on_a_quiet_machine(tmp_path, precision):
+    """Prints what was forecast and what was measured, in 8M's shape on all cores, for the README."""
+    times, memories = [], []
+    for number in range(ROUNDS):
+        project = Project(tmp_path / str(number))
+        project.cores = usable_cores()
+        store = project.folder / "results" / "demo"
+        for name, records in (("first", FIRST), ("second", SECOND)):
+            (project.folder / "config").mkdir(parents=True, exist_ok=True)
+            realistic.write(project.folder / f"{name}.fasta", records, seed=records)
+            project.configure(inputs=[f"{name}.fasta"], precision=precision, weights=str(tmp_path / "weights"))
+            assert project.snakemake("forecast").code == 0
+            assert project.snakemake(f"results/demo/datasets/{name}/manifest.json").code == 0
+        made = read_json(store / "forecast" / "forecast.json")
+        commit = max(map(read_json, store.glob("jobs/*.json")), key=lambda job: job["finished"])
+        seconds, expected_seconds = commit["load_seconds"] + commit["embed_seconds"], made["time"][0]["seconds"]
+        peak = read_metrics(find_metrics(store, shard) for shard in commit["made"])["peak_rss_bytes"].max()
+        expected_peak = max(made["memory"]["batch_bytes"], made["memory"]["longest_bytes"])
+        times.append(expected_seconds / seconds)
+        memories.append(expected_peak / peak)
+        print(
+            f"\n{precision}, {commit['residues']:,} residues: {seconds:.1f} s, forecast {expected_seconds:.1f} s; ",
+            end="",
+        )
+        print(f"{peak / 1e6:.0f} MB, forecast {expected_peak / 1e6:.0f} MB", flush=True)
+    assert statistics.median(times) == pytest.approx(1, abs=0.3), times
+    assert statistics.median(memories) == pytest.approx(1, abs=0.1), memories

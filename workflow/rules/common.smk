@@ -181,8 +181,9 @@ def begin():
 
 
 def require_device():
-    """Before any job: a run on this machine needs the device that was asked for."""
-    if not workflow.non_local_exec and workflow.is_main_process and uses_gpu():
+    """Before any job: a run on this machine needs the device that was asked for; a forecast for it does not."""
+    forecast_alone = options() is not None and set(options().targets) == {"forecast"}
+    if not workflow.non_local_exec and workflow.is_main_process and uses_gpu() and not forecast_alone:
         try:
             refuse_missing_gpu()
         except LengthwiseError as error:

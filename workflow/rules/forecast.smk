@@ -19,6 +19,6 @@ rule forecast:
         mem_mb=2000,
     params:
         auto_device=device_of_new_store,
-        threads=model_threads,
+        threads=computing_threads,
     script:
         "../../scripts/forecast.py"

@@ -4,6 +4,7 @@ In: the config, the plan, the sizes of the inputs. Out: the functions that rules
 They change no results, and a site may replace each of them: --set-resources embed:mem_mb=64000.
 """
 
+from lengthwise.allocation import usable_cores
 from lengthwise.device import auto_device
 from lengthwise.files import read_json
 from lengthwise.rates import READ_BYTES_PER_SECOND
@@ -39,6 +40,12 @@ def model_threads(wildcards):
     if uses_gpu():
         return 4
     return 8 if on_cluster() else workflow.cores
+
+
+def computing_threads(wildcards):
+    """Those of `model_threads` that have a core; on a cluster, all of them."""
+    threads = model_threads(wildcards)
+    return threads if on_cluster() else min(threads, usable_cores())
 
 
 def planned_request(wildcards, column):
