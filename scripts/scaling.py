@@ -20,4 +20,5 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
             require(store)["precision"],
             Path(snakemake.output.table),
             threads=snakemake.threads,
+            seconds=snakemake.config["scaling_seconds"],
         )

@@ -80,7 +80,7 @@ class Point:
 
 
 def scaling(
-    weights: Path, device: str, precision: str, table: Path, threads: int = 1, seconds: float | None = None
+    weights: Path, device: str, precision: str, table: Path, threads: int = 1, seconds: float | str = "auto"
 ) -> pd.DataFrame:
     """Time and memory of forward passes at controlled lengths.
 
@@ -101,7 +101,7 @@ def scaling(
     threads
         CPU threads for torch: here a batch runs on all of them, while production gives each core a batch of its own.
     seconds
-        Time for all measurements together, `SECONDS` of the device by default; loading the weights is not counted.
+        Time for all measurements together, or auto: `SECONDS` of the device; loading the weights is not counted.
 
     Returns
     -------
@@ -125,7 +125,7 @@ def scaling(
     probe = Probe(place)
     fixed = {"device": device_name(place), "device_bytes": probe.device_bytes(), "memory_measure": probe.memory_measure}
     rows: list[dict] = []
-    left, plan = SECONDS[place.type] if seconds is None else seconds, _plan(place, precision)
+    left, plan = SECONDS[place.type] if seconds == "auto" else seconds, _plan(place, precision)
     shares_left = sum(share * len(sizes) for *_, sizes, share in plan)
     for engine, kind, gradients, sizes, share in plan:
         loaded = _load(engine, weights, place, kind, gradients)

@@ -107,8 +107,9 @@ def scaling_mem_mb(wildcards, attempt):
 
 
 def scaling_minutes(wildcards, attempt):
-    """The study's own few, and the weights read twice."""
-    return int(20 + 2 * float32_bytes() / READ_BYTES_PER_SECOND / 60) * attempt
+    """The study's own few or what it was given, and the weights read twice."""
+    given = 0 if config["scaling_seconds"] == "auto" else config["scaling_seconds"] / 60
+    return int(20 + 1.2 * given + 2 * float32_bytes() / READ_BYTES_PER_SECOND / 60) * attempt
 
 
 def summarize_mem_mb(wildcards, attempt):
