@@ -18,6 +18,7 @@ import pandas as pd
 from project import ROOT, Project, Run, random_sequences
 
 from lengthwise.plan import read_jobs
+from lengthwise.progress import look
 from slurm import Cluster, ClusterProject, Gate, Submission, wait_until
 
 DONE = "results/tiny/datasets/a/manifest.json"
@@ -133,6 +134,7 @@ class Login:
     """A run on the login node that was killed."""
 
     project: ClusterProject
+    progress: str
     second_at_once: Run
     without_unlock: Run
     finished_before: Shards
@@ -149,6 +151,9 @@ def login(cluster: Cluster, project: ClusterProject) -> Login:
     first = project.submit(*targets)
     for gate in gates:
         gate.wait()
+    wait_until(lambda: look(project.store).done, "heartbeats of jobs on nodes say that residues are done")
+    watch = [sys.executable, "-m", "lengthwise", "progress", str(project.store), "--once"]
+    progress = subprocess.run(watch, capture_output=True, text=True, check=True, env=project.environment).stdout
     second_at_once = project.submit(*targets).wait()
     os.killpg(first.process.pid, signal.SIGKILL)
     first.process.wait()
@@ -161,7 +166,7 @@ def login(cluster: Cluster, project: ClusterProject) -> Login:
         gate.open()
     end = last.wait()
     dead_jobs, last_jobs = ([cluster.show(job) for job in run.slurm_jobs("rule_embed/")] for run in (first, last))
-    return Login(project, second_at_once, without_unlock, finished_before, dead_jobs, end, last_jobs)
+    return Login(project, progress, second_at_once, without_unlock, finished_before, dead_jobs, end, last_jobs)
 
 
 @dataclass

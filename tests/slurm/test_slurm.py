@@ -1,6 +1,7 @@
 """The workflow on a real SLURM: a whole run, faults, and what a login node goes through."""
 
 import os
+import re
 import time
 import warnings
 from itertools import combinations
@@ -144,6 +145,13 @@ def test_a_retry_asks_for_more(faults, fault):
     assert f"mem={row['mem_mb']}M" in first["TRES"]
     assert f"mem={2 * row['mem_mb']}M" in second["TRES"]
     assert second["TimeLimit"] == f"{2 * row['runtime_minutes'] // 60:02}:{2 * row['runtime_minutes'] % 60:02}:00"
+
+
+def test_the_login_node_sees_how_far_jobs_on_nodes_are(login):
+    said = re.search(r" tiny: ([\d,]+) of ([\d,]+) residues .*, 0 of [\d,]+ jobs done, 2 running,", login.progress)
+    assert said, login.progress
+    done, total = (int(number.replace(",", "")) for number in said.groups())
+    assert 0 < done < total
 
 
 def test_a_second_run_at_once_is_refused_and_says_who_is_at_work(login):
