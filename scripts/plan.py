@@ -8,7 +8,7 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
     import pyarrow.parquet as pq
 
     from lengthwise.exports import missing_bytes
-    from lengthwise.logs import count, duration
+    from lengthwise.logs import count
     from lengthwise.plan import Sizes, plan
     from lengthwise.rates import pace
     from lengthwise.settings import require
@@ -27,12 +27,11 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
     new = uncommitted(store, jobs)
     wanted = sum(pq.read_metadata(path).num_rows for path in sequences.values())
     log.info(
-        "%s in %s; to embed: %s, %s in %s, forecast %s and %.2f GB",
+        "%s in %s; to embed: %s, %s in %s, and %.2f GB to write",
         count(wanted, "sequence"),
         count(len(sequences), "dataset"),
         count(new["sequences"].sum(), "sequence"),
         count(new["residues"].sum(), "residue"),
         count(len(new), "job"),
-        duration(new["forecast_seconds"].sum()),
         new["forecast_bytes"].sum() / 1e9,
     )

@@ -38,8 +38,8 @@ _UNNAMEABLE = re.compile(r"[/%\0]|^\.$")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._|=+@,-]{0,199}")
 # Pooled vectors are gathered so many bytes at a time.
 _GATHERED_BYTES = 64 << 20
-# What an entry takes beside its numbers, at most.
-_ENTRY_BYTES = 2048
+# What an entry takes beside its numbers, measured and rounded up.
+_ENTRY_BYTES = {"h5": 900, "pt": 2048, "biotrainer": 1300, "parquet": 64}
 
 
 def export(dataset: Path, kind: str, memory_bytes: int = 1 << 30) -> int:
@@ -106,8 +106,11 @@ def export_bytes(kind: str, settings: dict, records: Path) -> int:
     with duckdb.connect(config={"threads": 1}) as database:
         ((n, residues),) = database.execute(query, [str(records)]).fetchall()
     tensors = tensors_of(kind, settings)
-    numbers = sum(residues if name.startswith("layer_") else n for name in tensors) * settings["embed_dim"]
-    return numbers * (2 if kind == "h5" else 4) + n * _ENTRY_BYTES
+    rows = {name: residues if name.startswith("layer_") else n for name in tensors}
+    # biotrainer's files have residues as they are stored.
+    half = {"h5": rows, "biotrainer": {"layer_"} if settings["storage_dtype"] == "float16" else ()}.get(kind, ())
+    numbers = sum(count * (2 if any(name.startswith(prefix) for prefix in half) else 4) for name, count in rows.items())
+    return numbers * settings["embed_dim"] + n * _ENTRY_BYTES[kind]
 
 
 def missing_bytes(store: Path, settings: dict, datasets: list[str], kinds: list[str]) -> int:

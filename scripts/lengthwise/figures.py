@@ -151,6 +151,19 @@ def scaling_throughput(study: pd.DataFrame) -> Plot | str:
     return plot
 
 
+def _laws(
+    plot: Plot, study: pd.DataFrame, found: list[Law], quantity: str, config: ModelConfig, factor: int = 1
+) -> None:
+    """A line for the law of each engine, as far as its points go."""
+    for engine, (name, color, _) in ENGINES.items():
+        law = choose(found, quantity, engine, study["precision"].iloc[0])
+        if law and law.determined:
+            points = study.loc[(study["engine"] == engine) & ~study["gradients"], "length"]
+            lengths = np.geomspace(points.min(), points.max(), 60)
+            values = [factor * law.at(config, length) for length in lengths]
+            plot.axes.plot(lengths, values, color=color, lw=1.2, label=f"{name}, law")
+
+
 @styled
 def scaling_memory(study: pd.DataFrame, found: list[Law], config: ModelConfig, measure: str) -> Plot | str:
     """Memory that one sequence adds against its length, both engines, and the laws fitted to it."""
@@ -159,12 +172,7 @@ def scaling_memory(study: pd.DataFrame, found: list[Law], config: ModelConfig, m
         return "Memory was not measured in the scaling study on this device."
     plot = Plot(LENGTH, f"Added {measure}")
     _engines(plot, study, "peak_bytes", "measured", "")
-    lengths = np.geomspace(study["length"].min(), study["length"].max(), 60)
-    for engine, (name, color, _) in ENGINES.items():
-        law = choose(found, "memory", engine, study["precision"].iloc[0])
-        if law and law.determined:
-            values = [law.at(config, length) for length in lengths]
-            plot.axes.plot(lengths, values, color=color, lw=1.2, label=f"{name}, law")
+    _laws(plot, study, found, "memory", config)
     _finish(plot, study, "peak_bytes", log=True)
     for length in (50, 500):
         _mark(plot, length, f"{length} residues")
@@ -180,12 +188,7 @@ def scaling_time(study: pd.DataFrame, found: list[Law], config: ModelConfig) -> 
         return "The scaling study had no time for a single point."
     plot = Plot(LENGTH, "Time of one protein (ms)")
     _engines(plot, study, "wall_ms", "measured", "")
-    lengths = np.geomspace(study["length"].min(), study["length"].max(), 60)
-    for engine, (name, color, _) in ENGINES.items():
-        law = choose(found, "time", engine, study["precision"].iloc[0])
-        if law and law.determined:
-            values = [1000 * law.at(config, length) for length in lengths]
-            plot.axes.plot(lengths, values, color=color, lw=1.2, label=f"{name}, law")
+    _laws(plot, study, found, "time", config, factor=1000)
     _finish(plot, study, "wall_ms", log=True)
     _mark(plot, 6 * config.embed_dim - 2, "L = 6 d - 2")
     plot.legend(columns=2)

@@ -28,13 +28,14 @@ LENGTHS = np.array([1, 30, 50, 75, 100, 150, 200, 300, 400, 600, 800, 1023, 1500
 TRAINED = 1022
 # Of a GPU's memory, what weights and batch may take: the rest is CUDA's own, and the engine leaves a tenth.
 CARD_SHARE = 0.85
-DATASETS_SHOWN = 20  # in a terminal
+DATASETS_SHOWN = 20
 CARDS_GB = (8, 16, 24, 40, 80)
 # Python and torch's CPU build with what they have loaded, before the weights.
 PROCESS_BYTES = 0.37e9
-# Tables beside the embeddings, measured: a dataset's index against its table of records, its lookup for each record; a job's
-# spec and commit beside its sequences; a shard's metrics.
-INDEX_SHARE, LOOKUP_BYTES, JOB_BYTES, METRICS_BYTES = 1.3, 100, 3_000, 6_000
+# Tables beside the embeddings, measured: specs against the table of sequences; a dataset's index against its table of records,
+# its lookup for each record; a job's spec and commit beside its sequences; a shard's metrics; the report, a batch in it.
+SPEC_SHARE, INDEX_SHARE, LOOKUP_BYTES, JOB_BYTES, METRICS_BYTES = 0.56, 1.4, 107, 3_000, 6_000
+REPORT_BYTES, BATCH_BYTES = 1.32e6, 400
 
 
 def forecast(
@@ -193,7 +194,7 @@ def _disk(
     """Bytes to write against bytes that are free, and what other ways to store the same would take in a new store."""
     share = work["sequences"] / max(work["sequences"] + work["finished_sequences"], 1)
     records = sum(pq.read_metadata(folder / "records.parquet").num_rows for folder in datasets.values())
-    tables = sum(share * os.path.getsize(folder / "sequences.parquet") for folder in datasets.values())
+    tables = sum(SPEC_SHARE * share * os.path.getsize(folder / "sequences.parquet") for folder in datasets.values())
     tables += sum(INDEX_SHARE * os.path.getsize(folder / "records.parquet") for folder in datasets.values())
     tables += LOOKUP_BYTES * records + JOB_BYTES * work["jobs"] + METRICS_BYTES * work["shards"]
     free = shutil.disk_usage(store).free
@@ -208,13 +209,16 @@ def _disk(
         if other != own:
             ways.append(other | {"chosen": False, "bytes": _shard_bytes(wanted, settings | other, sizes)})
     exported = missing_bytes(store, settings, list(datasets), list(exports))
-    needed = ways[0]["bytes"] + int(tables) + exported
+    report = BATCH_BYTES * work["residues"] / AUTO_BATCH_TOKENS[settings["device"]]
+    report += 0 if (store / "report" / "index.html").exists() else REPORT_BYTES
+    needed = ways[0]["bytes"] + int(tables) + int(report) + exported
     return {
         "free_bytes": free,
         "needed_bytes": needed,
         "fits": needed <= free,
         "embeddings_bytes": ways[0]["bytes"],
         "tables_bytes": int(tables),
+        "report_bytes": int(report),
         "exports_bytes": exported,
         "download": _download(weights, settings) if weights and not weights.exists() else None,
         "ways": [way | {"fits": way["bytes"] + tables <= free} for way in ways],
@@ -313,7 +317,7 @@ def text(made: dict) -> str:
     for row in made["datasets"][:DATASETS_SHOWN]:
         lines += ["", f"{row['dataset']}", *(f"            {line}" for line in _dataset_lines(row))]
     if (more := len(made["datasets"]) - DATASETS_SHOWN) > 0:
-        lines += ["", f"and {count(more, 'dataset')} more; the page has them all"]
+        lines += ["", f"and {count(more, 'dataset')} more; forecast.json has them all"]
     lines += ["", f"To embed    {_work(made)}"]
     lines += _needs(made) if made["work"]["sequences"] else []
     if made["random_weights"]:
@@ -325,7 +329,7 @@ def _needs(made: dict) -> list[str]:
     """What the work that is left takes."""
     work, disk, memory = made["work"], made["disk"], made["memory"]
     verdict = "" if disk["fits"] else "; IT DOES NOT FIT"
-    exported = f", at most {size(disk['exports_bytes'])} of them for exports" if disk["exports_bytes"] else ""
+    exported = f", {size(disk['exports_bytes'])} of them for exports" if disk["exports_bytes"] else ""
     lines = [f"Disk        {size(disk['needed_bytes'])} to write{exported}, {size(disk['free_bytes'])} free{verdict}"]
     if download := disk["download"]:
         most, free = size(download["bytes"]), size(download["free_bytes"])
@@ -336,7 +340,7 @@ def _needs(made: dict) -> list[str]:
     ]
     lines.append(
         f"Memory      {size(memory['batch_bytes'])} for {_batches(memory)}, {size(memory['longest_bytes'])} for the longest"
-        f" protein ({memory['longest_residues']:,} residues); {memory['measure']}"
+        f" protein ({count(memory['longest_residues'], 'residue')}); {memory['measure']}"
     )
     lines.append(f"Jobs        {count(work['jobs'], 'job')}, {count(work['shards'], 'shard')}")
     for number, row in enumerate(made["time"]):
@@ -368,7 +372,8 @@ def _dataset_lines(row: dict) -> list[str]:
     if row["reasons"]:
         lines[0] += " (" + ", ".join(f"{n:,} {reason}" for reason, n in row["reasons"].items()) + ")"
     if row["longest"]:
-        lines.append(f"{row['shortest']:,} to {row['longest']:,} residues, median {row['median']:,}")
+        first = f"{row['shortest']:,} to " if row["shortest"] != row["longest"] else ""
+        lines.append(f"{first}{count(row['longest'], 'residue')}, median {row['median']:,}")
         lines.append(_bars(row["histogram"]))
     if row["beyond_trained"]:
         lines.append(f"{row['beyond_trained']:,} longer than the {TRAINED:,} residues that ESM-2 was trained on")
@@ -387,7 +392,7 @@ def _bars(histogram: list[int]) -> str:
 def _work(made: dict) -> str:
     work = made["work"]
     if not work["sequences"]:
-        return f"nothing; {work['finished_sequences']:,} are finished"
+        return f"nothing; {work['finished_sequences']:,} are finished" if work["finished_sequences"] else "nothing"
     left = f"{count(work['sequences'], 'sequence')}, {count(work['residues'], 'residue')}"
     return left + (f"; {work['finished_sequences']:,} are finished" if work["finished_sequences"] else "")
 
@@ -413,6 +418,7 @@ def page(made: dict) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"n": "{:,.0f}".format, "size": size, "duration": duration, "way": way_name}
+    environment.filters["residues"] = lambda n: count(n, "residue")
     return environment.get_template("forecast.html").render(
-        made=made, trained=TRAINED, numbers=_numbers(made), batches=_batches(made["memory"])
+        made=made, trained=TRAINED, shown=DATASETS_SHOWN, numbers=_numbers(made), batches=_batches(made["memory"])
     )

@@ -4,7 +4,7 @@ Memory of a pass beside the weights: fixed + a tokens, and + b N (L + 2)^2 where
 written out. Time of a pass: fixed + p product operations + q attention operations.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,8 @@ RESIDENT_GRAIN = 4_000_000
 SPREAD = 4
 # A law with fewer points, or that explains less of them, is not read at lengths that were not measured.
 LEAST_POINTS, LEAST_R_SQUARED = 5, 0.95
+# A length that changes by more than this factor if one point is left out says more of that point.
+STEADY = 1.5
 MEMORY_MARGIN = 0.9  # as in the engine: the rest is for what the formula leaves out
 KEYS = ["engine", "precision", "gradients"]
 UNITS = {
@@ -42,6 +44,7 @@ class Law:
     largest_residual: float  # of a point, as a share of its measurement
     n_points: int
     up_to: int  # residues of its longest point
+    without_one: tuple[dict[str, float], ...] = ()  # of time: the coefficients with each point left out in turn
 
     @property
     def determined(self) -> bool:
@@ -80,8 +83,15 @@ def laws(study: pd.DataFrame) -> list[Law]:
             growing = list(terms.values())[1]
             if len(values) > len(terms) and growing.max() >= SPREAD * growing.min():
                 up_to = int(points["length"].max())
-                found.append(Law(quantity, engine, precision, gradients, *fit(terms, values), len(values), up_to))
+                law = Law(quantity, engine, precision, gradients, *fit(terms, values), len(values), up_to)
+                found.append(replace(law, without_one=_without_one(terms, values)) if quantity == "time" else law)
     return found
+
+
+def _without_one(terms: dict[str, np.ndarray], values: np.ndarray) -> tuple[dict[str, float], ...]:
+    """The coefficients of `fit` with each point left out in turn."""
+    left = [np.arange(len(values)) != i for i in range(len(values))]
+    return tuple(fit({name: column[kept] for name, column in terms.items()}, values[kept])[0] for kept in left)
 
 
 def fit(terms: dict[str, np.ndarray], values: np.ndarray) -> tuple[dict[str, float], float, float]:
@@ -114,11 +124,17 @@ def fit(terms: dict[str, np.ndarray], values: np.ndarray) -> tuple[dict[str, flo
     return coefficients, r_squared, float(np.abs(residuals / values).max())
 
 
-def crossing(law: Law, config: ModelConfig) -> float | None:
-    """The length where attention takes as long as the products, by a law of time; None where it is not determined."""
-    if not law.determined:
+def crossing(law: Law, config: ModelConfig) -> tuple[float, float, float] | None:
+    """The length where attention takes as long as the products, by a law of time, and the range of it.
+
+    The range is what leaving out any one point makes of it. None where the law is not determined, or one point decides more
+    than a factor of `STEADY`.
+    """
+    laws_of_all = [law.coefficients, *law.without_one]
+    if not law.determined or not all(c["attention"] for c in laws_of_all):
         return None
-    return 6 * config.embed_dim * law.coefficients["products"] / law.coefficients["attention"] - 2
+    at = [6 * config.embed_dim * c["products"] / c["attention"] - 2 for c in laws_of_all]
+    return (at[0], min(at), max(at)) if max(at) <= STEADY * min(at) else None
 
 
 def longest(law: Law, free_bytes: float) -> int | None:

@@ -21,7 +21,7 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.files import goes_with_this_process, temporary
 from lengthwise.logs import count, duration
 
-BEAT_SECONDS = 5.0
+FIRST_BEAT_SECONDS, BEAT_SECONDS = 0.5, 5.0
 # A heartbeat older than this is that of a job that was killed: some network file systems show files a minute late.
 STALE_SECONDS = 120.0
 REDRAW_SECONDS = 2.0
@@ -55,6 +55,7 @@ class Heartbeat:
 
     def _beat(self) -> None:
         part = temporary(self.path)
+        pause = FIRST_BEAT_SECONDS
         while True:
             done, residues, seconds = self.state()
             now = {"time": time.time(), "done": done, "residues": residues, "seconds": round(seconds, 3)}
@@ -63,9 +64,10 @@ class Heartbeat:
                 os.replace(part, self.path)  # not synced: it is of no use after a power cut
             except OSError:  # a full disk is the shards' business
                 part.unlink(missing_ok=True)
-            if self.ended.wait(BEAT_SECONDS):
+            if self.ended.wait(pause):
                 self.path.unlink(missing_ok=True)
                 return
+            pause = min(2 * pause, BEAT_SECONDS)  # a short job has something to say before it ends
 
     def __enter__(self) -> "Heartbeat":
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,10 +160,12 @@ def watch(store: Path, once: bool = False) -> None:
     Raises
     ------
     LengthwiseError
-        There is no store; or no plan, and `once`.
+        No run has begun in the store; or there is no plan, and `once`.
     """
     name, block, drawn = store.resolve().name, sys.stdout.isatty(), 0
-    if not once and store.is_dir() and not _plan(store).exists():
+    if not (_plan(store).parent.is_dir() or (store / "settings.json").exists()):
+        raise LengthwiseError(f"{store}: no run has begun here; give results/<model> of one")
+    if not once and not _plan(store).exists():
         print(f"{name}: no plan yet; waiting for it", flush=True)
         while not _plan(store).exists():
             time.sleep(REDRAW_SECONDS)

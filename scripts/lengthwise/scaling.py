@@ -87,8 +87,8 @@ def scaling(
     Each engine runs one sequence per batch and full batches of equal tokens, without gradients, in each precision that the
     device has instructions for (on a CPU full batches alone in others than the store's); and one sequence per batch with
     gradients (the forward pass keeps its graph; there is no backward pass) in the store's precision. Equal lengths need no
-    padding, so fair-esm is seen at its best. Lengths ascend, and a series ends where its memory does, or where its share of
-    the time does; what is left of its time goes to repeats, in rounds over its lengths.
+    padding, so fair-esm is seen at its best. Lengths ascend, and a series ends where its memory does, or where half of its
+    share of the time does; what is left goes to repeats, in rounds over its lengths, at most `MAX_REPEATS` of each.
 
     Parameters
     ----------
@@ -277,7 +277,8 @@ def _measure_series(series: Series, loaded: Loaded, config: ModelConfig, probe: 
         rows.append(row)
         flops, square = row["product_flops"] + row["attention_flops"], n * length**2
         left, available = ends - time.perf_counter(), probe.available_bytes()
-        if left <= 0 or (measured and 2 * flops * seconds_per_flop > left):  # one pass for memory, one for time
+        # One pass for memory, one for time; half of the time is kept for repeats.
+        if left <= budget / 2 or (measured and 2 * flops * seconds_per_flop > left - budget / 2):
             row["status"] = SKIPPED_TIME
             continue
         if available is not None and square * bytes_per_square > available:

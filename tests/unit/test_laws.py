@@ -78,11 +78,22 @@ def test_a_term_is_never_negative():
 
 def test_attention_costs_as_much_as_the_products_where_the_law_says():
     law = laws.choose(laws.laws(study()), "time", LENGTHWISE, "float32")
-    length = laws.crossing(law, SHAPE)
-    assert length == pytest.approx(6 * 320 * 2 / 5 - 2, rel=1e-5)
+    length, low, high = laws.crossing(law, SHAPE)
+    assert [low, length, high] == pytest.approx([6 * 320 * 2 / 5 - 2] * 3, rel=1e-5)
     attention = SHAPE.attention_flops(length)
     products = SHAPE.flops(length) - attention
     assert 2e-12 * products == pytest.approx(5e-12 * attention, rel=1e-5)
+
+
+def test_a_length_that_one_point_decides_is_not_stated():
+    noisy = laws.choose(laws.laws(study(noise=0.02)), "time", LENGTHWISE, "float32")
+    length, low, high = laws.crossing(noisy, SHAPE)
+    assert low < length < high < 1.2 * low
+    rows = study()
+    rows.loc[(rows["engine"] == LENGTHWISE) & (rows["length"] == rows["length"].max()), "wall_ms"] *= 3
+    law = laws.choose(laws.laws(rows), "time", LENGTHWISE, "float32")
+    assert laws.crossing(replace(law, r_squared=1.0, without_one=()), SHAPE) is not None
+    assert laws.crossing(replace(law, r_squared=1.0), SHAPE) is None
 
 
 def test_a_law_that_its_points_do_not_determine_is_not_read():

@@ -19,7 +19,7 @@ class Plan:
 
     def __init__(self, folder, jobs: int):
         self.path = folder
-        (folder / "plan").mkdir()
+        (folder / "plan").mkdir(exist_ok=True)
         rows = [f"job{i}\ta\t1\t10\t1000\t5000\t100.0" for i in range(jobs)]
         header = "job\tdatasets\tshards\tsequences\tresidues\tforecast_bytes\tforecast_seconds"
         (folder / "plan" / "jobs.tsv").write_text("\n".join([header, *rows, ""]))
@@ -136,7 +136,15 @@ def test_the_block_is_no_higher_than_the_terminal(plan, rows):
     assert told + sum(more) == 55
 
 
+@pytest.mark.parametrize("arguments", [[], ["--once"]])
+def test_where_no_run_has_begun_nobody_waits(tmp_path, capsys, arguments):
+    for folder in (tmp_path, tmp_path / "not there"):
+        assert main(["progress", str(folder), *arguments]) == 1
+        assert f"{folder}: no run has begun here" in capsys.readouterr().err
+
+
 def test_without_a_plan_it_is_one_line(tmp_path, capsys):
+    (tmp_path / "plan").mkdir()
     assert main(["progress", str(tmp_path), "--once"]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -145,8 +153,9 @@ def test_without_a_plan_it_is_one_line(tmp_path, capsys):
 
 
 def test_before_the_plan_it_waits(tmp_path, monkeypatch, capsys):
+    (tmp_path / "plan").mkdir()
     monkeypatch.setattr(
-        progress.time, "sleep", lambda _: (tmp_path / "plan").exists() or Plan(tmp_path, 2).commit(0, 1)
+        progress.time, "sleep", lambda _: (tmp_path / "plan" / "jobs.tsv").exists() or Plan(tmp_path, 2).commit(0, 1)
     )
     assert main(["progress", str(tmp_path)]) == 0
     first, last = capsys.readouterr().out.splitlines()

@@ -428,14 +428,19 @@ def test_the_questions_are_answered_with_what_was_measured(store):
     assert "float32: weights 30 MB, 30.1 MB of resident memory added by a batch" in text
     assert "nothing is copied, so there is no time to measure" in text
     assert "at L = 6 d - 2 = 1,918 residues" in text
-    assert "Lengthwise, measured: at 958." in text  # attention's operations cost twice the products' in this study
+    assert (
+        "Lengthwise, measured: at 958 (any one point left out, 958 to 958)." in text
+    )  # attention's operations cost twice the products' in this study
     assert pd.read_csv(store.folder / "report" / "scaling.tsv", sep="\t")["copy_out_ms"].isna().all()
 
 
 def test_a_law_beyond_its_points_is_called_extrapolated(store):
     store.study = study()[lambda rows: rows["length"] < 600]
     _, page = store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
-    assert "Lengthwise, extrapolated from at most 500 residues: at 958." in Page(page).text
+    assert (
+        "Lengthwise, extrapolated from at most 500 residues: at 958 (any one point left out, 958 to 958)."
+        in Page(page).text
+    )
 
 
 def test_a_law_of_scattered_points_is_not_stated(store, monkeypatch):
