@@ -26,6 +26,8 @@ from lengthwise.store import bytes_per_sequence, layout
 # Bounds of the bins of lengths, in equal factors as far as round numbers go; ESM-2 was trained on up to 1,022 residues.
 LENGTHS = np.array([1, 30, 50, 75, 100, 150, 200, 300, 400, 600, 800, 1023, 1500, 2000, 3000, 5000, 10000])
 TRAINED = 1022
+# A batch is not full where the next protein is too long for it, or of another bin of lengths: so many more there are (measured).
+BATCHES_MORE = 1.25
 # Of a GPU's memory, what weights and batch may take: the rest is CUDA's own, and the engine leaves a tenth.
 CARD_SHARE = 0.85
 DATASETS_SHOWN = 20
@@ -106,7 +108,7 @@ def forecast(
         "datasets": [_dataset(name, folder, by_dataset.get(name, lengths[:0])) for name, folder in datasets.items()],
         "work": work,
         "disk": _disk(store, settings, datasets, sizes, wanted, left, work, exports, weights),
-        "memory": _memory(settings, shape, batch_tokens, threads, left, known[0].loaded_bytes),
+        "memory": _memory(settings, shape, batch_tokens, threads, left, work, known[0].loaded_bytes),
         "time": [_time(rate, shape, left, sizes) for rate in known],
     }
 
@@ -254,7 +256,13 @@ def _itemsize(precision: str) -> int:
 
 
 def _memory(
-    settings: dict, shape: ModelConfig, batch_tokens: int | str, threads: int, left: pd.DataFrame, loaded: int | None
+    settings: dict,
+    shape: ModelConfig,
+    batch_tokens: int | str,
+    threads: int,
+    left: pd.DataFrame,
+    work: dict,
+    loaded: int | None,
 ) -> dict:
     """What weights, a batch and the longest sequence take of the device's memory; the proteins that GPUs hold.
 
@@ -267,7 +275,11 @@ def _memory(
     fixed = loaded or int(shape.parameters * itemsize + (PROCESS_BYTES if device == "cpu" else 0))
     at_once = min(threads, MOST_AT_ONCE) if device == "cpu" and tokens <= AUTO_BATCH_TOKENS["cpu"] else 1
     if device == "cpu":
-        batch = shape.resident_bytes(itemsize, tokens, threads, stored)
+        of_a_job = (work["residues"] + 2 * work["sequences"]) / max(work["jobs"], 1)
+        mean = of_a_job * work["jobs"] / max(work["sequences"], 1)  # a longer protein has a batch of its own
+        usual = int(min(max(tokens, mean), of_a_job))
+        batches = BATCHES_MORE * of_a_job / max(usual, 1)
+        batch = shape.resident_bytes(itemsize, usual, threads, stored, max(batches, 1))
         alone = shape.resident_bytes_alone(itemsize, longest + 2, stored)
     else:
         batch, alone = (n * shape.bytes_per_token(itemsize, stored) for n in (tokens, longest + 2))

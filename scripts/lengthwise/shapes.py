@@ -1,15 +1,16 @@
 """The shapes of the ESM-2 models, and what they cost; without torch, whose import takes seconds."""
 
 from dataclasses import dataclass
+from math import log
 
 # Tokens per batch where `batch_tokens` is auto. On the CPU more gain nothing (8M and 150M, measured), and cost memory.
 AUTO_BATCH_TOKENS = {"cpu": 2_048, "cuda": 32_768}
 # Batches that a CPU computes at the same time, at most: each takes memory.
 MOST_AT_ONCE = 16
-# What a CPU's passes take of resident memory, against what is counted, and of how many earlier batches of a core something is
-# kept: measured with 8M and 150M, one protein of 4,000 to 16,000 residues, and 100,000 residues in batches of 1,024 to 4,096
-# tokens on one and two cores, in float32 and bfloat16 (glibc 2.36, torch 2.13).
-RESIDENT_SHARE, BATCHES_KEPT = 1.4, 2
+# What a CPU's passes take of resident memory, against what is counted; and after n batches, KEPT_TO of them at most, the allocator
+# keeps for each core what KEPT * ln(n / KEPT_FROM) of them used. Measured with 8M, 35M and 150M, one protein of 4,000 to 16,000
+# residues, and 20 to 966 batches of 400 to 16,384 tokens on one and two cores, in float32 and bfloat16 (glibc 2.36, torch 2.13).
+RESIDENT_SHARE, KEPT, KEPT_FROM, KEPT_TO = 1.4, 0.6, 2.5, 400
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class ModelConfig:
         feed_forward = 12 + (9 if itemsize == 4 else 10) * itemsize
         return self.embed_dim * max(rotary, feed_forward) + 4 * self.head_dim + stored_bytes
 
-    def resident_bytes(self, itemsize: int, batch_tokens: int, cores: int, stored_bytes: int = 0) -> int:
+    def resident_bytes(
+        self, itemsize: int, batch_tokens: int, cores: int, stored_bytes: int = 0, batches: float = 64
+    ) -> int:
         """Resident memory that a CPU's forward passes of many batches come to take beside the process and its weights.
 
         Parameters
@@ -69,12 +72,15 @@ class ModelConfig:
             Of a batch: on a core of its own, or, where it is longer than usual, on all of them.
         cores
             That compute.
+        batches
+            How many; the memory grows with their logarithm, for a while.
         """
         cores, usual = min(cores, MOST_AT_ONCE), min(batch_tokens, AUTO_BATCH_TOKENS["cpu"])
         # What goes into qkv, out_proj, fc1 and fc2 and comes out; in float32 oneDNN adds the residual too.
         products = (18 if itemsize == 4 else 16) * itemsize * self.embed_dim
         computed = self.resident_bytes_alone(itemsize, max(batch_tokens, cores * usual), stored_bytes)
-        return computed + BATCHES_KEPT * cores * usual * products
+        kept = KEPT * log(min(max(batches, KEPT_FROM), KEPT_TO) / KEPT_FROM)
+        return computed + int(kept * cores * min(batch_tokens, 2 * AUTO_BATCH_TOKENS["cpu"]) * products)
 
     def resident_bytes_alone(self, itemsize: int, tokens: int, stored_bytes: int = 0) -> int:
         """The same of a first batch of so many tokens, while nothing is kept of others yet."""
