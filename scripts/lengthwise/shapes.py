@@ -7,7 +7,7 @@ from math import log
 AUTO_BATCH_TOKENS = {"cpu": 2_048, "cuda": 32_768}
 # Batches that a CPU computes at the same time, at most: each takes memory.
 MOST_AT_ONCE = 16
-# What a CPU's passes take of resident memory, against what is counted; and after n batches, KEPT_TO of them at most, the allocator
+# What a CPU's passes take of resident memory, against what is counted; and after n batches, at most KEPT_TO, the allocator
 # keeps for each core what KEPT * ln(n / KEPT_FROM) of them used. Measured with 8M, 35M and 150M, one protein of 4,000 to 16,000
 # residues, and 20 to 966 batches of 400 to 16,384 tokens on one and two cores, in float32 and bfloat16 (glibc 2.36, torch 2.13).
 RESIDENT_SHARE, KEPT, KEPT_FROM, KEPT_TO = 1.4, 0.6, 2.5, 400
