@@ -26,6 +26,16 @@ def test_a_forecast_reads_the_inputs_and_nothing_more(project):
     assert last[-1].endswith("forecast/index.html")
 
 
+def test_a_whole_run_writes_what_was_forecast_report_and_all(project, example):
+    """Of another folder with the same config."""
+    assert project.snakemake("forecast").code == 0
+    made = read_json(project.folder / "results" / "demo" / "forecast" / "forecast.json")
+    store = example[0].folder / "results" / "demo"
+    known_before = {store / "inputs", store / "forecast"}
+    files = [path for path in store.rglob("*") if path.is_file() and not known_before & set(path.parents)]
+    assert made["disk"]["needed_bytes"] == pytest.approx(sum(path.stat().st_size for path in files), rel=0.02)
+
+
 def test_a_run_that_the_disk_cannot_hold_stops_before_it_embeds(tmp_path, monkeypatch):
     """As if 1,000 bytes were free: Python runs sitecustomize.py in every process that finds one."""
     project = Project.with_tiny_model(tmp_path / "project", a=random_sequences(20, seed=1))
