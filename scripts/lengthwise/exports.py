@@ -105,12 +105,13 @@ def export_bytes(kind: str, settings: dict, records: Path) -> int:
     query = "SELECT count(*), coalesce(sum(length), 0)::BIGINT FROM read_parquet(?) WHERE status <> 'rejected'"
     with duckdb.connect(config={"threads": 1}) as database:
         ((n, residues),) = database.execute(query, [str(records)]).fetchall()
-    tensors = tensors_of(kind, settings)
-    rows = {name: residues if name.startswith("layer_") else n for name in tensors}
-    # biotrainer's files have residues as they are stored.
-    half = {"h5": rows, "biotrainer": {"layer_"} if settings["storage_dtype"] == "float16" else ()}.get(kind, ())
-    numbers = sum(count * (2 if any(name.startswith(prefix) for prefix in half) else 4) for name, count in rows.items())
-    return numbers * settings["embed_dim"] + n * _ENTRY_BYTES[kind]
+    total = n * _ENTRY_BYTES[kind]
+    for name in tensors_of(kind, settings):
+        of_residues = name.startswith("layer_")
+        # biotrainer's files have residues as they are stored.
+        half = kind == "h5" or (kind == "biotrainer" and of_residues and settings["storage_dtype"] == "float16")
+        total += (residues if of_residues else n) * settings["embed_dim"] * (2 if half else 4)
+    return total
 
 
 def missing_bytes(store: Path, settings: dict, datasets: list[str], kinds: list[str]) -> int:
