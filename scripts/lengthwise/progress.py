@@ -55,7 +55,7 @@ class Heartbeat:
 
     def _beat(self) -> None:
         part = temporary(self.path)
-        pause = FIRST_BEAT_SECONDS
+        pause = min(FIRST_BEAT_SECONDS, BEAT_SECONDS)
         while True:
             done, residues, seconds = self.state()
             now = {"time": time.time(), "done": done, "residues": residues, "seconds": round(seconds, 3)}
