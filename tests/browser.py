@@ -11,6 +11,19 @@ CHROMIUM = next(
 )
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (apt-get install chromium)")
 
+# A browser without a window is 500 pixels wide at least: a phone is a frame in it.
+_FRAME = """
+<body style="margin: 0"><iframe src="{page}" width="{width}" height="4000" style="border: 0"></iframe><pre></pre>
+<script>addEventListener("message", event => {{ document.querySelector("pre").textContent = event.data; }});</script>
+"""
+
+
+def framed(page: Path, width: int) -> Path:
+    """A page that shows another, beside it, as wide as asked, and writes what that one posts."""
+    frame = page.with_name(f"frame-{page.stem}-{width}.html")
+    frame.write_text(_FRAME.format(page=page.name, width=width))
+    return frame
+
 
 def picture(page: Path, to: Path, width: int, height: int, dark: bool = False) -> Path:
     """A picture of a page's first screens."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_report import CPU, Store, batches_of
 
-from browser import needs_browser, picture, printed, rendered
+from browser import framed, needs_browser, picture, printed, rendered
 
 pytestmark = needs_browser
 
@@ -32,11 +32,6 @@ ASK = """
   parent.postMessage(JSON.stringify(answer), "*");
 });</script>
 """
-# A browser without a window is 500 pixels wide at least: a phone is a frame in it.
-FRAME = """
-<body style="margin: 0"><iframe src="{page}" width="{width}" height="4000" style="border: 0"></iframe><pre></pre>
-<script>addEventListener("message", event => {{ document.querySelector("pre").textContent = event.data; }});</script>
-"""
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +42,6 @@ def page(tmp_path_factory):
     store.embeddings(30)
     store.summarize()
     return store.folder / "report" / "index.html"
-
-
-def framed(page, width):
-    frame = page.with_name(f"frame-{page.stem}.html")
-    frame.write_text(FRAME.format(page=page.name, width=width))
-    return frame
 
 
 def ask(page, width, dark=False):
