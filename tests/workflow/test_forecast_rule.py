@@ -26,14 +26,16 @@ def test_a_forecast_reads_the_inputs_and_nothing_more(project):
     assert last[-1].endswith("forecast/index.html")
 
 
-def test_a_whole_run_writes_what_was_forecast_report_and_all(project, example):
-    """Of another folder with the same config."""
+def test_a_whole_run_takes_the_disk_and_about_the_memory_that_were_forecast(project, example):
+    """The report and all, of another folder with the same config; malloc differs from machine to machine."""
     assert project.snakemake("forecast").code == 0
     made = read_json(project.folder / "results" / "demo" / "forecast" / "forecast.json")
     store = example[0].folder / "results" / "demo"
     known_before = {store / "inputs", store / "forecast"}
     files = [path for path in store.rglob("*") if path.is_file() and not known_before & set(path.parents)]
     assert made["disk"]["needed_bytes"] == pytest.approx(sum(path.stat().st_size for path in files), rel=0.02)
+    peak = read_metrics(store.glob("metrics/*/*.parquet"))["peak_rss_bytes"].max()
+    assert made["memory"]["batch_bytes"] == pytest.approx(peak, rel=0.25)
 
 
 def test_a_run_that_the_disk_cannot_hold_stops_before_it_embeds(tmp_path, monkeypatch):
