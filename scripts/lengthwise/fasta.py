@@ -126,7 +126,10 @@ def _with_lines_joined(fasta: Path, number: Callable[[], int], record: bytes, re
     if record:
         refuse_another_file(fasta, number, rest)
         last = rest.rfind(b"\n")
-        record, rest = record + joined_lines(rest[:last].split(b"\n")), rest[last:]
+        lines = map(bytes.rstrip, rest[:last].split(b"\n"))
+        if _may_begin_another(rest):  # which no end of one line and beginning of the next are
+            lines = [line + b"\n" for line in lines if line]
+        record, rest = record + b"".join(lines), rest[last:]
     return record, rest
 
 
@@ -145,9 +148,13 @@ def refuse_another_file(fasta: Path, number: Callable[[], int], text: bytes) -> 
     text
         Its lines, each after an LF.
     """
-    if any(byte in text for byte in _BEGINNINGS) and (found := _ANOTHER_FILE.search(text)):
+    if _may_begin_another(text) and (found := _ANOTHER_FILE.search(text)):
         what = _OTHER_FILES[found.lastindex - 1][1]
         raise LengthwiseError(f"{fasta}: {place(fasta, number(), _ANOTHER_FILE)}: {what}")
+
+
+def _may_begin_another(text: bytes) -> bool:
+    return any(byte in text for byte in _BEGINNINGS)
 
 
 def _number_after(fasta: Path, chunks: int) -> int:

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 # What a file system says that has no locks, or cannot reserve bytes; NFS the last, where a folder is to be locked for oneself.
 _CANNOT = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF}
 _temporaries: set[Path] = set()
+_removal = threading.Lock()
 
 
 @contextmanager
@@ -47,14 +49,17 @@ def temporary(path: Path) -> Path:
     return part
 
 
-def goes_with_this_process(path: Path) -> Path:
-    """Have `remove_temporaries` remove this file too."""
-    _temporaries.add(path)
-    return path
+@contextmanager
+def going_with_this_process(path: Path) -> Iterator[None]:
+    """Write `path` in here, and `remove_temporaries` removes it too; after that nobody gets in here any more."""
+    with _removal:
+        _temporaries.add(path)
+        yield
 
 
 def remove_temporaries() -> None:
     """Remove what is of use to this process alone, because it ends at once."""
+    _removal.acquire(timeout=1.0)  # for good; a disk that hangs is not waited for
     for part in tuple(_temporaries):
         discard(part)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.files import goes_with_this_process, temporary
+from lengthwise.files import going_with_this_process, temporary
 from lengthwise.logs import count, duration
 
 FIRST_BEAT_SECONDS, BEAT_SECONDS = 0.5, 5.0
@@ -47,7 +47,7 @@ class Heartbeat:
     """
 
     def __init__(self, store: Path, job: str, device: str, state: Callable[[], tuple[int, int, float]]):
-        self.path, self.state = goes_with_this_process(_heartbeat_path(store, job)), state
+        self.path, self.state = _heartbeat_path(store, job), state
         self.known = {"job": job, "device": device, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
         self.known |= {"host": platform.node(), "process": os.getpid()}
         self.ended = threading.Event()
@@ -59,11 +59,12 @@ class Heartbeat:
         while True:
             done, residues, seconds = self.state()
             now = {"time": time.time(), "done": done, "residues": residues, "seconds": round(seconds, 3)}
-            try:
-                part.write_text(json.dumps(self.known | now))
-                os.replace(part, self.path)  # not synced: it is of no use after a power cut
-            except OSError:  # a full disk is the shards' business
-                part.unlink(missing_ok=True)
+            with going_with_this_process(self.path):
+                try:
+                    part.write_text(json.dumps(self.known | now))
+                    os.replace(part, self.path)  # not synced: it is of no use after a power cut
+                except OSError:  # a full disk is the shards' business
+                    part.unlink(missing_ok=True)
             if self.ended.wait(pause):
                 self.path.unlink(missing_ok=True)
                 return

@@ -231,6 +231,13 @@ def test_lines_of_a_long_record_are_joined_as_those_of_a_short_one(tmp_path, blo
     assert parse(tmp_path / "in") == [("a", "", expected), ("b", "", b"MKV" + expected)]
 
 
+@pytest.mark.parametrize("magic", [b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"])
+def test_no_line_of_a_long_record_and_the_next_are_taken_for_compressed_data(tmp_path, block_bytes, magic):
+    lines = [b">a", *[b"MKVLA"] * 20, magic[:1], b"", magic[1:] + b"\x1f \t", b" \x8b\x08", *[b"MKVLA"] * 20]
+    (tmp_path / "in").write_bytes(b"\n".join(lines))
+    assert parse(tmp_path / "in") == [("a", "", joined_lines(lines[1:]))]
+
+
 def test_what_only_looks_like_an_escaped_byte_is_told_from_one(tmp_path):
     ids = [b"a\xe9", rb"a\xe9", rb"a\x5cxe9", rb"a\\xe9", rb"a\xE9", rb"a\n", b"a\\\xe9"]
     (tmp_path / "in").write_bytes(b"".join(b">%b\nM\n" % each for each in ids))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import lengthwise
-from lengthwise import embed, logs, recovery
+from lengthwise import embed, logs, progress, recovery
 from lengthwise.embed import embed_job
 from lengthwise.engine import Engine
 from lengthwise.errors import LengthwiseError
@@ -58,6 +58,7 @@ def job_that_hangs(place: str, store: Path, job: str, log: Path) -> None:
     owner, name = PLACES[place]
     with pytest.MonkeyPatch.context() as patch:
         hang_in(pkgutil.resolve_name(owner), name, log.with_name("reached"), patch)
+        patch.setattr(progress, "BEAT_SECONDS", 0.0001)
         with reporting(str(log), SCRIPTS):
             embed_job(store, spec_path(store, job), commit_path(store, job), batch_tokens=128)
 
