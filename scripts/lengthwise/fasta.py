@@ -27,10 +27,32 @@ BLOCK_BYTES = 2 << 20
 MAX_RECORD_BYTES = 64 << 20
 MAX_DESCRIPTION = 1_000
 
+_MAGIC_BYTES = 4
+_MAX_HEADER_BYTES = 1 << 20  # of gzip, where any name fits
+
+
+def _has_gzip_header(start: bytes) -> bool:
+    """Whether a member's header (RFC 1952, 2.3) is whole: ISA-L forgets what it has seen of one that is not."""
+    if len(start) < 12:
+        return False
+    flags, end = start[3], 10
+    if flags & 4:
+        end += 2 + int.from_bytes(start[10:12], "little")
+    for text in (8, 16):
+        if flags & text:
+            end = start.find(b"\0", end) + 1 or len(start) + 1
+    return end + (flags & 2) <= len(start) or len(start) > _MAX_HEADER_BYTES
+
+
+# How data begin, their decompressor, and whether there are enough of them for it to begin.
 _COMPRESSIONS = {
-    "gzip": (re.compile(rb"\x1f\x8b"), lambda: IgzipDecompressor(flag=DECOMP_GZIP)),
+    "gzip": (re.compile(rb"\x1f\x8b"), lambda: IgzipDecompressor(flag=DECOMP_GZIP), _has_gzip_header),
     # The second kind of frame holds no data; pzstd begins with one.
-    "zstd": (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), ZstdDecompressor),
+    "zstd": (
+        re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+        ZstdDecompressor,
+        lambda start: len(start) >= _MAGIC_BYTES,
+    ),
 }
 _OTHER_FORMATS = [
     (re.compile(rb"BZh[1-9]"), "a bzip2-compressed file; decompress it first"),
@@ -72,7 +94,6 @@ _ANOTHER_FILE = re.compile(b"|".join(b"(%s)" % pattern for pattern, _ in _OTHER_
 _BEGINNINGS = [b">", b"\xef", b"\x1f", b"\x28", b"@", b"\0"]
 _LIKE_AN_ESCAPE = re.compile(rb"\\(?=x[0-9a-f]{2})")
 _HEADER, _BREAK = re.compile(rb"(?<=[\r\n])>"), re.compile(rb"[\r\n]")
-_MAGIC_BYTES = 4
 _PATTERN_BYTES = 8  # none of the patterns above sees more of a text
 
 
@@ -194,7 +215,7 @@ def _content(fasta: Path, seen: Callable[[bytes], None] = lambda raw: None) -> I
 
 def _compression(start: bytes) -> str:
     """What bytes that begin so are compressed with, if they are."""
-    return next((name for name, (magic, _) in _COMPRESSIONS.items() if magic.match(start)), "")
+    return next((name for name, (magic, *_) in _COMPRESSIONS.items() if magic.match(start)), "")
 
 
 def place(fasta: Path, record_no: int, inside: re.Pattern | None = None) -> str:
@@ -224,7 +245,7 @@ def _place(fasta: Path, offset: int, line: int) -> str:
 
 def _is_compressed(fasta: Path) -> bool:
     with open(fasta, "rb") as file:
-        return bool(_compression(file.read(4)))
+        return bool(_compression(file.read(_MAGIC_BYTES)))
 
 
 def _line_ends(text: bytes, before: bytes) -> int:
@@ -330,15 +351,15 @@ def _decompressed(fasta: Path, pieces: Iterable[bytes], name: str) -> Iterator[b
 
     Zeros after the last gzip member are padding, as gzip itself has it.
     """
-    magic, new = _COMPRESSIONS[name]
-    decompressor, read, few = new(), 0, b""  # bytes after a member, too few to tell what begins there
+    magic, new, has_begun = _COMPRESSIONS[name]
+    decompressor, read, few = None, 0, b""  # bytes too few to tell what begins there
     for piece in chain(pieces, [b""]):
         read += len(piece)
         last, piece, few = not piece, few + piece, b""
-        while piece or not (decompressor.needs_input or decompressor.eof):
-            if decompressor.eof:
+        while piece or not (decompressor is None or decompressor.needs_input or decompressor.eof):
+            if decompressor is None or decompressor.eof:
                 piece = piece.lstrip(b"\0") if name == "gzip" else piece
-                if len(piece) < _MAGIC_BYTES and not last:
+                if not (last or has_begun(piece)):
                     few = piece
                     break
                 if not piece:

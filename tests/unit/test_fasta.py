@@ -3,7 +3,9 @@
 import gzip
 import io
 import random
+import struct
 import time
+import zlib
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -192,6 +194,28 @@ def test_a_compressed_file_with_any_byte_changed_or_cut_away_is_the_same_or_an_e
         found = parse(tmp_path / "plain")
     assert found == parse(tmp_path / "plain")
     assert "\n" not in refusal
+
+
+@pytest.mark.parametrize("flags", range(32))
+def test_headers_of_gzip_members_may_hold_anything_and_lie_anywhere(tmp_path, block_bytes, flags, refused):
+    text = b">a\n" + STANDARD + b"\n"
+    pack = zlib.compressobj(wbits=-15)
+    header = b"\x1f\x8b\x08%c\0\0\0\0\0\xff" % flags
+    header += b"\x06\0BC\x02\0\x1b\0" * bool(flags & 4) + b"a.fasta\0" * bool(flags & 8) + b"\0" * bool(flags & 16)
+    header += struct.pack("<H", zlib.crc32(header) & 0xFFFF) * bool(flags & 2)
+    member = header + pack.compress(text) + pack.flush() + struct.pack("<II", zlib.crc32(text), len(text))
+    (tmp_path / "in").write_bytes(member * 20)
+    assert parse(tmp_path / "in") == [("a", "", STANDARD)] * 20
+    for cut in range(4, len(header) + 1):
+        (tmp_path / "in").write_bytes(member + header[:cut])
+        with refused("in: broken gzip: "):
+            parse(tmp_path / "in")
+
+
+def test_a_gzip_header_without_an_end_is_refused_and_not_gathered(tmp_path, refused):
+    (tmp_path / "in").write_bytes(b"\x1f\x8b\x08\x08\0\0\0\0\0\xff" + b"a" * (9 << 20))
+    with refused("in: broken gzip: "):
+        parse(tmp_path / "in")
 
 
 def _with_checksum(text: bytes) -> bytes:
