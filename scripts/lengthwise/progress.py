@@ -104,7 +104,7 @@ class State:
     running: list[Running]
     silent: list[Running]  # killed, or cut off
     residues_per_second: float
-    seconds_left: float | None  # None where nothing is known to go on
+    seconds_left: float | None  # of one device where no job is running; None where no rate is known
 
     @property
     def complete(self) -> bool:
@@ -138,8 +138,8 @@ def look(store: Path, now: float | None = None) -> State:
     alive = [(r, forecast) for r, forecast in told if r.heard <= STALE_SECONDS]
     left = sum(job["seconds"] for name, job in jobs.items() if name not in committed)
     left -= sum(forecast * r.done / r.total for r, forecast in alive)
-    usual = _usual_pace(store, jobs, committed) if any(not r.residues_per_second for r, _ in alive) else 0.0
-    pace = sum(forecast * r.residues_per_second / r.total or usual for r, forecast in alive)
+    usual = 0.0 if alive and all(r.residues_per_second for r, _ in alive) else _usual_pace(store, jobs, committed)
+    pace = sum(forecast * r.residues_per_second / r.total or usual for r, forecast in alive) if alive else usual
     last = max((r.seconds_left for r in running if r.seconds_left is not None), default=0.0)
     return State(
         done=sum(jobs[job]["residues"] for job in committed) + sum(r.done for r in running),
@@ -189,8 +189,7 @@ def line_of(name: str, state: State) -> str:
     """All of it in one line."""
     parts = [_done(state)]
     if not state.complete:
-        parts.append(f"{len(state.running):,} running")
-        parts += [_speed(state)] if state.running else []
+        parts += [f"{len(state.running):,} running", _speed(state)] if state.running else [_speed(state)]
         parts += [f"{len(state.silent):,} stopped without an end"] if state.silent else []
     return f"{name}: {', '.join(parts)}"
 
@@ -202,7 +201,7 @@ def block_of(name: str, state: State, columns: int, rows: int) -> list[str]:
     lines = [f"{name}: {_done(state)}", "█" * filled + "░" * (min(columns, 60) - filled)]
     if state.complete:
         return [*lines, "complete"]
-    lines += [_speed(state) if state.running else "no job is running"]
+    lines.append(_speed(state))
     room = rows - len(lines) - 2
     shown = state.running if len(state.running) <= room else state.running[: room - 1]
     width = max((len(r.place) for r in shown), default=0)
@@ -227,6 +226,10 @@ def _done(state: State) -> str:
 
 
 def _speed(state: State) -> str:
+    if not state.running:
+        return "no job is running" + (
+            f", {duration(state.seconds_left)} left on one device" if state.seconds_left else ""
+        )
     rate = f"on {count(len({r.place for r in state.running}), 'device')}"
     if state.residues_per_second:
         rate = f"{state.residues_per_second:,.0f} residues/s {rate}"

@@ -118,6 +118,10 @@ def test_jobs_that_begin_are_taken_to_be_as_fast_as_those_that_ended(plan):
     commit = {"made_residues": 1000, "residues": 1000, "load_seconds": 5.0, "embed_seconds": 20.0}
     commit_path(store.path, "job0").parent.mkdir()
     commit_path(store.path, "job0").write_text(json.dumps(commit))  # 100 forecast seconds in 25
+    state = look(store.path, NOW)
+    assert state.seconds_left == 75
+    assert "no job is running, 1 min 15 s left on one device" in block_of("x", state, 100, 20)
+    assert line_of("x", state).endswith("1 of 4 jobs done, no job is running, 1 min 15 s left on one device")
     store.beat(1, done=0, seconds=0.0)
     assert look(store.path, NOW).seconds_left == 75
     store.beat(2, done=500, seconds=25.0)  # at half that pace
