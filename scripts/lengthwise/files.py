@@ -43,15 +43,19 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def temporary(path: Path) -> Path:
-    """A name beside `path` for what is not finished; no other process, on whatever machine, gets the same."""
+    """A name beside `path` for what is not finished; no other process, on whatever machine, gets the same.
+
+    Nobody gets one after `remove_temporaries`.
+    """
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    _temporaries.add(part)
+    with _removal:
+        _temporaries.add(part)
     return part
 
 
 @contextmanager
 def going_with_this_process(path: Path) -> Iterator[None]:
-    """Write `path` in here, and `remove_temporaries` removes it too; after that nobody gets in here any more."""
+    """Write `path` in here, and `remove_temporaries` removes it too, after which nobody gets in here."""
     with _removal:
         _temporaries.add(path)
         yield

@@ -113,11 +113,11 @@ def _end_at_once_on_sigterm(log_file: str) -> None:
         while signal.SIGTERM not in os.read(reading, 1):
             pass
         try:
-            remove_temporaries()
             _say_why(
                 log_file, "ended by SIGTERM: cancelled, preempted or out of time; what is finished is kept, run again"
             )
         finally:
+            remove_temporaries()  # last: the main thread would say that its file is gone
             os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
