@@ -179,8 +179,10 @@ class Gate:
     """Keeps a job in its middle: holds the lock of a shard, as if another process were making it."""
 
     def __init__(self, project: ClusterProject, job: str):
-        shard = project.shards_of(job)[2]
-        self.path = project.store / "shards" / shard[:2] / f".{shard}.tmp"
+        *earlier, shard = project.shards_of(job)[:3]
+        folder = project.store / "shards"
+        self.earlier = [folder / name[:2] / f"{name}.safetensors" for name in earlier]
+        self.path = folder / shard[:2] / f".{shard}.tmp"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.at_work = ExitStack()
         self.at_work.enter_context(at_work(project.store))  # or a run that begins would remove the file
@@ -188,8 +190,11 @@ class Gate:
         fcntl.flock(self.descriptor, fcntl.LOCK_EX)
 
     def wait(self, processes: int = 1) -> None:
-        """Until so many processes wait here."""
-        wait_until(lambda: self.waiting() == processes, f"{processes} processes wait at {self.path}")
+        """Until so many processes wait here, and the shards before this one are on the disk: a thread sees to that."""
+        wait_until(
+            lambda: self.waiting() == processes and (not processes or all(map(Path.exists, self.earlier))),
+            f"{processes} processes wait at {self.path}",
+        )
 
     def waiting(self) -> int:
         inode = os.fstat(self.descriptor).st_ino
