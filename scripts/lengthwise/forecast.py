@@ -210,20 +210,20 @@ def _disk(
     ):
         if other != own:
             ways.append(other | {"chosen": False, "bytes": _shard_bytes(wanted, settings | other, sizes)})
-    exported = missing_bytes(store, settings, list(datasets), list(exports))
+    exported = [missing_bytes(store, settings | way, list(datasets), list(exports)) for way in ways]
     report = BATCH_BYTES * work["residues"] / AUTO_BATCH_TOKENS[settings["device"]]
     report += 0 if (store / "report" / "index.html").exists() else REPORT_BYTES
-    needed = ways[0]["bytes"] + int(tables) + int(report) + exported
+    needed = [way["bytes"] + int(tables) + int(report) + more for way, more in zip(ways, exported, strict=True)]
     return {
         "free_bytes": free,
-        "needed_bytes": needed,
-        "fits": needed <= free,
+        "needed_bytes": needed[0],
+        "fits": needed[0] <= free,
         "embeddings_bytes": ways[0]["bytes"],
         "tables_bytes": int(tables),
         "report_bytes": int(report),
-        "exports_bytes": exported,
+        "exports_bytes": exported[0],
         "download": _download(weights, settings) if weights and not weights.exists() else None,
-        "ways": [way | {"fits": way["bytes"] + tables <= free} for way in ways],
+        "ways": [way | {"fits": total <= free} for way, total in zip(ways, needed, strict=True)],
     }
 
 

@@ -252,7 +252,7 @@ def _usual_pace(store: Path, jobs: dict[str, dict], committed: set[str]) -> floa
     commits = sorted((store / "jobs" / f"{job}.json" for job in committed), key=_time_of)
     paces = []
     for path in commits[-RECENT_JOBS:]:
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
             commit = json.loads(path.read_text())
             if commit["made_residues"]:
                 share = commit["made_residues"] / commit["residues"]
@@ -295,7 +295,17 @@ def _read(path: Path, jobs: set[str]) -> dict | None:
         beat = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return beat if path.stem in jobs else None
+    told = isinstance(beat, dict) and beat.keys() >= {
+        "job",
+        "host",
+        "gpu",
+        "device",
+        "time",
+        "done",
+        "residues",
+        "seconds",
+    }
+    return beat if told and path.stem in jobs else None
 
 
 def _running(beat: dict, job: dict, now: float) -> Running:

@@ -235,6 +235,11 @@ def test_exports_need_room_too_until_they_are_there(store, full_disk, refused):
     exported = missing_bytes(store.path, store.settings, datasets, kinds)
     assert disk["needed_bytes"] == alone + exported == alone + disk["exports_bytes"]
     assert "for exports" in forecast.text(forecast_of(store, exports=kinds))
+    for free, fits in [(disk["needed_bytes"], True), (disk["needed_bytes"] - 1, False)]:
+        full_disk(free)
+        disk = forecast_of(store, exports=kinds)["disk"]
+        assert (disk["fits"], disk["ways"][0]["fits"]) == (fits, fits)
+        assert not any(way["fits"] for way in disk["ways"] if way["storage_dtype"] == "float32")
     needed = int(jobs["forecast_bytes"].sum()) + exported
     full_disk(needed)
     require_space(store.path, jobs, exported)

@@ -91,12 +91,13 @@ def test_a_killed_job_is_known_by_its_silence_and_counts_for_nothing(plan):
     assert "1 stopped without an end" in line_of("x", state)
 
 
-def test_heartbeats_of_committed_and_of_foreign_jobs_are_ignored(plan):
+@pytest.mark.parametrize("odd", ["", "[]", '{"job": "job1"}'])
+def test_heartbeats_of_committed_and_of_foreign_jobs_are_ignored(plan, odd):
     store = plan(2)
     store.commit(0)
     store.beat(0, done=500, seconds=50)
     store.beat(77, done=500, seconds=50)
-    (store.path / "running" / "job1.json").write_text("")  # by another program
+    (store.path / "running" / "job1.json").write_text(odd)  # by another program
     state = look(store.path, NOW)
     assert (state.running, state.silent, state.done) == ([], [], 1000)
     assert state.seconds_left is None
