@@ -148,7 +148,7 @@ def _with_lines_joined(fasta: Path, number: Callable[[], int], record: bytes, re
         refuse_another_file(fasta, number, rest)
         last = rest.rfind(b"\n")
         lines = map(bytes.rstrip, rest[:last].split(b"\n"))
-        if _may_begin_another(rest):  # which no end of one line and beginning of the next are
+        if _may_begin_another(rest):  # joined, two lines could look like what is in neither
             lines = [line + b"\n" for line in lines if line]
         record, rest = record + b"".join(lines), rest[last:]
     return record, rest

@@ -27,6 +27,7 @@ STALE_SECONDS = 120.0
 REDRAW_SECONDS = 2.0
 LINE_SECONDS = 60.0
 RECENT_JOBS = 10
+BEAT = {"job", "host", "gpu", "device", "time", "done", "residues", "seconds"}  # of a heartbeat, what is read
 
 
 class Heartbeat:
@@ -227,9 +228,8 @@ def _done(state: State) -> str:
 
 def _speed(state: State) -> str:
     if not state.running:
-        return "no job is running" + (
-            f", {duration(state.seconds_left)} left on one device" if state.seconds_left else ""
-        )
+        left = f", {duration(state.seconds_left)} left on one device" if state.seconds_left else ""
+        return f"no job is running{left}"
     rate = f"on {count(len({r.place for r in state.running}), 'device')}"
     if state.residues_per_second:
         rate = f"{state.residues_per_second:,.0f} residues/s {rate}"
@@ -295,16 +295,7 @@ def _read(path: Path, jobs: set[str]) -> dict | None:
         beat = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    told = isinstance(beat, dict) and beat.keys() >= {
-        "job",
-        "host",
-        "gpu",
-        "device",
-        "time",
-        "done",
-        "residues",
-        "seconds",
-    }
+    told = isinstance(beat, dict) and beat.keys() >= BEAT
     return beat if told and path.stem in jobs else None
 
 
