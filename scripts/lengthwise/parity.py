@@ -17,6 +17,7 @@ from lengthwise.alphabet import digest_name
 from lengthwise.checkpoint import reference_model
 from lengthwise.errors import LengthwiseError
 from lengthwise.files import read_json, write_json
+from lengthwise.memory import host_available
 from lengthwise.plan import forecast_seconds
 from lengthwise.status import GOOD
 from lengthwise.store import Shard, shard_path
@@ -140,8 +141,7 @@ def _lack_of_memory(settings: dict, residues: int, device: torch.device) -> str 
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        with open("/proc/meminfo") as file:
-            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+        free = host_available()
     if needed > free:
         return f"fair-esm needs {needed / 1e9:.1f} GB in float32, and {free / 1e9:.1f} GB were free on the device"
     return None

@@ -10,7 +10,7 @@ import gc
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from lengthwise import alphabet, checkpoint
 from lengthwise.engine import DTYPES, device_name, is_out_of_memory, resolve_device, set_threads
 from lengthwise.files import atomic
 from lengthwise.logs import count
-from lengthwise.memory import MemoryMeter
+from lengthwise.memory import MemoryMeter, host_available, host_total
 from lengthwise.model import Packing, onednn_serves
 from lengthwise.scaling_table import COLUMNS, FAIR_ESM, LENGTHWISE, OK, OUT_OF_MEMORY, SKIPPED_MEMORY, SKIPPED_TIME
 from lengthwise.sensors import clock_and_temperature
@@ -199,16 +199,14 @@ class Probe:
         }
 
     def available_bytes(self) -> int | None:
-        """Memory that a pass may still take; None on CUDA, whose allocator refuses cleanly, and where it is not known."""
-        if self.device.type == "cuda":
-            return None
-        return min(_host_memory("MemAvailable"), default=None)
+        """Memory that a pass may still take; None on CUDA, whose allocator refuses cleanly."""
+        return None if self.device.type == "cuda" else host_available()
 
-    def device_bytes(self) -> int | None:
+    def device_bytes(self) -> int:
         """All the memory that the device has."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_properties(self.device).total_memory
-        return min(_host_memory("MemTotal"), default=None)
+        return host_total()
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -356,19 +354,3 @@ def _release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _host_memory(what: str) -> Iterator[int]:
-    """MemAvailable or MemTotal of the machine and of this process's control group; nothing where that is not known."""
-    try:
-        with open("/proc/meminfo") as file:
-            yield next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{what}:"))
-        with open("/proc/self/cgroup") as file:
-            group = next(line.strip().removeprefix("0::/") for line in file if line.startswith("0::"))
-        folder = Path("/sys/fs/cgroup") / group
-        limit = (folder / "memory.max").read_text().strip()
-        if limit != "max":
-            used = int((folder / "memory.current").read_text()) if what == "MemAvailable" else 0
-            yield int(limit) - used
-    except (OSError, StopIteration):
-        return

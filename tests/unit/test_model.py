@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lengthwise import alphabet, checkpoint, model
 from lengthwise.engine import AUTO_BATCH_TOKENS, Engine, Output, ahead
+from lengthwise.memory import host_available
 from lengthwise.model import Packing
-from lengthwise.scaling import _host_memory
 from lengthwise.shapes import MODELS, ModelConfig
 
 CPU = torch.device("cpu")
@@ -345,9 +345,7 @@ def test_the_operators_that_only_gpus_take_fit_together(monkeypatch, varlen, dty
 
 
 @pytest.mark.usefixtures("freed_memory_is_kept")
-@pytest.mark.skipif(
-    min(_host_memory("MemAvailable"), default=1e12) < 16e9, reason="fair-esm needs 15 GB for 8,000 residues"
-)
+@pytest.mark.skipif(host_available() < 16e9, reason="fair-esm needs 15 GB for 8,000 residues")
 def test_eight_thousand_residues_match_fair_esm_in_the_8m_shape(tmp_path):
     checkpoint.write_random(tmp_path / "8M.pt", MODELS["esm2_t6_8M_UR50D"])
     (sequence,) = random_sequences([8_000])
