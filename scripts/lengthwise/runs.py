@@ -1,17 +1,24 @@
 """Which run works in a folder: noted when it begins, told to a second one."""
 
+import math
 import os
 import platform
 from datetime import datetime
 from pathlib import Path
 
+import psutil
+
 from lengthwise.files import read_json, write_json
+
+# The time of a process's creation moves with the clock, which may be set meanwhile.
+_SLACK_SECONDS = 60
 
 
 def note_run(path: Path) -> None:
     """Note that this process runs here."""
     began = datetime.now().isoformat(sep=" ", timespec="seconds")
-    write_json(path, {"host": platform.node(), "process": os.getpid(), "began": began})
+    created = psutil.Process().create_time()  # as psutil computes it, not by `began`: in a container the two may differ
+    write_json(path, {"host": platform.node(), "process": os.getpid(), "began": began, "created": created})
 
 
 def refusal(path: Path) -> str:
@@ -23,6 +30,16 @@ def refusal(path: Path) -> str:
     told = f"the run of {run['began']} on {run['host']} (process {run['process']})"
     if run["host"] != platform.node():
         return f"{told} holds this folder's lock: let it finish; if it is gone, {unlock}"
-    if Path(f"/proc/{run['process']}").exists():
+    if _is_alive(run["process"], run.get("created", math.inf)):  # a record of an earlier version lacks it
         return f"{told} is at work here: let it finish; a second one would do the same work"
     return f"{told} was killed: {unlock}"
+
+
+def _is_alive(process: int, created: float) -> bool:
+    """Whether a process is still there; one that was created later only has its number."""
+    if not psutil.pid_exists(process):
+        return False
+    try:
+        return psutil.Process(process).create_time() <= created + _SLACK_SECONDS
+    except psutil.Error:  # hidden by the system; to take it for alive does no harm
+        return True
