@@ -37,7 +37,8 @@ from lengthwise.parity import ParityError, receipt
 from lengthwise.plan import forecast_seconds
 from lengthwise.presence import at_work
 from lengthwise.progress import Heartbeat
-from lengthwise.provenance import driver_version, git_commit
+from lengthwise.provenance import git_commit
+from lengthwise.sensors import driver_version
 from lengthwise.settings import require as require_settings
 from lengthwise.shapes import AUTO_BATCH_TOKENS
 from lengthwise.status import DOES_NOT_FIT, NON_FINITE

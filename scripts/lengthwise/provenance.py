@@ -4,23 +4,11 @@ import functools
 import hashlib
 import json
 import os
-import re
 import subprocess
 from pathlib import Path
 
 from lengthwise.logs import count
 from lengthwise.store import Shard
-
-_DRIVER = Path("/proc/driver/nvidia/version")
-
-
-def driver_version(path: Path = _DRIVER) -> str | None:
-    """The NVIDIA driver's version, as the kernel says it; None without one."""
-    try:
-        found = re.search(r"\s(\d+\.\d[\d.]*)\s", path.read_text())
-    except OSError:
-        return None
-    return found and found[1]
 
 
 @functools.cache

@@ -1,46 +1,54 @@
-"""How fast a device is clocked and how warm it is, where that can be read."""
+"""What a device and its driver say of themselves; None where they do not say."""
 
-import statistics
-import subprocess
-from pathlib import Path
+from collections.abc import Callable
 
+import psutil
 import torch
+
+# What Linux calls the sensors of processors: Intel's, AMD's, those of other makers.
+_PROCESSORS = ("coretemp", "k10temp", "cpu_thermal", "cpu-thermal", "x86_pkg_temp")
 
 
 def clock_and_temperature(device: torch.device) -> tuple[float | None, float | None]:
-    """MHz and degrees Celsius now; None where a device or its driver does not say."""
-    return _of_gpu(device) if device.type == "cuda" else _of_cpu()
+    """MHz and degrees Celsius now."""
+    return _of_gpu(device) if device.type == "cuda" else (_cpu_clock(), _cpu_temperature())
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's version."""
+    return _ask(lambda nvml: nvml.nvmlSystemGetDriverVersion())
 
 
 def _of_gpu(device: torch.device) -> tuple[float | None, float | None]:
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    command = ["nvidia-smi", f"--id={uuid}", "--query-gpu=clocks.sm,temperature.gpu", "--format=csv,noheader,nounits"]
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # its number would not do: NVML ignores CUDA_VISIBLE_DEVICES
+    clock = _ask(lambda nvml: nvml.nvmlDeviceGetClockInfo(nvml.nvmlDeviceGetHandleByUUID(uuid), nvml.NVML_CLOCK_SM))
+    temperature = _ask(
+        lambda nvml: nvml.nvmlDeviceGetTemperature(nvml.nvmlDeviceGetHandleByUUID(uuid), nvml.NVML_TEMPERATURE_GPU)
+    )
+    return clock, temperature
+
+
+def _ask(question: Callable):
+    """NVML's answer; None without its module, without a driver, and of a card that does not have the number."""
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-        clock, temperature = said.split(",")
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None, None
-    return _number(clock), _number(temperature)
-
-
-def _of_cpu(root: Path = Path("/")) -> tuple[float | None, float | None]:
-    try:
-        lines = (root / "proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    clocks = [_number(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
-    clock = round(statistics.fmean(clocks), 1) if clocks else None
-    for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
-        try:
-            if (zone / "type").read_text().strip() in ("x86_pkg_temp", "cpu-thermal", "cpu_thermal"):
-                return clock, int((zone / "temp").read_text()) / 1000
-        except (OSError, ValueError):
-            continue
-    return clock, None
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
+        import pynvml  # optional: only GPUs need it
+    except ImportError:
         return None
+    try:
+        pynvml.nvmlInit()
+        return question(pynvml)
+    except pynvml.NVMLError:
+        return None
+
+
+def _cpu_clock() -> float | None:
+    try:
+        clock = psutil.cpu_freq()
+    except (OSError, NotImplementedError):  # psutil's word for a machine that hides it
+        return None
+    return (round(clock.current, 1) or None) if clock else None
+
+
+def _cpu_temperature() -> float | None:
+    found = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
+    return next((found[name][0].current for name in _PROCESSORS if name in found), None)

@@ -143,23 +143,6 @@ def test_a_readme_holds_odd_names_in_code_spans(finished):
     assert "`in/'rm -rf' # big.fasta`" in text
 
 
-@pytest.mark.parametrize(
-    ("text", "version"),
-    [
-        (
-            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC version: 12.2.0\n",
-            "550.54.15",
-        ),
-        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.105.08  Release Build  (root)\n", "580.105.08"),
-        ("something else\n", None),
-    ],
-)
-def test_the_drivers_version_is_what_the_kernel_says(tmp_path, text, version):
-    (tmp_path / "version").write_text(text)
-    assert provenance.driver_version(tmp_path / "version") == version
-    assert provenance.driver_version(tmp_path / "none") is None
-
-
 def test_a_checkout_is_named_by_its_commit():
     if not (ROOT / ".git").exists():
         assert provenance.git_commit() is None
