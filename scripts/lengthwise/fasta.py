@@ -61,16 +61,15 @@ _OTHER_FORMATS = [
     (re.compile(rb"\x1f\x8b|\x28\xb5\x2f\xfd"), "a file compressed twice; decompress it once"),
     (re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff|>\0\0\0|\0\0\0>"), "UTF-32 text; convert it to UTF-8"),
     (re.compile(rb"\xff\xfe|\xfe\xff|>\0|\0>"), "UTF-16 text; convert it to UTF-8"),
+    # Named because it begins with '>': a title of nothing but letters would be taken for residues.
     (re.compile(rb">(P1|F1|D[LC]|R[LC]|N[13]|XX);\S+[ \t]*[\r\n].*\*", re.DOTALL), "PIR (NBRF); convert it to FASTA"),
-    (re.compile(rb"@(HD|SQ|RG|PG|CO)\t"), "SAM; a FASTA file of proteins is wanted"),
-    (re.compile(rb"@"), "FASTQ; convert it to FASTA and translate it to proteins"),
+    # A SAM file's lines begin with '@', two letters and a tab.
+    (re.compile(rb"@(?![A-Z]{2}\t)"), "FASTQ; convert it to FASTA and translate it to proteins"),
     (re.compile(rb"LOCUS\s"), "GenBank; export its proteins as FASTA"),
-    (re.compile(rb"ID {3}"), "an EMBL or UniProt flat file; export it as FASTA"),
     (
         re.compile(rb"(HEADER|TITLE|COMPND|EXPDTA|CRYST1|REMARK|MODEL|ATOM|HETATM) "),
         "PDB; export its sequences as FASTA",
     ),
-    (re.compile(rb"(#[^\r\n]*\s+)*data_"), "mmCIF; export its sequences as FASTA"),
     (re.compile(rb"# STOCKHOLM|CLUSTAL"), "an alignment; export its sequences, without gaps, as FASTA"),
 ]
 _LINE_END, _HEADER_MARK, _SPACE, _DELETE = b"\n> \x7f"
