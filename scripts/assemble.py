@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from lengthwise.logs import log, reporting
+from lengthwise.system.logging import log, reporting
 
 with reporting(snakemake.log[0], snakemake.scriptdir):
-    from lengthwise.assemble import assemble
+    from lengthwise.jobs.assemble import assemble
 
     manifest = assemble(
         Path(snakemake.params.store),
         snakemake.wildcards.dataset,
-        [Path(commit).stem for commit in snakemake.input.commits],
+        [Path(job_record).stem for job_record in snakemake.input.job_records],
         Path(snakemake.output.index),
         Path(snakemake.output.rejected),
         Path(snakemake.output.manifest),

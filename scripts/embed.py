@@ -2,23 +2,24 @@
 
 from pathlib import Path
 
-from lengthwise.logs import count, log, reporting
+from lengthwise.system.logging import log, reporting
+from lengthwise.system.text import count
 
 with reporting(snakemake.log[0], snakemake.scriptdir):
-    from lengthwise.allocation import deadline, place
-    from lengthwise.lease import leased
-    from lengthwise.settings import device_of
+    from lengthwise.store.settings import device_of
+    from lengthwise.system.gpus import leased
+    from lengthwise.system.slurm import deadline, place
 
     store = Path(snakemake.params.store)
     device = device_of(store, snakemake.config["device"])
     with leased(device):
         log.info("on %s", place())
-        from lengthwise.embed import embed_job
+        from lengthwise.jobs.embed_job import embed_job
 
-        commit = embed_job(
+        job_record = embed_job(
             store,
-            Path(snakemake.input.spec),
-            Path(snakemake.output.commit),
+            Path(snakemake.input.work_order),
+            Path(snakemake.output.job_record),
             device=device,
             batch_tokens=snakemake.config["batch_tokens"],
             threads=snakemake.threads,
@@ -26,9 +27,9 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
         )
     log.info(
         "job %s: %s, %d made now, in %.1f s on %s",
-        commit["job"],
-        count(len(commit["shards"]), "shard"),
-        len(commit["made"]),
-        commit["embed_seconds"],
-        commit["device"],
+        job_record["job"],
+        count(len(job_record["shards"]), "shard"),
+        len(job_record["made"]),
+        job_record["embed_seconds"],
+        job_record["device"],
     )

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from lengthwise.logs import log, reporting
+from lengthwise.system.logging import log, reporting
 
 with reporting(snakemake.log[0], snakemake.scriptdir):
-    from lengthwise.exports import export
+    from lengthwise.export.run import export
 
     folder = Path(snakemake.params.folder)  # exports/<kind>
     n = export(folder.parents[1], folder.name, memory_bytes=snakemake.resources.mem_mb * 10**6 * 2 // 5)

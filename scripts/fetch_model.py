@@ -3,13 +3,13 @@
 import os
 from pathlib import Path
 
-from lengthwise.logs import reporting
+from lengthwise.system.logging import reporting
 
 with reporting(snakemake.log[0], snakemake.scriptdir):
-    from lengthwise.device import auto_device
-    from lengthwise.files import write_json
-    from lengthwise.settings import create_or_check
-    from lengthwise.weights import fetch
+    from lengthwise.esm2.download import fetch
+    from lengthwise.store.settings import create_or_check
+    from lengthwise.system.files import write_json
+    from lengthwise.system.gpus import auto_device
 
     receipt = fetch(
         snakemake.params.model,

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from lengthwise.logs import log, reporting
+from lengthwise.system.logging import log, reporting
 
 with reporting(snakemake.log[0], snakemake.scriptdir):
-    from lengthwise import forecast
-    from lengthwise.plan import Sizes
-    from lengthwise.rates import pace
-    from lengthwise.settings import expected
-    from lengthwise.weights import path_of
+    from lengthwise.esm2.sources import path_of
+    from lengthwise.plan import forecast
+    from lengthwise.plan.planner import Sizes
+    from lengthwise.plan.throughput import slowdown
+    from lengthwise.store.settings import expected
 
     config, folders = snakemake.config, [Path(table).parent for table in snakemake.input.sequences]
     store = folders[0].parent.parent
@@ -18,7 +18,7 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
         store,
         settings,
         {folder.name: folder for folder in folders},
-        Sizes(config["job_minutes"] * 60, config["shard_bytes"], pace(store, settings)),
+        Sizes(config["job_minutes"] * 60, config["shard_bytes"], slowdown(store, settings)),
         config["batch_tokens"],
         snakemake.params.threads,
         snakemake.resources.mem_mb * 10**6 * 2 // 5,

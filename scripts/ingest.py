@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from lengthwise.logs import log, reporting
+from lengthwise.system.logging import log, reporting
 
 with reporting(snakemake.log[0], snakemake.scriptdir):
-    from lengthwise.alphabet import Letters
     from lengthwise.errors import LengthwiseError
-    from lengthwise.files import read_json, stamp
-    from lengthwise.ingest import Policy, ingest
+    from lengthwise.ingest.ingest import ingest
+    from lengthwise.ingest.judge import Policy
+    from lengthwise.ingest.normalize import Letters
+    from lengthwise.system.files import read_json, stamp
 
     fasta, params, dataset = Path(snakemake.input.fasta), snakemake.params, snakemake.wildcards.dataset
     planned_inputs = Path(snakemake.output.records).parents[2] / "plan" / "inputs.json"

@@ -2,22 +2,22 @@
 
 from pathlib import Path
 
-from lengthwise.logs import log, reporting
+from lengthwise.system.logging import log, reporting
 
 with reporting(snakemake.log[0], snakemake.scriptdir):
     import pyarrow.parquet as pq
 
-    from lengthwise.exports import missing_bytes
-    from lengthwise.logs import count
-    from lengthwise.plan import Sizes, plan
-    from lengthwise.rates import pace
-    from lengthwise.settings import require
-    from lengthwise.space import require_space, uncommitted
+    from lengthwise.plan.disk_check import require_space, uncommitted
+    from lengthwise.plan.planner import Sizes, plan
+    from lengthwise.plan.throughput import slowdown
+    from lengthwise.store.settings import require
+    from lengthwise.store.sizes import missing_bytes
+    from lengthwise.system.text import count
 
     store = Path(snakemake.params.store)
     config = snakemake.config
     settings = require(store)
-    sizes = Sizes(config["job_minutes"] * 60, config["shard_bytes"], pace(store, settings))
+    sizes = Sizes(config["job_minutes"] * 60, config["shard_bytes"], slowdown(store, settings))
     sequences = dict(zip(snakemake.params.datasets, map(Path, snakemake.input.sequences), strict=True))
     memory_bytes = snakemake.resources.mem_mb * 10**6 * 2 // 5  # the rest is for a job's spec
     retry = snakemake.params.retry_rejected

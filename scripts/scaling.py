@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from lengthwise.logs import reporting
+from lengthwise.system.logging import reporting
 
 with reporting(snakemake.log[0], snakemake.scriptdir):
-    from lengthwise.lease import leased
-    from lengthwise.settings import device_of, require
-    from lengthwise.weights import location
+    from lengthwise.store.settings import device_of, require
+    from lengthwise.store.weights import location
+    from lengthwise.system.gpus import leased
 
     store = Path(snakemake.params.store)
     device = device_of(store, snakemake.config["device"])
     with leased(device):
-        from lengthwise.scaling import scaling
+        from lengthwise.report.study.measure import scaling
 
         scaling(
             location(store)[0],

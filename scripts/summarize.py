@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from lengthwise.logs import reporting
+from lengthwise.system.logging import reporting
 
 with reporting(snakemake.log[0], snakemake.scriptdir):
-    from lengthwise.report import summarize
+    from lengthwise.report.summarize import summarize
 
     manifests = dict(zip(snakemake.params.datasets, map(Path, snakemake.input.manifests), strict=True))
     summarize(

@@ -18,20 +18,23 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lengthwise import alphabet
 from lengthwise import config as config_module
-from lengthwise import settings as settings_module
-from lengthwise.assemble import assemble
-from lengthwise.checkpoint import write_random
-from lengthwise.embed import embed_job
 from lengthwise.errors import LengthwiseError
-from lengthwise.files import write_json
-from lengthwise.ingest import Policy, ingest
-from lengthwise.plan import Sizes, plan
-from lengthwise.reading import Dataset
-from lengthwise.shapes import ModelConfig
-from lengthwise.store import Shard, commit_path, shard_path, spec_path
-from lengthwise.weights import fetch
+from lengthwise.esm2 import tokens
+from lengthwise.esm2.checkpoint import write_random
+from lengthwise.esm2.config import ModelConfig
+from lengthwise.esm2.download import fetch
+from lengthwise.ingest import digests
+from lengthwise.ingest.ingest import ingest
+from lengthwise.ingest.judge import Policy
+from lengthwise.jobs.assemble import assemble
+from lengthwise.jobs.embed_job import embed_job
+from lengthwise.plan.planner import Sizes, plan
+from lengthwise.read.dataset import Dataset
+from lengthwise.store import settings as settings_module
+from lengthwise.store.paths import job_record_path, shard_path, work_order_path
+from lengthwise.store.shard import Shard
+from lengthwise.system.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ModelConfig(2, 32, 2)
@@ -94,13 +97,13 @@ class SmallStore:
         return self.jobs
 
     def spec(self, job: str) -> pd.DataFrame:
-        return pd.read_parquet(spec_path(self.path, job))
+        return pd.read_parquet(work_order_path(self.path, job))
 
     def embed(self, job: str, **options) -> dict:
-        return embed_job(self.path, spec_path(self.path, job), commit_path(self.path, job), **options)
+        return embed_job(self.path, work_order_path(self.path, job), job_record_path(self.path, job), **options)
 
     def embed_all(self, **options) -> list[dict]:
-        jobs = [job for job in self.jobs["job"] if not commit_path(self.path, job).exists()]
+        jobs = [job for job in self.jobs["job"] if not job_record_path(self.path, job).exists()]
         return [self.embed(job, **options) for job in jobs]
 
     def jobs_of(self, dataset: str) -> list[str]:
@@ -170,7 +173,7 @@ def random_proteins():
 
     def make(n: int, shortest: int = 5, longest: int = 60, seed: int = 0, prefix: str = "p") -> dict[str, str]:
         source = random.Random(f"{seed} {n} {prefix}")
-        letters = alphabet.RESIDUES.decode()
+        letters = tokens.RESIDUES.decode()
         made: dict[str, str] = {}
         while len(made) < n:
             sequence = "".join(source.choices(letters, k=source.randint(shortest, longest)))
@@ -209,7 +212,7 @@ def files_in():
 @pytest.fixture(scope="session")
 def digest_of():
     """The digest of a sequence given as text."""
-    return lambda sequence: alphabet.digest(sequence.encode())
+    return lambda sequence: digests.digest(sequence.encode())
 
 
 @pytest.fixture

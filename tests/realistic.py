@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lengthwise.ingest import SEQUENCES
+from lengthwise.ingest.tables import SEQUENCES
 
 # Shares of the twenty amino acids in Swiss-Prot, in percent (https://web.expasy.org/docs/relnotes/relstat.html).
 SHARES = dict(A=8.25, R=5.53, N=4.06, D=5.46, C=1.38, Q=3.93, E=6.72, G=7.07, H=2.27, I=5.91)

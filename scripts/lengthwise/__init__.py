@@ -13,13 +13,13 @@ from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
 
 if TYPE_CHECKING:
-    from lengthwise.reading import Dataset
+    from lengthwise.read.dataset import Dataset
 
 __all__ = ["LengthwiseError", "__version__", "open"]
 
 
 def open(path: str | Path) -> "Dataset":
-    """Open a finished dataset for reading: see `lengthwise.reading.Dataset`."""
-    from lengthwise.reading import Dataset  # here, so that the Snakefile imports the package without numpy
+    """Open a finished dataset for reading: see `lengthwise.read.dataset.Dataset`."""
+    from lengthwise.read.dataset import Dataset  # here, so that the Snakefile imports the package without numpy
 
     return Dataset(path)

@@ -2,23 +2,18 @@
 
 import difflib
 import glob
-import ipaddress
 import os
 import re
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import jsonschema
 import yaml
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.shapes import MODELS
-
-DEMO = "demo"
-# The outputs that each export is made of.
-EXPORTS = {"h5": ("residue", "mean"), "pt": (), "biotrainer": ("residue", "mean"), "parquet": ("mean",)}
-_COMPRESSION = re.compile(r"\.(gz|bgz|zst)$", re.IGNORECASE)
-_FASTA = re.compile(r"\.(fasta|fas|fa|faa|fsa|mpfa|pep|seq)$", re.IGNORECASE)
+from lengthwise.esm2.config import MODELS
+from lengthwise.esm2.sources import DEMO, require_secure
+from lengthwise.store.paths import dataset_name
+from lengthwise.store.sizes import EXPORT_OUTPUTS
 
 
 def validate(config: dict, schema_path: Path) -> dict:
@@ -47,27 +42,12 @@ def validate(config: dict, schema_path: Path) -> dict:
     if model.endswith(".pt") and not os.path.isfile(model):
         raise LengthwiseError(f"config: model: there is no file {model}")
     for export in filled["exports"]:
-        if missing := [output for output in EXPORTS[export] if output not in filled["outputs"]]:
+        if missing := [output for output in EXPORT_OUTPUTS[export] if output not in filled["outputs"]]:
             raise LengthwiseError(
-                f"config: exports: {export} is made of the outputs {' and '.join(EXPORTS[export])}, and 'outputs' has no "
+                f"config: exports: {export} is made of the outputs {' and '.join(EXPORT_OUTPUTS[export])}, and 'outputs' has no "
                 f"{missing[0]}; take {export} out, or store that too"
             )
     return filled
-
-
-def store_name(model: str) -> str:
-    """The name of a model's store: its own, or the file stem of a checkpoint given by path."""
-    return dataset_name(Path(model).stem) if model.endswith(".pt") else model
-
-
-def dataset_name(path: str | Path) -> str:
-    """The file's stem without compression and FASTA endings, other characters than ``A-Za-z0-9._-`` made ``_``.
-
-    >>> dataset_name("in/My proteins.fasta.gz")
-    'My_proteins'
-    """
-    stem = _FASTA.sub("", _COMPRESSION.sub("", Path(path).name))
-    return re.sub(r"[^A-Za-z0-9._-]", "_", stem).lstrip(".-") or "_"
 
 
 def datasets(inputs: list[str] | dict[str, str]) -> dict[str, str]:
@@ -121,21 +101,6 @@ def _require_file(path: str) -> None:
         raise LengthwiseError(f"config: inputs: there is no file {path!r}")
     if not os.access(path, os.R_OK):
         raise LengthwiseError(f"config: inputs: {path!r} may not be read by this user")
-
-
-def require_secure(url: str) -> None:
-    """Raise unless a URL is https, or http on this machine."""
-    parts = urlsplit(url)
-    if parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname or "")):
-        return
-    raise LengthwiseError(f"{url}: weights are downloaded over https only (or from this machine); check weights_url")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _coerce(value, schema: dict):

@@ -4,13 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from lengthwise import alphabet, checkpoint, model
-from lengthwise.benchmark import random_sequences, reference
-from lengthwise.embed import PlannedShard, Progress, Walk
-from lengthwise.engine import DTYPES, Engine, Output, cut_batches
-from lengthwise.metrics import read_metrics
-from lengthwise.shapes import MODELS
-from lengthwise.store import Shard, metrics_path, shard_path
+from lengthwise.benchmark.contenders import reference
+from lengthwise.benchmark.sequences import random_sequences
+from lengthwise.esm2 import checkpoint, model
+from lengthwise.esm2.batching import cut_batches
+from lengthwise.esm2.config import MODELS
+from lengthwise.esm2.devices import DTYPES
+from lengthwise.esm2.engine import Engine, Output
+from lengthwise.ingest import digests
+from lengthwise.jobs.pipeline import Progress, ShardPipeline
+from lengthwise.plan.work_orders import PlannedShard
+from lengthwise.store.metrics import read_metrics
+from lengthwise.store.paths import metrics_path, shard_path
+from lengthwise.store.shard import Shard
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU HERE: nothing of CUDA was tested")
 CUDA = torch.device("cuda")
@@ -172,10 +178,10 @@ def test_shards_are_written_while_the_gpu_computes_and_the_metrics_say_so(weight
     }
     half = len(sequences) // 2
     shards = [
-        PlannedShard(name, [alphabet.digest(s) for s in sequences[part]], lengths[part], sequences[part])
+        PlannedShard(name, [digests.digest(s) for s in sequences[part]], lengths[part], sequences[part])
         for name, part in (("0" * 32, slice(0, half)), ("1" * 32, slice(half, None)))
     ]
-    with Walk(tmp_path, settings, made, Progress("job", int(lengths.sum()))) as walk:
+    with ShardPipeline(tmp_path, settings, made, Progress("job", int(lengths.sum()))) as walk:
         walk.make(shards[::-1], made.auto_batch_tokens())
     stored = np.concatenate([Shard(shard_path(tmp_path, shard.name))["layer_33"] for shard in shards])
     np.testing.assert_allclose(stored, np.concatenate(rows(made, sequences)).astype(np.float16), rtol=0, atol=0.05)
@@ -190,7 +196,7 @@ def test_a_job_is_compared_with_fair_esm_on_its_gpu(small_store, random_proteins
     store = small_store(device="cuda")
     store.ingest("a", random_proteins(30))
     (job,) = store.plan()["job"]
-    commit = store.embed(job)
-    assert commit["device"] == torch.cuda.get_device_name()
-    assert commit["parity"]["min_cosine"] > 0.9999
-    assert commit["versions"]["driver"]
+    job_record = store.embed(job)
+    assert job_record["device"] == torch.cuda.get_device_name()
+    assert job_record["parity"]["min_cosine"] > 0.9999
+    assert job_record["versions"]["driver"]

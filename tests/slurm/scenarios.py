@@ -17,8 +17,8 @@ from pathlib import Path
 import pandas as pd
 from project import ROOT, Project, Run, random_sequences
 
-from lengthwise.plan import read_jobs
-from lengthwise.progress import look
+from lengthwise.maintain.progress import look
+from lengthwise.plan.planner import read_jobs
 from slurm import Cluster, ClusterProject, Gate, Submission, wait_until
 
 DONE = "results/tiny/datasets/a/manifest.json"
@@ -52,7 +52,7 @@ def undisturbed(project: ClusterProject) -> dict[str, str]:
     code = """if True:
         import sys
         from pathlib import Path
-        from lengthwise.embed import embed_job
+        from lengthwise.jobs.embed_job import embed_job
         store = Path("results/tiny")
         for job in sys.argv[1:]:
             embed_job(store, store / "plan" / "jobs" / f"{job}.parquet", store / "jobs" / f"{job}.json")
@@ -256,8 +256,8 @@ class Disturber:
 
     def wait_for_commits(self, *faults: str) -> None:
         for fault in faults:
-            commit = self.project.store / "jobs" / f"{self.names[fault]}.json"
-            wait_until(commit.exists, f"the job of {fault} is committed")
+            job_record = self.project.store / "jobs" / f"{self.names[fault]}.json"
+            wait_until(job_record.exists, f"the job of {fault} is committed")
 
 
 def faults(cluster: Cluster, project: ClusterProject, folder: Path, others: list[Future]) -> Faults:

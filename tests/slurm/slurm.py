@@ -15,7 +15,7 @@ from typing import ClassVar
 import pyarrow.parquet as pq
 from project import ROOT, Project, Run
 
-from lengthwise.presence import at_work
+from lengthwise.system.locks import at_work
 
 SCRIPT = Path(__file__).with_name("cluster")
 STATE = Path("/run/lengthwise-slurm")

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from project import Project, random_sequences
 
-from lengthwise.plan import read_jobs
+from lengthwise.plan.planner import read_jobs
 from slurm import ClusterProject
 
 GPU_RULES = ("embed", "scaling")

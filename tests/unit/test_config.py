@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from lengthwise import config
+from lengthwise.store import paths
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA_PATH = ROOT / "workflow" / "schemas" / "config.schema.yaml"
@@ -169,11 +170,11 @@ def test_a_model_nearly_spelled_is_suggested(refused):
 
 @pytest.mark.parametrize("model", ["demo", *config.MODELS])
 def test_every_model_has_a_store_of_its_name(model):
-    assert config.store_name(validate(model=model)["model"]) == model
+    assert paths.store_name(validate(model=model)["model"]) == model
 
 
 def test_a_checkpoint_given_by_path_has_a_store_of_its_stem(tiny_checkpoint):
-    assert config.store_name(validate(model=str(tiny_checkpoint))["model"]) == "tiny"
+    assert paths.store_name(validate(model=str(tiny_checkpoint))["model"]) == "tiny"
 
 
 @pytest.mark.parametrize(
@@ -200,7 +201,7 @@ def test_a_checkpoint_given_by_path_has_a_store_of_its_stem(tiny_checkpoint):
     ],
 )
 def test_a_dataset_is_named_by_the_stem_of_its_file(path, name):
-    assert config.dataset_name(path) == name
+    assert paths.dataset_name(path) == name
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ def imported_by(code: str) -> set[str]:
 
 def test_a_model_on_a_cpu_imports_no_compiler(tiny_checkpoint):
     load = f"checkpoint.load_model({str(tiny_checkpoint)!r}, torch.device('cpu'), torch.float32)"
-    found = imported_by(f"import torch, lengthwise.embed; from lengthwise import checkpoint; {load}")
+    found = imported_by(f"import torch, lengthwise.jobs.embed_job; from lengthwise.esm2 import checkpoint; {load}")
     assert "torch" in found
     assert "torch._dynamo" not in found
 
 
-@pytest.mark.parametrize("module", ["ingest", "plan", "assemble", "report"])
+@pytest.mark.parametrize("module", ["ingest.ingest", "plan.planner", "jobs.assemble", "report.summarize"])
 def test_rules_without_a_model_import_no_torch(module):
     found = imported_by(f"import lengthwise.{module}")
     assert f"lengthwise.{module}" in found

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import yaml
 
-from lengthwise import alphabet, checkpoint
-from lengthwise.shapes import ModelConfig
-from lengthwise.store import Shard
+from lengthwise.esm2 import checkpoint, tokens
+from lengthwise.esm2.config import ModelConfig
+from lengthwise.store.shard import Shard
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -119,4 +119,4 @@ class Project:
 
 def random_sequences(n: int, seed: int, longest: int = 60) -> list[bytes]:
     rng = random.Random(seed)
-    return [bytes(rng.choices(alphabet.RESIDUES, k=rng.randint(5, longest))) for _ in range(n)]
+    return [bytes(rng.choices(tokens.RESIDUES, k=rng.randint(5, longest))) for _ in range(n)]

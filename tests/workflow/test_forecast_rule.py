@@ -7,10 +7,10 @@ import pytest
 from project import Project, random_sequences
 
 import realistic
-from lengthwise.allocation import usable_cores
-from lengthwise.files import read_json
-from lengthwise.metrics import read_metrics
-from lengthwise.store import find_metrics
+from lengthwise.store.metrics import read_metrics
+from lengthwise.store.paths import find_metrics
+from lengthwise.system.files import read_json
+from lengthwise.system.machine import usable_cores
 
 
 def test_a_forecast_reads_the_inputs_and_nothing_more(project):
@@ -88,14 +88,14 @@ def test_memory_and_time_are_as_forecast_on_a_quiet_machine(tmp_path, precision)
             assert project.snakemake("forecast").code == 0
             assert project.snakemake(f"results/demo/datasets/{name}/manifest.json").code == 0
         made = read_json(store / "forecast" / "forecast.json")
-        commit = max(map(read_json, store.glob("jobs/*.json")), key=lambda job: job["finished"])
-        seconds, expected_seconds = commit["load_seconds"] + commit["embed_seconds"], made["time"][0]["seconds"]
-        peak = read_metrics(find_metrics(store, shard) for shard in commit["made"])["peak_rss_bytes"].max()
+        job_record = max(map(read_json, store.glob("jobs/*.json")), key=lambda job: job["finished"])
+        seconds, expected_seconds = job_record["load_seconds"] + job_record["embed_seconds"], made["time"][0]["seconds"]
+        peak = read_metrics(find_metrics(store, shard) for shard in job_record["made"])["peak_rss_bytes"].max()
         expected_peak = max(made["memory"]["batch_bytes"], made["memory"]["longest_bytes"])
         times.append(expected_seconds / seconds)
         memories.append(expected_peak / peak)
         print(
-            f"\n{precision}, {commit['residues']:,} residues: {seconds:.1f} s, forecast {expected_seconds:.1f} s; ",
+            f"\n{precision}, {job_record['residues']:,} residues: {seconds:.1f} s, forecast {expected_seconds:.1f} s; ",
             end="",
         )
         print(f"{peak / 1e6:.0f} MB, forecast {expected_peak / 1e6:.0f} MB", flush=True)

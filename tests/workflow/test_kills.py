@@ -15,8 +15,8 @@ import pytest
 from project import Project, random_sequences
 from safetensors.numpy import load_file
 
-from lengthwise.embed import embed_job
-from lengthwise.recovery import leftovers
+from lengthwise.jobs.embed_job import embed_job
+from lengthwise.maintain.cleanup import leftovers
 
 SEQUENCES = random_sequences(600, seed=11, longest=300)
 SETTINGS = {"model": "tiny.pt", "inputs": ["in/*.fasta"], "shard_bytes": 400_000, "batch_tokens": 512}
@@ -51,12 +51,12 @@ def project(planned, tmp_path):
 def embed(project):
     """Embed the project's job in a process of its own, forked from one that has torch loaded."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lengthwise.embed"])
-    (spec,) = project.store.glob("plan/jobs/*.parquet")
+    context.set_forkserver_preload(["lengthwise.jobs.embed_job"])
+    (work_order,) = project.store.glob("plan/jobs/*.parquet")
     os.chdir(project.folder)
     process = context.Process(
         target=embed_job,
-        args=(project.store, spec, project.store / "jobs" / f"{spec.stem}.json"),
+        args=(project.store, work_order, project.store / "jobs" / f"{work_order.stem}.json"),
         kwargs={"batch_tokens": 512},
     )
     process.start()
@@ -121,10 +121,10 @@ def test_one_kill_costs_one_shard_at_most(project, monkeypatch):
     kept = project.shards()
     assert project.snakemake(DONE).code == 0
     after = project.shards()
-    commit = json.loads(next(project.store.glob("jobs/*.json")).read_text())
+    job_record = json.loads(next(project.store.glob("jobs/*.json")).read_text())
     assert kept.items() <= after.items()
-    assert set(commit["made"]) == after.keys() - kept.keys()
-    assert commit["made_residues"] == commit["residues"] - sum(residues(project, shard) for shard in kept)
+    assert set(job_record["made"]) == after.keys() - kept.keys()
+    assert job_record["made_residues"] == job_record["residues"] - sum(residues(project, shard) for shard in kept)
 
 
 def residues(project, shard):
@@ -304,8 +304,8 @@ def test_every_name_is_given_to_bytes_that_are_on_disk(planned, tmp_path, monkey
     monkeypatch.setattr(os, "rename", record("rename", os.rename))
     monkeypatch.setattr(os, "replace", record("rename", os.replace))
     monkeypatch.setattr(os, "pwrite", record("write", os.pwrite))
-    (spec,) = project.store.glob("plan/jobs/*.parquet")
-    embed_job(project.store, spec, project.store / "jobs" / f"{spec.stem}.json")
+    (work_order,) = project.store.glob("plan/jobs/*.parquet")
+    embed_job(project.store, work_order, project.store / "jobs" / f"{work_order.stem}.json")
     events = [event for event in events if "/running/" not in event[1] + event[2]]  # of no use after a power cut
     renames = [(i, *event[1:]) for i, event in enumerate(events) if event[0] == "rename"]
     kinds = Counter(os.path.relpath(target, project.store).partition("/")[0] for _, _, target, _ in renames)

@@ -7,7 +7,7 @@ import torch
 from Bio import SeqIO
 
 import lengthwise
-from lengthwise import checkpoint
+from lengthwise.esm2 import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*RANDOM WEIGHTS")
 

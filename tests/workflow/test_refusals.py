@@ -8,7 +8,7 @@ import pytest
 import torch
 from project import ROOT, Project
 
-from lengthwise.config import dataset_name
+from lengthwise.store.paths import dataset_name
 
 
 def assert_one_line(run, *words):

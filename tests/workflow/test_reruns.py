@@ -188,12 +188,12 @@ def test_deleted_index_and_lookup(project):
 
 
 def test_deleted_plan(project):
-    specs = {path.name for path in project.store.glob("plan/jobs/*")}
+    work_orders = {path.name for path in project.store.glob("plan/jobs/*")}
     shutil.rmtree(project.store / "plan")
     rules, embedded = rerun(project)
     assert embedded == 0
     assert rules["embed"] == 0
-    assert {path.name for path in project.store.glob("plan/jobs/*")} == specs
+    assert {path.name for path in project.store.glob("plan/jobs/*")} == work_orders
 
 
 def test_deleted_settings_come_back_from_a_manifest(project):

@@ -9,9 +9,9 @@ import warnings
 import pytest
 from project import Project, random_sequences
 
-from lengthwise import embed
-from lengthwise.plan import MAX_JOBS, read_jobs
-from lengthwise.store import commit_path, spec_path
+from lengthwise.jobs import embed_job
+from lengthwise.plan.planner import MAX_JOBS, read_jobs
+from lengthwise.store.paths import job_record_path, work_order_path
 
 JOBS = MAX_JOBS
 
@@ -58,10 +58,10 @@ def large(planned, tmp_path_factory):
     with (
         pytest.MonkeyPatch.context() as patch
     ):  # without Snakemake's second, a load of the model and a disk's wait for each
-        patch.setattr(embed, "Engine", functools.cache(embed.Engine))
+        patch.setattr(embed_job, "Engine", functools.cache(embed_job.Engine))
         patch.setattr(os, "fsync", lambda _: None)
         for job in jobs:
-            embed.embed_job(project.store, spec_path(project.store, job), commit_path(project.store, job))
+            embed_job.embed_job(project.store, work_order_path(project.store, job), job_record_path(project.store, job))
     run = project.snakemake()
     assert run.code == 0, run.output
     assert run.rules["embed"] == 0

@@ -17,18 +17,18 @@ sys.path.insert(0, str(Path(workflow.basedir).parent / "scripts"))
 import snakemake.cli
 
 import lengthwise.config
-import lengthwise.fasta
-from lengthwise.closing import failure_lines_of, forecast_lines_of, success_lines_of
-from lengthwise.device import refuse_missing_gpu
 from lengthwise.errors import LengthwiseError
-from lengthwise.files import stamp, write_json
-from lengthwise.logs import FAILED
-from lengthwise.presence import at_work
-from lengthwise.recovery import broken_commits, remove_leftovers
-from lengthwise.runs import note_run, refusal
-from lengthwise.settings import guard, load
-from lengthwise.shapes import MODELS
-from lengthwise.weights import note_new_time
+from lengthwise.esm2.config import MODELS
+from lengthwise.maintain.cleanup import broken_job_records, remove_leftovers
+from lengthwise.maintain.run_summary import failure_lines_of, forecast_lines_of, success_lines_of
+from lengthwise.store.paths import store_name
+from lengthwise.store.settings import guard, load
+from lengthwise.store.weights import note_new_time
+from lengthwise.system.files import stamp, state, write_json
+from lengthwise.system.gpus import refuse_missing_gpu
+from lengthwise.system.locks import at_work
+from lengthwise.system.logging import FAILED
+from lengthwise.system.runs import note_run, refusal
 
 STARTED = time.time()
 PRESENCE = ExitStack()
@@ -66,7 +66,7 @@ def put_right(store):
 
     What killed runs left is removed; from then on `python -m lengthwise prune` knows that a run is at work.
     """
-    broken = broken_commits(store)
+    broken = broken_job_records(store)
     lost = not (store / "settings.json").exists() and load(store)
     for commit, shards in broken.items():
         print(f"lengthwise: job {commit.stem}: {shards[0]} is gone or cut short; a run makes it again", file=sys.stderr)
@@ -88,9 +88,9 @@ def say_why_refused(why):
 try:
     config.update(lengthwise.config.validate(config, Path(workflow.basedir) / "schemas" / "config.schema.yaml"))
     DATASETS = lengthwise.config.datasets(config["inputs"])
-    STATES = {dataset: lengthwise.fasta.state(path) for dataset, path in DATASETS.items()}
+    STATES = {dataset: state(path) for dataset, path in DATASETS.items()}
     STAMPS = {dataset: stamp(path) for dataset, path in DATASETS.items()}
-    STORE = str(Path(config["results"]) / lengthwise.config.store_name(config["model"]))
+    STORE = str(Path(config["results"]) / store_name(config["model"]))
     guard(Path(STORE), config)
     if workflow.is_main_process:
         put_right(Path(STORE))
@@ -148,18 +148,18 @@ def planned():
     return read_plan(state.st_size, state.st_mtime_ns)
 
 
-def planned_commits(dataset):
+def planned_job_records(dataset):
     return planned()[1].get(dataset, [])
 
 
-def commits_of_all(wildcards):
+def job_records_of_all(wildcards):
     checkpoints.plan.get()
-    return planned_commits("")
+    return planned_job_records("")
 
 
-def commits_of_dataset(wildcards):
+def job_records_of_dataset(wildcards):
     checkpoints.plan.get()
-    return planned_commits(wildcards.dataset)
+    return planned_job_records(wildcards.dataset)
 
 
 def captioned(figure, category):
@@ -193,7 +193,7 @@ def require_device():
 def success_lines():
     if lines := forecast_lines_of(Path(STORE), STARTED):
         return lines
-    commits = planned_commits("") if os.path.exists(JOBS) else []
+    commits = planned_job_records("") if os.path.exists(JOBS) else []
     return success_lines_of(Path(STORE), list(DATASETS), commits, STARTED, time.time() - STARTED)
 
 

@@ -30,11 +30,11 @@ checkpoint plan:
 
 rule embed:
     input:
-        spec=ancient(f"{STORE}/plan/jobs/{{job}}.parquet"),
+        work_order=ancient(f"{STORE}/plan/jobs/{{job}}.parquet"),
         weights=ancient(WEIGHTS),
         plan=ancient(JOBS),
     output:
-        commit=f"{STORE}/jobs/{{job}}.json",
+        job_record=f"{STORE}/jobs/{{job}}.json",
     log:
         f"{STORE}/logs/embed/{{job}}.log",
     conda:
@@ -46,7 +46,7 @@ rule embed:
         disk_mb=embed_disk_mb,
         runtime=embed_minutes,
     params:
-        store=subpath(output.commit, ancestor=2),
+        store=subpath(output.job_record, ancestor=2),
     script:
         "../../scripts/embed.py"
 
@@ -54,7 +54,7 @@ rule embed:
 rule assemble:
     input:
         records=f"{STORE}/inputs/{{dataset}}/records.parquet",
-        commits=commits_of_dataset,
+        job_records=job_records_of_dataset,
         plan=ancient(JOBS),
     output:
         index=INDEX,

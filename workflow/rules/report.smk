@@ -42,7 +42,7 @@ rule scaling:
 rule summarize:
     input:
         jobs=ancient(JOBS),
-        commits=commits_of_all,
+        job_records=job_records_of_all,
         manifests=expand(MANIFEST, dataset=DATASETS),
         scaling=f"{STORE}/report/scaling.tsv",
     output:

@@ -4,10 +4,10 @@ In: the config, the plan, the sizes of the inputs. Out: the functions that rules
 They change no results, and a site may replace each of them: --set-resources embed:mem_mb=64000.
 """
 
-from lengthwise.allocation import usable_cores
-from lengthwise.device import auto_device
-from lengthwise.files import read_json
-from lengthwise.rates import READ_BYTES_PER_SECOND
+from lengthwise.system.machine import usable_cores
+from lengthwise.system.gpus import auto_device
+from lengthwise.system.files import read_json
+from lengthwise.plan.throughput import READ_BYTES_PER_SECOND
 
 # Of jobs that a plan says nothing about: one of an earlier version.
 UNKNOWN = {"mem_mb": 16000, "disk_mb": 4000, "runtime_minutes": 120}

@@ -1,0 +1,23 @@
+"""Sequences for the benchmark."""
+
+from pathlib import Path
+
+import numpy as np
+
+from lengthwise.esm2.tokens import RESIDUES
+from lengthwise.ingest.normalize import normalize
+
+
+def read_fasta(path: Path) -> list[bytes]:
+    """Normalised sequences of a FASTA file, rejected ones left out; by fair-esm's own reader, which is always there."""
+    from esm.data import FastaBatchedDataset
+
+    found = (normalize(sequence.encode()) for sequence in FastaBatchedDataset.from_file(path).sequence_strs)
+    return [sequence for sequence, _, reason in found if not reason]
+
+
+def random_sequences(length: int, residues: int, seed: int = 0) -> list[bytes]:
+    """Random proteins of one length, so many residues in all."""
+    letters = np.frombuffer(RESIDUES[:20], np.uint8)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    return [rng.choice(letters, length).tobytes() for _ in range(max(1, residues // length))]

@@ -1,0 +1,209 @@
+"""Checkpoints in fair-esm's layout: reading them safely, and making seeded random ones of the true shapes."""
+
+import argparse
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lengthwise.errors import LengthwiseError
+from lengthwise.esm2.config import MODELS, ModelConfig
+from lengthwise.esm2.model import ESM2, Linear
+
+DEMO_SHAPE = MODELS["esm2_t6_8M_UR50D"]
+
+_RANDOM = "lengthwise_random_seed"  # in the cfg of a checkpoint that `write_random` made
+
+_PREFIXES = ("encoder.sentence_encoder.", "encoder.")
+
+
+def read(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], bool]:
+    """Open a fair-esm ESM-2 checkpoint, memory-mapped; code in the pickle is refused and never runs.
+
+    Returns
+    -------
+    (shape, state, random)
+        `state` has fair-esm's names without their ``encoder.`` prefixes; `random` is whether `write_random` made it.
+
+    Raises
+    ------
+    LengthwiseError
+        It cannot be read, or is no ESM-2 checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LengthwiseError(f"{path}: no such checkpoint; 'model' takes a model's name or the path of a fair-esm .pt")
+    try:
+        # fair-esm's own local loader fails on torch 2.6 and later, and its loader for downloads runs pickled code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise LengthwiseError(
+            f"{path}: refused, because loading it would run code or it is no torch file ({_first_line(error)})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
+        raise LengthwiseError(f"{path}: not a readable torch checkpoint ({_first_line(error)})") from error
+    try:
+        if not isinstance(data, dict):
+            raise TypeError("not a dict")
+        model = data["cfg"]["model"]
+        config = ModelConfig(model.encoder_layers, model.encoder_embed_dim, model.encoder_attention_heads)
+        state = {_strip(name): tensor for name, tensor in data["model"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise LengthwiseError(
+            f"{path}: a torch file, but no ESM-2 checkpoint in fair-esm's layout (it should hold cfg.model and model); "
+            "ESM-1, ESM-IF and Hugging Face files do not fit here"
+        ) from error
+    expected = _expected(config)
+    if missing := sorted(expected.keys() - state.keys()):
+        raise LengthwiseError(f"{path}: the checkpoint lacks {len(missing)} tensors, {missing[0]} the first of them")
+    for name, shape in expected.items():
+        found = getattr(state[name], "shape", None)
+        if found != shape:
+            raise LengthwiseError(f"{path}: the tensor {name} is {found and tuple(found)} and should be {shape}")
+    return config, state, hasattr(model, _RANDOM)
+
+
+def load_model(path: Path, device: torch.device, dtype: torch.dtype, pack: bool = True) -> ESM2:
+    """The packed model with a checkpoint's weights, on a device in a compute type, ready for inference.
+
+    Parameters
+    ----------
+    path
+        A fair-esm checkpoint.
+    device, dtype
+        Where the weights go, and the compute type: that of the products; embeddings and LayerNorms stay in float32.
+    pack
+        Whether a CPU may trade them for oneDNN's form, which is faster and knows no gradients.
+    """
+    config, state, _ = read(path)
+    with torch.device("meta"):
+        model = ESM2(config)
+
+    def placed(name: str, to: torch.dtype = torch.float32) -> torch.Tensor:
+        # Copied even where nothing changes: what stays mapped to the file would change with it.
+        return state[name].to(device, to, copy=True)
+
+    frequencies = [state[f"layers.{index}.self_attn.rot_emb.inv_freq"].float() for index in range(config.num_layers)]
+    if any(not torch.equal(frequencies[0], other) for other in frequencies):
+        raise LengthwiseError(f"{path}: its layers hold different rotary frequencies, which no ESM-2 has")
+    outer = {name: placed(name) for name in state if name.startswith(("embed_tokens.", "emb_layer_norm_after."))}
+    outer["inv_freq"] = placed("layers.0.self_attn.rot_emb.inv_freq")
+    model.load_state_dict(outer, assign=True, strict=False)
+    pairs = _rotary_pairs(config)
+    for index, layer in enumerate(model.layers):  # one at a time, so that the host never holds all of it twice
+        prefix, fused = f"layers.{index}.", {}
+        for kind in ("weight", "bias"):
+            parts = [state[f"{prefix}self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            parts[:2] = [part[pairs] for part in parts[:2]]
+            fused[f"qkv.{kind}"] = torch.cat([part.to(device, dtype) for part in parts])
+            fused[f"out_proj.{kind}"] = placed(f"{prefix}self_attn.out_proj.{kind}", dtype)
+            for name in ("fc1", "fc2"):
+                fused[f"{name}.{kind}"] = placed(f"{prefix}{name}.{kind}", dtype)
+            for name in ("self_attn_layer_norm", "final_layer_norm"):
+                fused[f"{name}.{kind}"] = placed(f"{prefix}{name}.{kind}")
+        layer.load_state_dict(fused, assign=True)
+        for module in layer.modules():
+            if pack and isinstance(module, Linear):
+                module.pack()
+    return model.eval().requires_grad_(False)
+
+
+def _rotary_pairs(config: ModelConfig) -> torch.Tensor:
+    """[D] rows of q and k in the order that puts channels i and i + C / 2 of each head side by side."""
+    rows = torch.arange(config.embed_dim).view(config.attention_heads, 2, -1)  # [H, 2, C / 2]
+    return rows.transpose(1, 2).flatten()
+
+
+def write_random(path: Path, config: ModelConfig, seed: int = 0) -> None:
+    """Write a seeded random checkpoint of a model's exact shape, in fair-esm's layout and type.
+
+    Its timings are real and its embeddings mean nothing. Weights have a standard deviation of 1 / sqrt(fan in), so that
+    activations and attention are lively, and LayerNorms and biases are random too, so that an error in any of them
+    shows. The rotary frequencies are rounded to half precision, as in the published checkpoints.
+    """
+    rng = np.random.Generator(np.random.PCG64(seed))
+    # The published checkpoints of 3B and 15B are 5.7 and 30 GB: two bytes a weight.
+    dtype = torch.float16 if config.embed_dim >= MODELS["esm2_t36_3B_UR50D"].embed_dim else torch.float32
+
+    def normal(*shape: int, scale: float, shift: float = 0.0) -> torch.Tensor:
+        values = rng.standard_normal(shape, dtype=np.float32)
+        values *= np.float32(scale)
+        values += np.float32(shift)
+        return torch.from_numpy(values).to(dtype)
+
+    d, state = config.embed_dim, {}
+
+    def linear(name: str, fan_in: int, fan_out: int) -> None:
+        state[f"{name}.weight"] = normal(fan_out, fan_in, scale=fan_in**-0.5)
+        state[f"{name}.bias"] = normal(fan_out, scale=0.1)
+
+    def layer_norm(name: str) -> None:
+        state[f"{name}.weight"] = normal(d, scale=0.2, shift=1.0)
+        state[f"{name}.bias"] = normal(d, scale=0.1)
+
+    inv_freq = 1.0 / 10_000 ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    encoder = "encoder.sentence_encoder."
+    state[f"{encoder}embed_tokens.weight"] = normal(config.vocabulary_size, d, scale=1.0)
+    for index in range(config.num_layers):
+        layer = f"{encoder}layers.{index}."
+        for part in ("k", "v", "q", "out"):
+            linear(f"{layer}self_attn.{part}_proj", d, d)
+        state[f"{layer}self_attn.rot_emb.inv_freq"] = inv_freq.half().float()
+        layer_norm(f"{layer}self_attn_layer_norm")
+        linear(f"{layer}fc1", d, 4 * d)
+        linear(f"{layer}fc2", 4 * d, d)
+        layer_norm(f"{layer}final_layer_norm")
+    layer_norm(f"{encoder}emb_layer_norm_after")
+    state["encoder.lm_head.weight"] = state[f"{encoder}embed_tokens.weight"]
+    state["encoder.lm_head.bias"] = normal(config.vocabulary_size, scale=0.1)
+    linear("encoder.lm_head.dense", d, d)
+    layer_norm("encoder.lm_head.layer_norm")
+    model = argparse.Namespace(
+        encoder_layers=config.num_layers,
+        encoder_embed_dim=d,
+        encoder_attention_heads=config.attention_heads,
+        token_dropout=True,
+        **{_RANDOM: seed},
+    )
+    with open(path, "wb") as file:  # a file, not a path: torch writes a path's stem into the bytes
+        torch.save({"cfg": {"model": model}, "model": state}, file)
+
+
+def reference_model(path: Path, device: torch.device | str = "cpu"):
+    """fair-esm's own ESM2 with a checkpoint's weights, in float32: the judge, not the engine."""
+    from esm.model import esm2
+
+    config, state, _ = read(path)
+    with torch.device(device):
+        model = esm2.ESM2(config.num_layers, config.embed_dim, config.attention_heads)
+    model.load_state_dict(state, strict=False)  # the contact head's weights come in a file of their own
+    return model.eval()
+
+
+def _strip(name: str) -> str:
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors that the forward pass needs, with their shapes."""
+    d = config.embed_dim
+    shapes = {"embed_tokens.weight": (config.vocabulary_size, d), "emb_layer_norm_after.weight": (d,)}
+    shapes["emb_layer_norm_after.bias"] = (d,)
+    for index in range(config.num_layers):
+        layer = f"layers.{index}."
+        linear = {f"self_attn.{part}_proj": (d, d) for part in "kvq"} | {"self_attn.out_proj": (d, d)}
+        linear |= {"fc1": (4 * d, d), "fc2": (d, 4 * d), "self_attn_layer_norm": (d,), "final_layer_norm": (d,)}
+        for part, shape in linear.items():
+            shapes[f"{layer}{part}.weight"] = shape
+            shapes[f"{layer}{part}.bias"] = shape[:1]
+        shapes[f"{layer}self_attn.rot_emb.inv_freq"] = (config.head_dim // 2,)
+    return shapes
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,238 @@
+"""Weights: have the configured model's checkpoint on this machine, and record what it is."""
+
+import logging
+import os
+import shutil
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import requests
+from filelock import FileLock
+
+from lengthwise.errors import LengthwiseError
+from lengthwise.esm2.config import MODELS
+from lengthwise.esm2.sources import DEMO, OFFICIAL_URL, path_of, record_path, require_secure
+from lengthwise.system.files import atomic, fsync_folder, read_json, sha256, stamp, write_json
+
+log = logging.getLogger("lengthwise")
+
+ATTEMPTS = 5
+
+TIMEOUT_SECONDS = (20, 60)  # to connect, to wait for the next bytes
+
+CHUNK_BYTES = 1 << 20
+
+PROGRESS_SECONDS = 5.0
+
+
+def fetch(
+    model: str, folder: str, url: str = OFFICIAL_URL, pinned_sha256: str = "", contact_regression: bool = False
+) -> dict:
+    """Have a model's checkpoint at hand: downloaded once, whoever asks, or made on the spot (`demo`).
+
+    Parameters
+    ----------
+    model
+        An ESM-2 name, the path of a fair-esm ``.pt``, or ``demo``.
+    folder
+        Where weights are kept; users and nodes may share it.
+    url
+        Where ``models/<model>.pt`` is downloaded from.
+    pinned_sha256
+        The checksum that the checkpoint must have, or nothing.
+    contact_regression
+        Whether the weights of the contact head are wanted too.
+
+    Returns
+    -------
+    The receipt: path, bytes, mtime_ns, sha256, the model's shape and whether its weights are random.
+
+    Raises
+    ------
+    LengthwiseError
+        The checkpoint cannot be had, has another checksum, or is not ESM-2.
+    """
+    from lengthwise.esm2 import checkpoint
+
+    path = path_of(model, folder)
+    if not model.endswith(".pt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f"{path.name}.lock"), mode=0o666):
+            if model == DEMO and not path.exists():
+                with atomic(path) as part:
+                    checkpoint.write_random(part, checkpoint.DEMO_SHAPE)
+            elif model in MODELS:
+                _have(path, f"{url.rstrip('/')}/models/{path.name}", pinned_sha256)
+                if contact_regression:
+                    regression = path.with_name(f"{model}-contact-regression.pt")
+                    _have(regression, f"{url.rstrip('/')}/regression/{regression.name}", "")
+    shape, _, random = checkpoint.read(path)
+    checksum = known_sha256(path)
+    if pinned_sha256 and checksum != pinned_sha256.lower():
+        raise LengthwiseError(
+            f"{path}: its SHA-256 is {checksum}, and model_sha256 in the config wants {pinned_sha256}; "
+            "remove the file to download it again, or correct the config"
+        )
+    return {
+        "model": model,
+        "path": str(path),
+        **stamp(path),
+        "sha256": checksum,
+        "num_layers": shape.num_layers,
+        "embed_dim": shape.embed_dim,
+        "attention_heads": shape.attention_heads,
+        "random_weights": random,
+    }
+
+
+def known_sha256(path: Path) -> str:
+    """The checkpoint's SHA-256: what its download recorded if the file is the same since, else computed."""
+    record = record_path(path)
+    if record.exists():
+        known = read_json(record, "sha256")
+        if stamp(path).items() <= known.items():
+            return known["sha256"]
+    return sha256(path)
+
+
+def _have(path: Path, url: str, pinned_sha256: str) -> None:
+    """Download a file unless it is there; the lock is the caller's."""
+    if path.exists():
+        return
+    part = path.with_name(f"{path.name}.part")
+    log.info("%s: downloading %s", path, url)
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            _download(url, part)
+            break
+        except requests.RequestException as error:
+            done = part.stat().st_size if part.exists() else 0
+            refused = isinstance(error, requests.HTTPError) and error.response.status_code < 500
+            if refused or attempt == ATTEMPTS:
+                raise LengthwiseError(
+                    f"{url}: {_reason(error)}; {done:,} bytes are kept, run again to go on. "
+                    f"Without a network here, download it elsewhere and put it at {path}"
+                ) from error
+            log.info("the transfer broke after %s bytes (%s); going on", f"{done:,}", _reason(error))
+            time.sleep(min(2**attempt / 4, 10))
+    _refuse_what_is_no_checkpoint(part, url)
+    checksum = sha256(part)
+    if pinned_sha256 and checksum != pinned_sha256.lower():
+        _discard(part)
+        raise LengthwiseError(
+            f"{url}: its SHA-256 is {checksum}, and model_sha256 in the config wants {pinned_sha256}; the download was removed"
+        )
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    fsync_folder(path.parent)
+    _state_path(part).unlink(missing_ok=True)
+    size = path.stat().st_size
+    write_json(
+        record_path(path),
+        {
+            "url": url,
+            **stamp(path),
+            "sha256": checksum,
+            "downloaded": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )
+    log.info("%s: %s bytes, SHA-256 %s", path, f"{size:,}", checksum)
+
+
+def _download(url: str, part: Path) -> None:
+    """One transfer into `part`, going on after what it holds if the server still has the same file."""
+    held = part.stat().st_size if part.exists() else 0
+    state = read_json(_state_path(part)) if held and _state_path(part).exists() else {}
+    headers = {"Accept-Encoding": "identity"}
+    if state.get("validator"):
+        headers |= {"Range": f"bytes={held}-", "If-Range": state["validator"]}
+    with _get(url, headers) as response:
+        if response.status_code == 416:  # nothing after what is held: either it is all there, or it is of no use
+            if held == state.get("bytes"):
+                return
+            _discard(part)
+            raise requests.ConnectionError("the server has less than what was kept; starting again")
+        response.raise_for_status()
+        if "text/html" in response.headers.get("Content-Type", ""):
+            raise LengthwiseError(
+                f"{url}: the server sent a web page instead of weights; check the network's sign-in page"
+            )
+        goes_on = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {held}-")
+        start = held if goes_on else 0
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length else None
+        if total:
+            _require_space(part.parent, total - held)
+        validator = response.headers.get("ETag") or response.headers.get("Last-Modified")
+        write_json(_state_path(part), {"url": url, "bytes": total, "validator": validator})
+        _save(response, part, start, total)
+
+
+def _get(url: str, headers: dict) -> requests.Response:
+    """GET, following redirects only to https or loopback."""
+    for _ in range(10):
+        require_secure(url)
+        response = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS, allow_redirects=False)
+        if not response.is_redirect:
+            return response
+        url = requests.compat.urljoin(url, response.headers["Location"])
+        response.close()
+    raise LengthwiseError(f"{url}: too many redirects")
+
+
+def _save(response: requests.Response, part: Path, start: int, total: int | None) -> None:
+    began = said = time.monotonic()
+    with open(part, "r+b" if start else "wb") as file:
+        file.seek(start)
+        file.truncate()
+        for chunk in response.iter_content(CHUNK_BYTES):
+            file.write(chunk)
+            now = time.monotonic()
+            if now - said >= PROGRESS_SECONDS:
+                said, done = now, file.tell()
+                rate = (done - start) / (now - began)
+                left = f", {(total - done) / rate:.0f} s left" if total else ""
+                log.info(
+                    "%.2f of %s GB, %.1f MB/s%s", done / 1e9, f"{total / 1e9:.2f}" if total else "?", rate / 1e6, left
+                )
+        if total and file.tell() != total:
+            raise requests.ConnectionError(f"{file.tell():,} of {total:,} bytes came")
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise LengthwiseError(
+            f"{folder}: {needed:,} bytes are to be downloaded and {free:,} are free; free some space, or set 'weights' to "
+            "another folder"
+        )
+
+
+def _refuse_what_is_no_checkpoint(part: Path, url: str) -> None:
+    with open(part, "rb") as file:
+        start = file.read(16)
+    if not start.startswith((b"PK\x03\x04", b"\x80")):  # torch's zip and its older pickle
+        _discard(part)
+        raise LengthwiseError(f"{url}: what came is no torch file (it begins with {start!r}); the download was removed")
+
+
+def _discard(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _state_path(part).unlink(missing_ok=True)
+
+
+def _state_path(part: Path) -> Path:
+    """What is needed to go on with a partial download."""
+    return part.with_name(f"{part.name}.json")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, requests.HTTPError):
+        return f"the server answered {error.response.status_code} {error.response.reason}"
+    if isinstance(error, requests.Timeout):
+        return "no answer in time"
+    if isinstance(error, requests.ConnectionError) and "resol" in str(error).lower():
+        return "the host's name cannot be resolved"
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -1,0 +1,159 @@
+"""Meters of a device: peak memory, clock, temperature."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+# What Linux calls the sensors of processors: Intel's, AMD's, those of other makers.
+_PROCESSORS = ("coretemp", "k10temp", "cpu_thermal", "cpu-thermal", "x86_pkg_temp")
+
+
+def clock_and_temperature(device: torch.device) -> tuple[float | None, float | None]:
+    """MHz and degrees Celsius now."""
+    return _of_gpu(device) if device.type == "cuda" else (_cpu_clock(), _cpu_temperature())
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's version."""
+    return _ask(lambda nvml: nvml.nvmlSystemGetDriverVersion())
+
+
+def _of_gpu(device: torch.device) -> tuple[float | None, float | None]:
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # its number would not do: NVML ignores CUDA_VISIBLE_DEVICES
+    clock = _ask(lambda nvml: nvml.nvmlDeviceGetClockInfo(nvml.nvmlDeviceGetHandleByUUID(uuid), nvml.NVML_CLOCK_SM))
+    temperature = _ask(
+        lambda nvml: nvml.nvmlDeviceGetTemperature(nvml.nvmlDeviceGetHandleByUUID(uuid), nvml.NVML_TEMPERATURE_GPU)
+    )
+    return clock, temperature
+
+
+def _ask(question: Callable):
+    """NVML's answer; None without its module, without a driver, and of a card that does not have the number."""
+    try:
+        import pynvml  # optional: only GPUs need it
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        return question(pynvml)
+    except pynvml.NVMLError:
+        return None
+
+
+def _cpu_clock() -> float | None:
+    try:
+        clock = psutil.cpu_freq()
+    except (OSError, NotImplementedError):  # psutil's word for a machine that hides it
+        return None
+    return (round(clock.current, 1) or None) if clock else None
+
+
+def _cpu_temperature() -> float | None:
+    found = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
+    return next((found[name][0].current for name in _PROCESSORS if name in found), None)
+
+
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+
+
+@dataclass(eq=False)
+class Peaks:
+    """The most bytes while something went on; None where a device has no such thing."""
+
+    allocated: int | None = None
+    reserved: int | None = None
+    resident: int | None = None  # of the whole process, whatever else it did meanwhile
+
+
+class MemoryMeter:
+    """Measures peaks: of the allocator on CUDA, of resident memory on the CPU, where several pieces may overlap."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.resident = device.type == "cpu" and _reset_resident_peak()
+        self.lock = threading.Lock()
+        self.running: list[Peaks] = []
+
+    @contextmanager
+    def measure(self) -> Iterator[Peaks]:
+        """The peaks of what is done inside, known on leaving."""
+        peaks = Peaks()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._note(lambda: self.running.append(peaks))
+        try:
+            yield peaks
+        finally:
+            self._note(lambda: self.running.remove(peaks))
+            if self.device.type == "cuda":
+                peaks.allocated = torch.cuda.max_memory_allocated(self.device)
+                peaks.reserved = torch.cuda.max_memory_reserved(self.device)
+
+    def used(self) -> int | None:
+        """Bytes in use now, by the measure that peaks have on this device."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return psutil.Process().memory_info().rss if self.resident else None
+
+    def _note(self, change: Callable[[], object]) -> None:
+        """Credit the peak so far to all that is running, then begin or end one and measure afresh."""
+        if not self.resident:
+            return
+        with self.lock:
+            peak = _resident_peak()
+            for peaks in self.running:
+                peaks.resident = max(peaks.resident or 0, peak)
+            change()
+            _reset_resident_peak()
+
+
+def _reset_resident_peak() -> bool:
+    """Linux: set VmHWM back to the resident size of now (proc(5), clear_refs). Whether that worked."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        return False
+    return True
+
+
+def _resident_peak() -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+
+
+def host_total() -> int:
+    """Bytes of memory that the machine has, or fewer where this process's control group has a limit."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _limits())])
+
+
+def host_available() -> int:
+    """Bytes of memory that this process may still take without swapping."""
+    return min([psutil.virtual_memory().available, *(limit - used for limit, used in _limits())])
+
+
+def _limits() -> Iterator[tuple[int, int]]:
+    """(limit, bytes in use) of this process's control group and of those around it, where they have a limit.
+
+    SLURM sets a job's limit some groups above the one that the process is in. Cached files are not in use: the kernel drops
+    them before it refuses memory.
+    """
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for group in [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]:
+        for folder in (_CONTROL_GROUPS / group, *(_CONTROL_GROUPS / group).parents):
+            try:
+                limit = (folder / "memory.max").read_text().strip()
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / "memory.current").read_text())
+            except OSError:
+                continue
+            if limit != "max":
+                yield int(limit), used - int(stat["inactive_file"]) - int(stat["active_file"])

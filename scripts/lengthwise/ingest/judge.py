@@ -1,0 +1,153 @@
+"""Judging records: accepted, or rejected with a reason."""
+
+import string
+from bisect import bisect_right
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lengthwise.esm2.tokens import STANDARD, is_tokens
+from lengthwise.ingest.digests import digest_all
+from lengthwise.ingest.fasta import joined, joined_lines, refuse_another_file, split_headers, split_records
+from lengthwise.ingest.normalize import Letters, normalize
+from lengthwise.ingest.nucleotides import look_alike, suspects
+from lengthwise.ingest.tables import RECORDS, SEQUENCES, STATUS, mostly_empty
+
+NO_ID = "no_id"
+
+TOO_LONG = "too_long"
+
+LIKE_NUCLEOTIDES = "like_nucleotides"
+
+_NO_LETTERS = bytes(set(range(256)) - set(string.ascii_letters.encode()))
+
+_OTHER_CAPITALS = set(range(ord("A"), ord("Z") + 1)) - set(STANDARD)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What becomes of records that are not plain proteins; the config's keys of these names say what each value does."""
+
+    letters: Letters = field(default_factory=Letters)
+    long_policy: str = "full"
+    max_residues: int = 1022
+    duplicate_ids: str = "error"
+    nucleotides: str = "refuse"
+    strict: bool = False
+
+
+@dataclass
+class Judged:
+    """The records of one chunk; `residues` holds their sequences end to end, those rejected for their letters empty."""
+
+    ids: pa.Array
+    descriptions: pa.Array
+    residues: bytes
+    bounds: np.ndarray
+    digests: np.ndarray
+    lengths: np.ndarray
+    reasons: dict[int, str]
+    changed: dict[int, list[str]]
+    rare: Counter
+    letters: int
+    like_nucleotides: dict[int, int]  # the letters of such records
+
+    def __post_init__(self):
+        self.good = np.ones(len(self.ids), bool)
+        self.good[list(self.reasons)] = False
+
+    def records(self, first_no: int, accepted: np.ndarray) -> pa.RecordBatch:
+        n = len(self.ids)
+        fates = np.where(self.good, np.where(accepted, 0, 1), 2).astype(np.int8)
+        changes = {i: ",".join(names) for i, names in self.changed.items()}
+        columns = [
+            pa.array(np.arange(first_no, first_no + n)),
+            self.ids,
+            self.descriptions,
+            self._digest_column(self.good),
+            pa.array(self.lengths),
+            pa.DictionaryArray.from_arrays(fates, pa.array(STATUS)).cast(pa.string()),
+            mostly_empty(self.reasons, n),
+            mostly_empty(changes, n),
+        ]
+        return pa.record_batch(columns, schema=RECORDS)
+
+    def sequences(self) -> pa.RecordBatch:
+        bounds, residues = pa.py_buffer(self.bounds.astype(np.int32)), pa.py_buffer(self.residues)
+        column = pa.Array.from_buffers(pa.binary(), len(self.ids), [None, bounds, residues])
+        return pa.record_batch([self._digest_column(None), pa.array(self.lengths), column], schema=SEQUENCES)
+
+    def _digest_column(self, valid: np.ndarray | None) -> pa.Array:
+        bits = None if valid is None else pa.py_buffer(np.packbits(valid, bitorder="little"))
+        return pa.Array.from_buffers(pa.binary(24), len(self.ids), [bits, pa.py_buffer(self.digests)])
+
+
+def judge(fasta: Path, chunk: bytes, first_no: int, policy: Policy) -> Judged:
+    """Judge each record by itself; only those with another letter than the twenty amino acids are taken one by one."""
+    headers, lines, first = split_records(chunk)
+    ids, descriptions = split_headers(headers)
+    residues, line_bounds = joined(lines)
+    bounds = line_bounds[first]
+    lengths = np.diff(bounds).astype(np.int32)
+    judged_by = {i: residues[bounds[i] : bounds[i + 1]] for i in suspects(residues, bounds)}
+    mended, reasons, changed, rare, letters = {}, {}, {}, Counter(), len(residues)
+    for i in _unusual(residues, bounds):
+        own_lines = lines[first[i] : first[i + 1]].to_pylist()
+        raw = joined_lines(own_lines)
+        sequence, changes, reason = normalize(raw, policy.letters)
+        letters -= int(lengths[i])
+        judged_by[i] = raw.translate(None, _NO_LETTERS)
+        letters += len(judged_by[i])
+        lengths[i], mended[i] = len(sequence), b"" if reason else sequence
+        if reason:
+            reasons[i] = reason
+            refuse_another_file(fasta, lambda i=i: first_no + i, b"\n" + b"\n".join(own_lines))
+        if changes:
+            changed[i] = changes
+    like = {}
+    if policy.nucleotides == "refuse":
+        like = {i: len(own) for i, own in judged_by.items() if look_alike(own)}
+    if policy.long_policy == "skip":
+        for i in np.flatnonzero(lengths > policy.max_residues).tolist():
+            reasons.setdefault(i, f"{TOO_LONG}: {lengths[i]} residues, more than max_residues = {policy.max_residues}")
+    for i in np.flatnonzero(pc.binary_length(ids).to_numpy() == 0).tolist():
+        reasons[i] = NO_ID
+    for i in mended:
+        if i in reasons:
+            changed.pop(i, None)
+        else:
+            rare.update(mended[i].translate(None, STANDARD))
+    residues, bounds = _replaced(residues, bounds, mended)
+    digests = digest_all(residues, bounds)
+    for i in like.keys() - reasons.keys():
+        changed.setdefault(i, []).append(LIKE_NUCLEOTIDES)
+    judged = Judged(ids, descriptions, residues, bounds, digests, lengths, reasons, changed, rare, letters, like)
+    if not is_tokens(residues) or (np.diff(bounds) != lengths)[judged.good].any():
+        raise RuntimeError("a residue would have no token of its own; please report this file")
+    return judged
+
+
+def _unusual(residues: bytes, bounds: np.ndarray) -> list[int]:
+    """The records that are empty, or have a byte in them that is none of the twenty amino acids."""
+    no_capitals = (np.frombuffer(residues, np.uint8) - ord("A") > ord("Z") - ord("A")).tobytes()
+    found, edges = set(np.flatnonzero(np.diff(bounds) == 0).tolist()), bounds.tolist()
+    for text, byte in [(no_capitals, 1), *((residues, letter) for letter in _OTHER_CAPITALS)]:
+        at = text.find(byte)
+        while at >= 0:
+            i = bisect_right(edges, at) - 1
+            found.add(i)
+            at = text.find(byte, edges[i + 1])
+    return sorted(found)
+
+
+def _replaced(residues: bytes, bounds: np.ndarray, mended: dict[int, bytes]) -> tuple[bytes, np.ndarray]:
+    """The residues with these records' instead of their own, and the new bounds."""
+    parts, end, lengths = [], 0, np.diff(bounds)
+    for i, sequence in mended.items():
+        parts += [residues[end : bounds[i]], sequence]
+        end, lengths[i] = bounds[i + 1], len(sequence)
+    return b"".join([*parts, residues[end:]]), np.concatenate([[0], np.cumsum(lengths)])

@@ -1,0 +1,69 @@
+"""The two tables of ingest: all records, and the distinct sequences."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+RECORDS = pa.schema(
+    [
+        ("record_no", pa.int64()),
+        ("id", pa.string()),
+        ("description", pa.string()),
+        ("digest", pa.binary(24)),
+        ("length", pa.int32()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("changes", pa.string()),
+    ]
+)
+
+SEQUENCES = pa.schema([("digest", pa.binary(24)), ("length", pa.int32()), ("sequence", pa.binary())])
+
+ROWS_PER_GROUP, BYTES_PER_GROUP = 65_536, 1 << 26
+
+STATUS = ("accepted", "duplicate", "rejected")
+
+
+def mostly_empty(values: dict[int, str], n: int) -> pa.Array:
+    """A column of n strings: these, and empty ones."""
+    numbers = np.zeros(n, np.int32)
+    numbers[list(values)] = range(1, len(values) + 1)
+    return pa.DictionaryArray.from_arrays(numbers, pa.array(["", *values.values()], pa.string())).cast(pa.string())
+
+
+class TableWriter:
+    """Batches into a Parquet file, many to a row group. Digests and sequences would hardly shrink, so they are left plain."""
+
+    REPETITIVE = ("length", "status", "reason", "changes")
+    COMPRESSED = ("id", "description", "reason")
+
+    def __init__(self, path: Path, schema: pa.Schema):
+        self.writer = pq.ParquetWriter(
+            path,
+            schema,
+            compression={name: "zstd" if name in self.COMPRESSED else "none" for name in schema.names},
+            use_dictionary=[name for name in schema.names if name in self.REPETITIVE],
+            column_encoding={"record_no": "DELTA_BINARY_PACKED"} if "record_no" in schema.names else None,
+            write_statistics=False,
+        )
+        self.schema = schema
+        self.batches: list[pa.RecordBatch] = []
+
+    def append(self, batch: pa.RecordBatch) -> None:
+        self.batches.append(batch)
+        if sum(map(len, self.batches)) >= ROWS_PER_GROUP or sum(b.nbytes for b in self.batches) >= BYTES_PER_GROUP:
+            self.flush()
+
+    def flush(self) -> None:
+        self.writer.write_table(pa.Table.from_batches(self.batches, self.schema))
+        self.batches = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            self.flush()
+        self.writer.close()

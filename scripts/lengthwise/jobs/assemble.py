@@ -1,0 +1,221 @@
+"""Assemble: join a dataset's records to the rows of its shards, check that none is missing, and only then say so."""
+
+import re
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TextIO
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lengthwise.errors import LengthwiseError
+from lengthwise.esm2.status import Status
+from lengthwise.store.layout import REMAKE
+from lengthwise.store.lookup import SCHEMA, write_lookup
+from lengthwise.store.paths import job_record_path, shard_path, work_order_path
+from lengthwise.store.provenance import content_sha256, makers, readme
+from lengthwise.store.settings import require, shape_of
+from lengthwise.store.shard import Shard
+from lengthwise.store.weights import origin
+from lengthwise.system.database import out_of_core
+from lengthwise.system.files import atomic, read_json, scratch_folder, write_json
+
+_ROWS_AT_ONCE = 1 << 17
+
+# The reason of a record whose sequence is not good; {gigabytes} is what its length needs.
+_REASONS = {
+    Status.NON_FINITE: "non_finite: the compute or storage type overflowed; float32 for both is the way out",
+    Status.DOES_NOT_FIT: (
+        "does_not_fit: needs about {gigabytes} GB of memory beside the weights; retry_rejected: true in the config takes it"
+        " up on a device that has more"
+    ),
+}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+_JOIN = """
+    SELECT record_no, id, description, digest, length,
+        CASE WHEN why IS NULL THEN status ELSE 'rejected' END AS status,
+        coalesce(replace(why, '{gigabytes}', printf('%.1f', (length + 2) * ? / 1e9)), reason) AS reason, changes,
+        spot.shard AS shard, spot.sequence_no AS sequence_no, spot.row_start AS row_start
+    FROM read_parquet(?) LEFT JOIN place USING (digest) LEFT JOIN reasons ON spot.verdict = reasons.verdict
+    ORDER BY record_no
+"""
+
+
+def assemble(
+    store: Path,
+    dataset: str,
+    jobs: list[str],
+    index: Path,
+    rejected: Path,
+    manifest: Path,
+    strict: bool = False,
+    memory_bytes: int = 1 << 30,
+) -> dict:
+    """Write a dataset's index, its rejected records, a README.md beside them, and its manifest last.
+
+    Parameters
+    ----------
+    store
+        The store.
+    dataset
+        The dataset's name.
+    jobs
+        The committed jobs that it stands on.
+    index, rejected, manifest
+        The files to write; ``lookup.arrow`` is written beside the index.
+    strict
+        Whether a single rejected record is an error; ingest knows of most, but not of those that embedding rejects.
+    memory_bytes
+        What joining the records to their rows may take before it spills to disk.
+
+    Returns
+    -------
+    The manifest.
+
+    Raises
+    ------
+    LengthwiseError
+        A record is not accounted for, or a shard lacks what its job promised.
+    """
+    settings, summary = require(store), read_json(store / "inputs" / dataset / "summary.json")
+    shape = shape_of(settings)
+    per_token = shape.bytes_per_token(4 if settings["precision"] == "float32" else 2)
+    rows = _Rows(dataset)
+    with (
+        scratch_folder(index.with_name(f".{index.name}.spill")) as spill,
+        out_of_core("assemble", memory_bytes, spill, threads=1) as database,
+    ):
+        _find_places(database, store, jobs, settings["fingerprint"])
+        joined = database.sql(
+            _JOIN, params=[per_token, str(store / "inputs" / dataset / "records.parquet")]
+        ).to_arrow_reader(_ROWS_AT_ONCE)
+        with (
+            atomic(index) as part,
+            atomic(rejected) as list_part,
+            open(list_part, "w", encoding="utf-8", newline="") as listed,
+            pq.ParquetWriter(part, joined.schema, compression="zstd", write_page_checksum=True) as file,
+        ):
+            for batch in joined:
+                table = pa.Table.from_batches([batch])
+                rows.count(table)
+                rows.list_rejected(table, listed)
+                file.write_table(table)
+            counts = rows.checked(summary["records"])
+            if strict and counts["rejected"]:
+                raise LengthwiseError(
+                    f"dataset {dataset}: {counts['rejected']} records are rejected ({counts['reasons']}), and strict is true; "
+                    "take them out, or set strict: false"
+                )
+    write_lookup(index)
+    shards = sorted(rows.shards)
+    job_records = [read_json(job_record_path(store, job)) for job in jobs]
+    result = {
+        "schema": SCHEMA,
+        "dataset": dataset,
+        "model": settings["model"],
+        "random_weights": settings["random_weights"],
+        **{key: summary[key] for key in ("input", "input_bytes", "input_sha256", "records")},
+        **counts,
+        "residues": summary["residues"],
+        **{key: summary.get(key) for key in ("changes", "rare_residues", "policy")},
+        "settings": settings,
+        "weights": {"sha256": settings["weights_sha256"], "origin": origin(store)},
+        "devices": sorted({job_record["device"] for job_record in job_records}),
+        "made_by": makers(job_records),
+        "jobs": jobs,
+        "shards": {shard: shard_path(store, shard).stat().st_size for shard in shards},
+        "checksums": {shard: content_sha256(Shard(shard_path(store, shard))) for shard in shards},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with atomic(manifest.with_name("README.md")) as part:
+        part.write_text(readme(result))
+    write_json(manifest, result)
+    return result
+
+
+def _find_places(database: duckdb.DuckDBPyConnection, store: Path, jobs: list[str], fingerprint: str) -> None:
+    """Make the table `place`: where each sequence of these jobs is, as the specs say and the shards confirm."""
+    database.execute("CREATE TABLE reasons (verdict UTINYINT, why VARCHAR)")
+    database.executemany("INSERT INTO reasons VALUES (?, ?)", [list(item) for item in _REASONS.items()])
+    database.execute(
+        "CREATE TABLE planned (digest BLOB, shard VARCHAR, sequence_no INTEGER, row_start BIGINT, verdict UTINYINT)"
+    )
+    for job in jobs:
+        work_order = pq.read_table(work_order_path(store, job), columns=["shard", "row_start", "digest"])
+        start = 0
+        for stop in pc.run_end_encode(work_order.column("shard").combine_chunks()).run_ends.to_pylist():
+            part, start = work_order.slice(start, stop - start), stop
+            shard = Shard(shard_path(store, part.column("shard")[0].as_py()))
+            if shard.metadata.get("fingerprint") != fingerprint:
+                raise LengthwiseError(f"{shard.path}: was made with other settings than this store's; {REMAKE}")
+            if shard["digests"].tobytes() != b"".join(part.column("digest").to_pylist()):
+                raise LengthwiseError(f"{shard.path}: holds other sequences than {job} promised; {REMAKE}")
+            part = part.append_column("sequence_no", pa.array(np.arange(len(part), dtype=np.int32)))
+            database.register("part", part.append_column("verdict", pa.array(shard["status"])))
+            database.execute("INSERT INTO planned SELECT digest, shard, sequence_no, row_start, verdict FROM part")
+    # Of a sequence that several jobs made, one that succeeded; whichever the order of the jobs, the same.
+    database.execute(
+        "CREATE TABLE place AS SELECT digest,"
+        " min_by(struct_pack(shard, sequence_no, row_start, verdict), (verdict, shard)) AS spot"
+        " FROM planned GROUP BY digest"
+    )
+    database.execute("DROP TABLE planned")
+
+
+class _Rows:
+    """Every record has one fate, and every one that is not rejected has its rows; a few at a time."""
+
+    def __init__(self, dataset: str):
+        self.dataset = dataset
+        self.status: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.shards: set[str] = set()
+        self.missing, self.first_missing = 0, None
+
+    def count(self, rows: pa.Table) -> None:
+        self.status.update(_counts(rows["status"]))
+        reasons = pc.list_element(pc.split_pattern(rows["reason"], ":", max_splits=1), 0)
+        self.reasons.update({reason: n for reason, n in _counts(reasons).items() if reason})
+        self.shards.update(_counts(rows["shard"]).keys() - {None})
+        missing = rows.filter(pc.is_null(pc.field("shard")) & (pc.field("status") != "rejected"))
+        if len(missing) and not self.missing:
+            self.first_missing = missing["id"][0].as_py()
+        self.missing += len(missing)
+
+    def list_rejected(self, rows: pa.Table, file: TextIO) -> None:
+        """Append the rejected ones to a table for people."""
+        rejected = rows.filter(pc.field("status") == "rejected").select(["record_no", "id", "length", "reason"])
+        rejected = rejected.to_pandas()
+        # What an id tells a terminal to do is for nobody who only looks at the table.
+        rejected["id"] = rejected["id"].str.replace(_CONTROL, lambda found: f"\\x{ord(found[0]):02x}", regex=True)
+        rejected.to_csv(file, sep="\t", index=False, header=file.tell() == 0)
+
+    def checked(self, records: int) -> dict:
+        """The counts.
+
+        Raises
+        ------
+        LengthwiseError
+            They do not add up.
+        """
+        counts = {status: self.status[status] for status in ("accepted", "duplicate", "rejected")}
+        total = self.status.total()
+        if total != records or sum(counts.values()) != total:
+            raise LengthwiseError(
+                f"dataset {self.dataset}: {records} records were read and {total} are accounted for ({dict(self.status)})"
+            )
+        if self.missing:
+            raise LengthwiseError(
+                f"dataset {self.dataset}: {self.missing} records have no embedding, {self.first_missing!r} the first; "
+                "run snakemake --forcerun plan"
+            )
+        return {**counts, "reasons": dict(self.reasons)}
+
+
+def _counts(column: pa.ChunkedArray) -> dict:
+    return {item["values"]: item["counts"] for item in pc.value_counts(column).to_pylist()}

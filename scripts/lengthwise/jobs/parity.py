@@ -1,0 +1,203 @@
+"""Parity: a few stored sequences computed again, alone, in float32 by fair-esm itself; what was found is the receipt."""
+
+import gc
+import hashlib
+import json
+import logging
+import math
+import re
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lengthwise.errors import LengthwiseError
+from lengthwise.esm2.checkpoint import reference_model
+from lengthwise.esm2.costs import forecast_seconds
+from lengthwise.esm2.meters import host_available
+from lengthwise.esm2.status import Status
+from lengthwise.ingest.digests import digest_name
+from lengthwise.store.paths import shard_path
+from lengthwise.store.settings import shape_of
+from lengthwise.store.shard import Shard
+from lengthwise.system.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from lengthwise.plan.work_orders import PlannedShard
+
+log = logging.getLogger("lengthwise")
+
+# What float32 sums in another order may differ by, as a share of the layer's RMS; of 1 or of the value, where that is more.
+FLOAT32_TOLERANCE = 2e-5
+
+# Half a unit in the last place of a stored float16: a share of the value, and what is left of that near zero.
+FLOAT16_ROUNDING, FLOAT16_SMALLEST = 2.0**-11, 2.0**-25
+
+# The smallest cosine between a row that half precision computed and the right one.
+MIN_COSINE = {"float16": 0.9999, "bfloat16": 0.999}
+
+# Of the sequences that are compared: ESM-2's training length, and what computing one of them may be forecast to take.
+MAX_RESIDUES, MAX_SECONDS = 1022, 2.0
+
+
+class ParityError(LengthwiseError):
+    """What is stored is not what fair-esm computes."""
+
+
+def receipt(
+    store: Path, settings: dict, checkpoint: Path, device: torch.device, maker: dict, shards: "list[PlannedShard]"
+) -> dict:
+    """What a comparison with fair-esm found for this device and these versions: made once for a store, then read back.
+
+    The shortest, the middle and the longest of the sequences that are short enough are compared, with all that is stored of
+    them.
+
+    Parameters
+    ----------
+    store, settings
+        The store and its settings.
+    checkpoint
+        Its weights.
+    device
+        Where the reference runs: the engine's.
+    maker
+        What made the rows: names of device and precision, and versions. Each has a receipt of its own.
+    shards
+        Finished shards, of ascending lengths.
+
+    Returns
+    -------
+    The receipt. Where nothing can be compared it says why under `skipped`, and is not kept: the next job tries again.
+
+    Raises
+    ------
+    ParityError
+        An error is above the bound.
+    """
+    path = _path(store, maker)
+    if path.exists():
+        return read_json(path, "parity")["parity"]
+    chosen = _choose(store, settings, shards)
+    if not chosen:
+        return {"skipped": "the job had no sequence that is short enough"}
+    if lack := _lack_of_memory(settings, max(len(sequence) for *_, sequence in chosen), device):
+        log.info("not compared with fair-esm: %s", lack)
+        return {"skipped": lack}
+    began = perf_counter()
+    compared = _compare(reference_model(checkpoint, device), settings, chosen)
+    result = {
+        "bound": bound(settings["precision"]),
+        "max_error_over_rms": max(each["max_error_over_rms"] for each in compared),
+        "min_cosine": min(each["min_cosine"] for each in compared),
+        "share_of_bound": max(each["share_of_bound"] for each in compared),
+        "compared": compared,
+        "seconds": round(perf_counter() - began, 3),
+    }
+    log.info(
+        "compared %d stored sequences with fair-esm in %.1f s: largest error %.1e of a layer's RMS, smallest cosine %.7f",
+        len(compared),
+        result["seconds"],
+        result["max_error_over_rms"],
+        result["min_cosine"],
+    )
+    write_json(path, {**maker, "parity": result})
+    return result
+
+
+def bound(precision: str) -> str:
+    """In words, what each stored number keeps to."""
+    if precision == "float32":
+        return f"error at most {FLOAT32_TOLERANCE:g} of the layer's RMS (of 1 or of the value, if more), plus storage rounding"
+    return f"cosine of each row at least {MIN_COSINE[precision]}"
+
+
+def _path(store: Path, maker: dict) -> Path:
+    name = re.sub(r"[^A-Za-z0-9]+", "_", maker["device"])[:60].strip("_")
+    return (
+        store / "parity" / f"{name}-{hashlib.sha256(json.dumps(maker, sort_keys=True).encode()).hexdigest()[:8]}.json"
+    )
+
+
+def _choose(store: Path, settings: dict, shards: "list[PlannedShard]") -> list[tuple[Shard, int, bytes]]:
+    """(shard, number in it, residues) of the shortest, the middle and the longest sequence that may be compared."""
+    opened = [Shard(shard_path(store, shard.name)) for shard in shards]
+    status = np.concatenate([shard["status"] for shard in opened])
+    lengths = np.concatenate([shard.lengths for shard in shards])
+    starts = np.cumsum([0, *(len(shard.lengths) for shard in shards)])
+    quick = forecast_seconds(lengths, shape_of(settings), settings["device"]) <= MAX_SECONDS
+    fit = np.flatnonzero((status == Status.GOOD) & (lengths <= MAX_RESIDUES) & quick)
+    chosen = []
+    for place in np.unique(fit[[0, len(fit) // 2, -1]]) if len(fit) else ():
+        i = int(np.searchsorted(starts, place, side="right")) - 1
+        number = int(place - starts[i])
+        chosen.append((opened[i], number, shards[i].sequences[number]))
+    return chosen
+
+
+def _lack_of_memory(settings: dict, residues: int, device: torch.device) -> str | None:
+    """Why the reference cannot run, where it does not fit into what is free on the device."""
+    weights = 12 * settings["num_layers"] * settings["embed_dim"] ** 2
+    attention = 3 * settings["attention_heads"] * (residues + 2) ** 2  # scores and what softmax makes of them
+    needed = 4 * (weights + attention)
+    if device.type == "cuda":
+        gc.collect()  # the engine's memory
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = host_available()
+    if needed > free:
+        return f"fair-esm needs {needed / 1e9:.1f} GB in float32, and {free / 1e9:.1f} GB were free on the device"
+    return None
+
+
+@torch.inference_mode()
+def _compare(model, settings: dict, chosen: list[tuple[Shard, int, bytes]]) -> list[dict]:
+    convert, device = model.alphabet.get_batch_converter(), model.embed_tokens.weight.device
+    found = []
+    for shard, number, sequence in chosen:
+        _, _, tokens = convert([("", sequence.decode())])  # [1, L + 2]
+        hidden = model(tokens.to(device), repr_layers=settings["layers"])["representations"]
+        expected = {layer: rows[0].cpu().numpy() for layer, rows in hidden.items()}  # [L + 2, D]
+        found.append(_judge(shard, number, expected, settings["precision"]))
+    return found
+
+
+def _judge(shard: Shard, number: int, expected: dict[int, np.ndarray], precision: str) -> dict:
+    """The errors of all that is stored of one sequence."""
+    start, stop = shard["offsets"][number : number + 2].tolist()
+    errors, cosines, shares = [], [], []
+    for name in shard.data_names:
+        kind, layer = name.split("_")
+        rows = expected[int(layer)]
+        right = {"layer": rows[1:-1], "mean": rows[1:-1].mean(0, keepdims=True), "bos": rows[:1]}[kind]
+        stored = shard[name][start:stop] if kind == "layer" else shard[name][number : number + 1]
+        rms = math.sqrt(np.mean(rows[1:-1] ** 2))
+        error = np.abs(stored.astype(np.float32) - right)
+        cosine = _cosines(stored.astype(np.float64), right.astype(np.float64))
+        errors.append(float(error.max() / rms))
+        cosines.append(float(cosine.min()))
+        allowed = FLOAT32_TOLERANCE * np.maximum(max(1.0, rms), np.abs(right))
+        if stored.dtype == np.float16:
+            allowed += FLOAT16_ROUNDING * np.abs(right) + FLOAT16_SMALLEST
+        share = error / allowed if precision == "float32" else (1 - cosine) / (1 - MIN_COSINE[precision])
+        shares.append(float(share.max()))
+        if not shares[-1] <= 1:  # NaN is not
+            raise ParityError(
+                f"{shard.path}: {name} of sequence number {number} ({stop - start} residues) is not what fair-esm computes: "
+                f"largest error {errors[-1]:.2g} of the layer's RMS, smallest cosine {cosines[-1]:.6f}; the bound is: "
+                f"{bound(precision)}"
+            )
+    return {
+        "digest": digest_name(shard["digests"][number].tobytes()),
+        "residues": stop - start,
+        "max_error_over_rms": float(f"{max(errors):.3g}"),
+        "min_cosine": round(min(cosines), 9),
+        "share_of_bound": float(f"{max(0.0, *shares):.3g}"),
+    }
+
+
+def _cosines(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """[n] of two arrays [n, D]."""
+    return (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)

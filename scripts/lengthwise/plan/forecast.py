@@ -1,0 +1,445 @@
+"""Forecast: what a run will take of disk, memory and time, known before anything is embedded."""
+
+import math
+import os
+import shutil
+import textwrap
+from collections.abc import Collection
+from datetime import datetime
+from pathlib import Path
+
+import duckdb
+import jinja2
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from lengthwise.errors import LengthwiseError
+from lengthwise.esm2.config import AUTO_BATCH_TOKENS, MOST_AT_ONCE, ModelConfig
+from lengthwise.plan.planner import Sizes, cut_work
+from lengthwise.plan.throughput import Rate, rates
+from lengthwise.store.layout import layout
+from lengthwise.store.settings import shape_of
+from lengthwise.store.sizes import bytes_per_sequence, missing_bytes
+from lengthwise.system.files import atomic, read_json, scratch_folder, write_json
+from lengthwise.system.text import count, duration, size
+
+# Bounds of the bins of lengths, in equal factors as far as round numbers go; ESM-2 was trained on up to 1,022 residues.
+LENGTHS = np.array([1, 30, 50, 75, 100, 150, 200, 300, 400, 600, 800, 1023, 1500, 2000, 3000, 5000, 10000])
+
+TRAINED = 1022
+
+# A batch is not full where the next protein is too long for it, or of another bin of lengths: so many more there are (measured).
+BATCHES_MORE = 1.25
+
+# Of a GPU's memory, what weights and batch may take: the rest is CUDA's own, and the engine leaves a tenth.
+CARD_SHARE = 0.85
+
+DATASETS_SHOWN = 20
+
+CARDS_GB = (8, 16, 24, 40, 80)
+
+# Python and torch's CPU build with what they have loaded, before the weights.
+PROCESS_BYTES = 0.37e9
+
+# Tables beside the embeddings, measured: specs against the table of sequences; a dataset's index against its table of records,
+# its lookup for each record; a job's spec and commit beside its sequences; a shard's metrics; the report, a batch in it.
+SPEC_SHARE, INDEX_SHARE, LOOKUP_BYTES, JOB_BYTES, METRICS_BYTES = 0.56, 1.4, 107, 3_000, 6_000
+
+REPORT_BYTES, BATCH_BYTES = 1.32e6, 400
+
+
+def forecast(
+    store: Path,
+    settings: dict,
+    datasets: dict[str, Path],
+    sizes: Sizes,
+    batch_tokens: int | str = "auto",
+    threads: int = 1,
+    memory_bytes: int = 1 << 30,
+    exports: Collection[str] = (),
+    weights: Path | None = None,
+) -> dict:
+    """What is left to do, and what it will take.
+
+    Parameters
+    ----------
+    store
+        The store; whether it is there or not.
+    settings
+        Its settings, or what they will be.
+    datasets
+        {dataset: the folder with its records.parquet, sequences.parquet and summary.json}.
+    sizes
+        How large jobs and shards may be.
+    batch_tokens
+        Tokens of a forward pass, or auto.
+    threads
+        CPU threads of a job.
+    memory_bytes
+        What joins may take before they spill to disk.
+    exports
+        Which exports are wanted.
+    weights
+        Where the checkpoint is, or will be downloaded to.
+
+    Returns
+    -------
+    What JSON can hold: `datasets` (records by fate, lengths and their histogram over the bins that begin at
+    `length_from`), `work` (what is finished, what is left, shards, jobs), `disk`, `memory` (bytes) and `time` (seconds on
+    one device, the first of them this store's own).
+
+    Raises
+    ------
+    LengthwiseError
+        A spec or a summary is damaged.
+    """
+    shape = shape_of(settings)
+    with scratch_folder(store / "forecast" / ".spill") as spill:
+        config = {"memory_limit": f"{memory_bytes}B", "temp_directory": str(spill), "threads": 2}
+        with duckdb.connect(config=config | {"preserve_insertion_order": "false"}) as database:
+            lengths, wanted, left = _count(database, store, {n: f / "sequences.parquet" for n, f in datasets.items()})
+    work = {f"finished_{key}": value for key, value in (_totals(wanted) - _totals(left)).items()}
+    work |= _totals(left).to_dict() | {"shards": 0, "jobs": 0}
+    if len(left):
+        shards, jobs = cut_work(left["length"].to_numpy(), left["n"].to_numpy(), settings, sizes)
+        work |= {"shards": len(shards) - 1, "jobs": len(jobs) - 1}
+    by_dataset = dict(iter(lengths.groupby("dataset")))
+    known = rates(store, settings, shape, threads)
+    chosen = {key: settings[key] for key in ("device", "precision", "layers", "outputs", "storage_dtype")}
+    return {
+        "store": str(store),
+        "made": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "model": settings["model"],
+        "random_weights": settings["random_weights"],
+        **chosen,
+        "length_from": LENGTHS.tolist(),
+        "datasets": [_dataset(name, folder, by_dataset.get(name, lengths[:0])) for name, folder in datasets.items()],
+        "work": work,
+        "disk": _disk(store, settings, datasets, sizes, wanted, left, work, exports, weights),
+        "memory": _memory(settings, shape, batch_tokens, threads, left, work, known[0].loaded_bytes),
+        "time": [_time(rate, shape, left, sizes) for rate in known],
+    }
+
+
+def write(made: dict, folder: Path) -> None:
+    """Write a forecast as forecast.json, index.html and forecast.txt, which is last."""
+    write_json(folder / "forecast.json", made)
+    with atomic(folder / "index.html") as part:
+        part.write_text(page(made), encoding="utf-8")
+    with atomic(folder / "forecast.txt") as part:
+        part.write_text(text(made) + "\n", encoding="utf-8")
+
+
+def _count(
+    database: duckdb.DuckDBPyConnection, store: Path, sequences: dict[str, Path]
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """(dataset, length, n) of all sequences; (length, n) of the distinct ones, and of those that no finished shard holds."""
+    database.execute("CREATE TABLE input_files (path VARCHAR, dataset VARCHAR)")
+    database.executemany("INSERT INTO input_files VALUES (?, ?)", [[str(p), name] for name, p in sequences.items()])
+    database.execute("SET VARIABLE paths = ?", [[str(path) for path in sequences.values()]])
+    database.execute(
+        "CREATE VIEW inputs AS SELECT dataset, digest, length"
+        " FROM read_parquet(getvariable('paths'), filename = true) JOIN input_files ON filename = path"
+    )
+    database.execute("CREATE TABLE wanted AS SELECT digest, any_value(length) AS length FROM inputs GROUP BY digest")
+    _load_held(database, store)
+    by_length = "SELECT length, count(*) AS n FROM wanted{} GROUP BY length ORDER BY length"
+    return (
+        database.execute("SELECT dataset, length, count(*) AS n FROM inputs GROUP BY ALL ORDER BY ALL").df(),
+        database.execute(by_length.format("")).df(),
+        database.execute(by_length.format(" ANTI JOIN held USING (digest)")).df(),
+    )
+
+
+def _load_held(database: duckdb.DuckDBPyConnection, store: Path) -> None:
+    """held(digest): what committed jobs and finished shards of other jobs hold."""
+    database.execute("CREATE TABLE held (digest BLOB)")
+    work_orders = sorted(map(str, store.glob("plan/jobs/*.parquet")))
+    if not work_orders:
+        return
+    job_records = [path.stem for path in store.glob("jobs/*.json")]
+    shards = [path.stem for path in store.glob("shards/*/*.safetensors")]
+    try:
+        database.execute(
+            "INSERT INTO held SELECT DISTINCT digest FROM read_parquet(?, filename = true)"
+            " WHERE parse_filename(filename, true) IN (SELECT unnest(?::VARCHAR[])) OR shard IN (SELECT unnest(?::VARCHAR[]))",
+            [work_orders, job_records, shards],
+        )
+    except duckdb.Error as error:
+        what = str(error).splitlines()[0]
+        raise LengthwiseError(f"{store}/plan/jobs: a damaged file ({what}); remove that file and run again") from error
+
+
+def _totals(lengths: pd.DataFrame) -> pd.Series:
+    return pd.Series({"sequences": int(lengths["n"].sum()), "residues": int((lengths["length"] * lengths["n"]).sum())})
+
+
+def _dataset(name: str, folder: Path, lengths: pd.DataFrame) -> dict:
+    """A dataset's records by fate, and its distinct sequences by length."""
+    summary = read_json(folder / "summary.json", "records", "accepted", "duplicate", "rejected", "reasons", "residues")
+    length, n = lengths["length"].to_numpy(), lengths["n"].to_numpy()
+    fates = ("input", "records", "accepted", "duplicate", "rejected", "reasons", "residues")
+    row = {"dataset": name, **{key: summary[key] for key in fates}}
+    row |= {"shortest": None, "median": None, "longest": None}
+    if len(length):
+        middle = int(length[np.searchsorted(np.cumsum(n), n.sum() / 2)])
+        row |= {"shortest": int(length[0]), "median": middle, "longest": int(length[-1])}
+    bins = np.searchsorted(LENGTHS, length, side="right") - 1
+    row["beyond_trained"] = int(n[length > TRAINED].sum())
+    row["histogram"] = np.bincount(bins, n, minlength=len(LENGTHS)).astype(int).tolist()
+    return row
+
+
+def _disk(
+    store: Path,
+    settings: dict,
+    datasets: dict[str, Path],
+    sizes: Sizes,
+    wanted: pd.DataFrame,
+    left: pd.DataFrame,
+    work: dict,
+    exports: Collection[str],
+    weights: Path | None,
+) -> dict:
+    """Bytes to write against bytes that are free, and what other ways to store the same would take in a new store."""
+    share = work["sequences"] / max(work["sequences"] + work["finished_sequences"], 1)
+    records = sum(pq.read_metadata(folder / "records.parquet").num_rows for folder in datasets.values())
+    tables = sum(SPEC_SHARE * share * os.path.getsize(folder / "sequences.parquet") for folder in datasets.values())
+    tables += sum(INDEX_SHARE * os.path.getsize(folder / "records.parquet") for folder in datasets.values())
+    tables += LOOKUP_BYTES * records + JOB_BYTES * work["jobs"] + METRICS_BYTES * work["shards"]
+    free = shutil.disk_usage(store).free
+    own = {"storage_dtype": settings["storage_dtype"], "outputs": settings["outputs"]}
+    ways = [own | {"chosen": True, "bytes": _shard_bytes(left, settings, sizes)}]
+    pooled = [output for output in settings["outputs"] if output != "residue"]
+    for other in (
+        own | {"storage_dtype": "float16", "outputs": ["residue", *pooled]},
+        own | {"storage_dtype": "float32", "outputs": ["residue", *pooled]},
+        own | {"outputs": pooled or ["mean"]},
+    ):
+        if other != own:
+            ways.append(other | {"chosen": False, "bytes": _shard_bytes(wanted, settings | other, sizes)})
+    exported = [missing_bytes(store, settings | way, list(datasets), list(exports)) for way in ways]
+    report = BATCH_BYTES * work["residues"] / AUTO_BATCH_TOKENS[settings["device"]]
+    report += 0 if (store / "report" / "index.html").exists() else REPORT_BYTES
+    needed = [way["bytes"] + int(tables) + int(report) + more for way, more in zip(ways, exported, strict=True)]
+    return {
+        "free_bytes": free,
+        "needed_bytes": needed[0],
+        "fits": needed[0] <= free,
+        "embeddings_bytes": ways[0]["bytes"],
+        "tables_bytes": int(tables),
+        "report_bytes": int(report),
+        "exports_bytes": exported[0],
+        "download": _download(weights, settings) if weights and not weights.exists() else None,
+        "ways": [way | {"fits": total <= free} for way, total in zip(ways, needed, strict=True)],
+    }
+
+
+def _download(weights: Path, settings: dict) -> dict:
+    """What a checkpoint takes at most, in float32, and what is free for it; `needed_bytes` leaves it out."""
+    shape = shape_of(settings)
+    folder = next(folder for folder in weights.absolute().parents if folder.exists())
+    return {"path": str(weights), "bytes": 4 * shape.parameters, "free_bytes": shutil.disk_usage(folder).free}
+
+
+def _shard_bytes(lengths: pd.DataFrame, settings: dict, sizes: Sizes) -> int:
+    """What shards of so many sequences of each length take."""
+    if not len(lengths):
+        return 0
+    length, n = lengths["length"].to_numpy(), lengths["n"].to_numpy()
+    header = len(layout(length[-1:], settings)[0]) + 8
+    shards, _ = cut_work(length, n, settings, sizes)
+    return int((bytes_per_sequence(length, settings) * n).sum()) + header * (len(shards) - 1)
+
+
+def stored_bytes(settings: dict) -> int:
+    """What a batch's results take for each of its tokens, see `ModelConfig.bytes_per_token`."""
+    layers, d = len(settings["layers"]), settings["embed_dim"]
+    stored = layers * d * np.dtype(settings["storage_dtype"]).itemsize if "residue" in settings["outputs"] else 0
+    return stored + 4 * (layers - 1) * d
+
+
+def _itemsize(precision: str) -> int:
+    return 4 if precision == "float32" else 2
+
+
+def _memory(
+    settings: dict,
+    shape: ModelConfig,
+    batch_tokens: int | str,
+    threads: int,
+    left: pd.DataFrame,
+    work: dict,
+    loaded: int | None,
+) -> dict:
+    """What weights, a batch and the longest sequence take of the device's memory; the proteins that GPUs hold.
+
+    `loaded` is what the process and its weights took in this store's jobs, where that was measured.
+    """
+    device, precision = settings["device"], settings["precision"]
+    longest = int(left["length"].max()) if len(left) else 0
+    tokens = AUTO_BATCH_TOKENS[device] if batch_tokens == "auto" else batch_tokens
+    itemsize, stored = _itemsize(precision), stored_bytes(settings)
+    fixed = loaded or int(shape.parameters * itemsize + (PROCESS_BYTES if device == "cpu" else 0))
+    at_once = min(threads, MOST_AT_ONCE) if device == "cpu" and tokens <= AUTO_BATCH_TOKENS["cpu"] else 1
+    if device == "cpu":
+        of_a_job = (work["residues"] + 2 * work["sequences"]) / max(work["jobs"], 1)
+        mean = of_a_job * work["jobs"] / max(work["sequences"], 1)  # a longer protein has a batch of its own
+        usual = int(min(max(tokens, mean), of_a_job))
+        batches = BATCHES_MORE * of_a_job / max(usual, 1)
+        batch = shape.resident_bytes(itemsize, usual, threads, stored, max(batches, 1))
+        alone = shape.resident_bytes_alone(itemsize, longest + 2, stored)
+    else:
+        batch, alone = (n * shape.bytes_per_token(itemsize, stored) for n in (tokens, longest + 2))
+    on_gpu = precision if device == "cuda" else "float16"
+    per_token = shape.bytes_per_token(_itemsize(on_gpu), stored)
+    cards = []
+    for card in CARDS_GB:
+        room = CARD_SHARE * card * 1e9 - shape.parameters * _itemsize(on_gpu)
+        most = int(room / per_token) - 2
+        beyond = int(left["n"][left["length"] > most].sum())
+        cards.append({"gigabytes": card, "longest_residues": max(most, 0), "sequences_beyond": beyond})
+    return {
+        "measure": "allocated GPU memory" if device == "cuda" else "resident memory",
+        "weights_bytes": shape.parameters * itemsize,
+        "loaded_bytes": fixed,
+        "loaded_measured": loaded is not None,
+        "batch_tokens": tokens,
+        "batches_at_once": at_once,
+        "batch_bytes": fixed + batch,
+        "longest_residues": longest,
+        "longest_bytes": fixed + alone,
+        "cards_precision": on_gpu,
+        "cards_bytes_per_token": per_token,
+        "cards": cards,
+    }
+
+
+def _time(rate: Rate, shape: ModelConfig, left: pd.DataFrame, sizes: Sizes) -> dict:
+    """Seconds on one device: of the forward passes and writing, and of loading the weights for each job."""
+    embed = float((rate.seconds(shape, left["length"].to_numpy()) * left["n"].to_numpy()).sum())
+    seconds = embed + rate.load_seconds * math.ceil(embed / sizes.job_seconds)
+    return {
+        "device": rate.device,
+        "precision": rate.precision,
+        "source": rate.source,
+        "seconds": round(seconds, 3),
+        "seconds_low": round(rate.low * seconds, 3),
+        "seconds_high": round(rate.high * seconds, 3),
+        "residues_per_second": round(float(_totals(left)["residues"]) / embed, 1) if embed else None,
+        "basis": rate.basis,
+    }
+
+
+def text(made: dict) -> str:
+    """The forecast for a terminal."""
+    lines = [f"Forecast    {made['store']}: {_numbers(made)}"]
+    for row in made["datasets"][:DATASETS_SHOWN]:
+        lines += ["", f"{row['dataset']}", *(f"            {line}" for line in _dataset_lines(row))]
+    if (more := len(made["datasets"]) - DATASETS_SHOWN) > 0:
+        lines += ["", f"and {count(more, 'dataset')} more; forecast.json has them all"]
+    lines += ["", f"To embed    {_work(made)}"]
+    lines += _needs(made) if made["work"]["sequences"] else []
+    if made["random_weights"]:
+        lines.append("RANDOM WEIGHTS: the embeddings will mean nothing")
+    return "\n".join(lines)
+
+
+def _needs(made: dict) -> list[str]:
+    """What the work that is left takes."""
+    work, disk, memory = made["work"], made["disk"], made["memory"]
+    verdict = "" if disk["fits"] else "; IT DOES NOT FIT"
+    exported = f", {size(disk['exports_bytes'])} of them for exports" if disk["exports_bytes"] else ""
+    lines = [f"Disk        {size(disk['needed_bytes'])} to write{exported}, {size(disk['free_bytes'])} free{verdict}"]
+    if download := disk["download"]:
+        most, free = size(download["bytes"]), size(download["free_bytes"])
+        lines.append(f"              and first the weights, {download['path']}: {most} in float32, {free} free")
+    whole = "everything in a new store, " if work["finished_sequences"] else ""
+    lines += [
+        f"              {whole}{way_name(way)}: {size(way['bytes'])}" for way in disk["ways"] if not way["chosen"]
+    ]
+    lines.append(
+        f"Memory      {size(memory['batch_bytes'])} for {_batches(memory)}, {size(memory['longest_bytes'])} for the longest"
+        f" protein ({count(memory['longest_residues'], 'residue')}); {memory['measure']}"
+    )
+    lines.append(f"Jobs        {count(work['jobs'], 'job')}, {count(work['shards'], 'shard')}")
+    for number, row in enumerate(made["time"]):
+        lines.append(f"{'Time' if not number else '':12}{_time_line(row)}")
+        basis = f"{row['source']}: {row['basis']}"
+        lines += textwrap.wrap(basis, 100, initial_indent=" " * 14, subsequent_indent=" " * 14)
+    return lines
+
+
+def _numbers(made: dict) -> str:
+    return (
+        f"{made['model']}, {made['precision']} on {made['device']}, layers {', '.join(map(str, made['layers']))},"
+        f" {way_name(made)}"
+    )
+
+
+def way_name(way: dict) -> str:
+    """How outputs are stored, in words."""
+    if "residue" not in way["outputs"]:
+        return f"{' and '.join(way['outputs'])} alone"
+    return f"{' and '.join(way['outputs'])}, residues in {way['storage_dtype']}"
+
+
+def _dataset_lines(row: dict) -> list[str]:
+    lines = [
+        f"{count(row['records'], 'record')} = {row['accepted']:,} accepted + {row['duplicate']:,} duplicate"
+        f" + {row['rejected']:,} rejected"
+    ]
+    if row["reasons"]:
+        lines[0] += " (" + ", ".join(f"{n:,} {reason}" for reason, n in row["reasons"].items()) + ")"
+    if row["longest"]:
+        first = f"{row['shortest']:,} to " if row["shortest"] != row["longest"] else ""
+        lines.append(f"{first}{count(row['longest'], 'residue')}, median {row['median']:,}")
+        lines.append(_bars(row["histogram"]))
+    if row["beyond_trained"]:
+        lines.append(f"{row['beyond_trained']:,} longer than the {TRAINED:,} residues that ESM-2 was trained on")
+    return lines
+
+
+def _bars(histogram: list[int]) -> str:
+    """The histogram as a line of blocks, from the first bin that has a sequence to the last."""
+    filled = [i for i, n in enumerate(histogram) if n]
+    first, last = filled[0], filled[-1]
+    heights = [" ▁▂▃▄▅▆▇█"[int(np.ceil(8 * n / max(histogram)))] for n in histogram[first : last + 1]]
+    upper = f"{LENGTHS[last + 1] - 1:,}" if last + 1 < len(LENGTHS) else "more"
+    return f"{LENGTHS[first]:,} {''.join(heights)} {upper}"
+
+
+def _work(made: dict) -> str:
+    work = made["work"]
+    if not work["sequences"]:
+        return f"nothing; {work['finished_sequences']:,} are finished" if work["finished_sequences"] else "nothing"
+    left = f"{count(work['sequences'], 'sequence')}, {count(work['residues'], 'residue')}"
+    return left + (f"; {work['finished_sequences']:,} are finished" if work["finished_sequences"] else "")
+
+
+def _batches(memory: dict) -> str:
+    tokens = f"batch of {memory['batch_tokens']:,} tokens"
+    n = memory["batches_at_once"]
+    return f"a {tokens}" if n == 1 else f"{n} batches of {memory['batch_tokens']:,} tokens at once"
+
+
+def _time_line(row: dict) -> str:
+    low, high = duration(row["seconds_low"]), duration(row["seconds_high"])
+    return f"{duration(row['seconds'])} ({low} to {high}) on {row['device']}, {row['precision']}"
+
+
+def page(made: dict) -> str:
+    """The forecast as one HTML page that needs nothing else."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"n": "{:,.0f}".format, "size": size, "duration": duration, "way": way_name}
+    environment.filters["residues"] = lambda n: count(n, "residue")
+    return environment.get_template("forecast.html").render(
+        made=made, trained=TRAINED, shown=DATASETS_SHOWN, numbers=_numbers(made), batches=_batches(made["memory"])
+    )

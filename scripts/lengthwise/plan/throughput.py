@@ -1,0 +1,183 @@
+"""Rates: how fast a device embeds, measured in this store's own runs, measured elsewhere, or assumed."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lengthwise.esm2.config import ModelConfig
+from lengthwise.esm2.costs import ASSUMED_FLOPS, forecast_seconds
+from lengthwise.store.metrics import read_metrics
+from lengthwise.store.paths import find_metrics
+from lengthwise.store.settings import shape_of
+from lengthwise.system.files import read_json
+from lengthwise.system.text import count
+
+HERE, ELSEWHERE, ASSUMED = "measured in this store", "measured on another machine", "assumed"
+
+# (device, threads, precision, width of the model, floating-point operations per second), from whole jobs of 105,388 residues of
+# Swiss-Prot (640 wide: 32,353) on a quiet machine. Nothing was measured on a GPU yet.
+DEVICES = [
+    ("AMD EPYC", 2, "float32", 320, 154e9),
+    ("AMD EPYC", 2, "bfloat16", 320, 207e9),
+    ("AMD EPYC", 2, "float32", 480, 172e9),
+    ("AMD EPYC", 2, "float32", 640, 190e9),
+    ("AMD EPYC", 2, "bfloat16", 640, 300e9),
+]
+
+# What was assumed is two cores' speed, or one card's.
+ASSUMED_THREADS = 2
+
+# Seconds to load weights: their bytes at an ordinary disk's rate, and starting a GPU.
+READ_BYTES_PER_SECOND, START_SECONDS = 200e6, 5.0
+
+# Of a store's jobs so many are looked at: all of thousands would take a minute and say the same.
+MAX_JOBS = 100
+
+# Once so much was measured, the work is cut by it; a protein of such a length stands for all.
+ENOUGH_SECONDS, TYPICAL_RESIDUES = 60.0, 300
+
+# From so many jobs on their spread says something.
+ENOUGH_JOBS = 5
+
+# An operation of attention takes no less time than one of the products, and not this much more.
+MOST_FOR_ATTENTION = 20.0
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How long a device takes for a floating-point operation, and for loading the weights."""
+
+    device: str
+    precision: str
+    source: str  # HERE, ELSEWHERE or ASSUMED
+    product_seconds: float  # for an operation of the matrix products
+    attention_seconds: float  # for one of attention
+    load_seconds: float  # for each job
+    low: float  # the range goes from `low` to `high` times the forecast
+    high: float
+    basis: str  # where rate and range come from
+    measured_seconds: float = 0.0  # what was measured took so long
+    loaded_bytes: int | None = None  # memory in use once the weights were loaded, as far as it was measured
+
+    def seconds(self, shape: ModelConfig, lengths: np.ndarray) -> np.ndarray:
+        """What sequences of these lengths are expected to take, without loading the weights."""
+        lengths = lengths.astype(np.float64)
+        attention = shape.attention_flops(lengths)
+        return (shape.flops(lengths) - attention) * self.product_seconds + attention * self.attention_seconds
+
+
+def rates(store: Path, settings: dict, shape: ModelConfig, threads: int) -> list[Rate]:
+    """What is known of how fast this store's work goes: of the device that did or will do it first, the best known first.
+
+    Parameters
+    ----------
+    store
+        The store; whether it is there or not.
+    settings
+        Its settings, or what they will be.
+    shape
+        The model's.
+    threads
+        CPU threads of a job.
+    """
+    found = measured_here(store, settings, shape) or [
+        _expected(settings["device"], settings["precision"], shape, threads)
+    ]
+    if settings["device"] == "cpu":
+        found.append(_expected("cuda", "float16", shape, threads))
+    return found
+
+
+def slowdown(store: Path, settings: dict) -> float:
+    """Seconds that one of `plan.forecast_seconds` takes where this store's work was done so far; 1 while that says little."""
+    shape = shape_of(settings)
+    measured = measured_here(store, settings, shape)
+    if not measured or measured[0].measured_seconds < ENOUGH_SECONDS:
+        return 1.0
+    typical = np.array([TYPICAL_RESIDUES])
+    return float(
+        (measured[0].seconds(shape, typical) / forecast_seconds(typical, shape_of(settings), settings["device"]))[0]
+    )
+
+
+def measured_here(store: Path, settings: dict, shape: ModelConfig) -> list[Rate]:
+    """One rate for each device that finished shards of this store, the one that made most of them first."""
+    paths = sorted(store.glob("jobs/*.json"))
+    if len(paths) > MAX_JOBS:
+        paths = [paths[i] for i in np.linspace(0, len(paths) - 1, MAX_JOBS).astype(int)]
+    job_records = [job_record for path in paths if (job_record := read_json(path))["made"]]
+    shards = [shard for job_record in job_records for shard in job_record["made"]]
+    rows = read_metrics(path for shard in shards if (path := find_metrics(store, shard)))
+    if not len(rows):
+        return []
+    mean = (rows["n_tokens"] / rows["n_sequences"]).astype(float)  # a batch's lengths differ by a factor of two at most
+    batches = pd.DataFrame({"job": rows["job"].astype(object), "device": rows["device"].astype(object)})
+    batches["attention"] = rows["n_sequences"].astype(float) * shape.attention_flops(mean - 2)
+    batches["products"] = rows["n_sequences"].astype(float) * shape.flops(mean - 2) - batches["attention"]
+    batches["seconds"] = rows["wall_ms"].astype(float) / 1000
+    found = []
+    for device, here in batches.groupby("device"):
+        jobs = [job_record for job_record in job_records if job_record["device"] == device]
+        loads = [job_record["load_seconds"] for job_record in jobs]
+        loaded = [n for job_record in jobs if (n := job_record.get("loaded_bytes"))]  # earlier versions did not note it
+        rate = replace(
+            _fit(here, device, settings["precision"]),
+            load_seconds=float(np.median(loads or [0.0])),
+            measured_seconds=float(here["seconds"].sum()),
+            loaded_bytes=int(np.median(loaded)) if loaded else None,
+        )
+        found.append((len(here), rate))
+    return [rate for _, rate in sorted(found, key=lambda item: -item[0])]
+
+
+def _fit(batches: pd.DataFrame, device: str, precision: str) -> Rate:
+    """Least squares over batches, so that their forecast adds up to what they took."""
+    seconds = np.maximum(batches["seconds"].to_numpy(), 1e-6)
+    flops = batches[["products", "attention"]].to_numpy()
+    weights = 1 / np.sqrt(seconds)  # a batch's error grows with the root of its time
+    scale = flops.sum(axis=0)
+    product, attention = np.linalg.lstsq(flops / scale * weights[:, None], seconds * weights, rcond=None)[0] / scale
+    ratio = np.clip(attention / product, 1.0, MOST_FOR_ATTENTION) if product > 0 else MOST_FOR_ATTENTION
+    product = seconds.sum() / (flops @ [1.0, ratio]).sum()
+    batches = batches.assign(forecast=product * (flops @ [1.0, ratio]))
+    jobs = batches.groupby("job")[["seconds", "forecast"]].sum()
+    basis = f"fitted to the forward passes of {count(len(jobs), 'job')}; "
+    if len(jobs) >= ENOUGH_JOBS:
+        low, high = np.quantile(jobs["seconds"] / jobs["forecast"], [0.1, 0.9])
+        low, high = min(low, 0.9), max(high, 1.1)
+        basis += "the range holds eight tenths of them, and a tenth either way at least"
+    else:
+        low, high = 1 / 1.5, 1.5
+        basis += "too few for a spread of their own, so the range is assumed, 1.5 times either way"
+    return Rate(device, precision, HERE, product, product * ratio, 0.0, float(low), float(high), basis)
+
+
+def _expected(device: str, precision: str, shape: ModelConfig, threads: int) -> Rate:
+    """The rate of a device on which this store has measured nothing: of the most similar one that was, or assumed."""
+    load = READ_BYTES_PER_SECOND**-1 * 4 * shape.parameters + (START_SECONDS if device == "cuda" else 0)
+    near = [row for row in DEVICES if device == "cpu" and row[2] == precision]
+    if near:
+        name, cores, _, width, flops = min(near, key=lambda row: abs(np.log(row[3] / shape.embed_dim)))
+        source, low, high = ELSEWHERE, 1 / 3, 3.0
+        basis = (
+            f"{name}, {cores} threads, a model {width} wide; taken to grow with the threads, {threads} here; the range is "
+            "assumed, 3 times either way: CPUs differ"
+        )
+        flops *= threads / cores
+    else:
+        flops, source = ASSUMED_FLOPS[device], ASSUMED
+        if device == "cpu":
+            flops, low, high = flops * threads / ASSUMED_THREADS, 1 / 4, 4.0
+            basis = (
+                f"nothing was measured; assumed for {threads} threads of a server, and a range of 4 times either way"
+            )
+        else:
+            low, high = 1 / 5, 5.0
+            basis = (
+                "a third of an A100's dense float16 peak, and a range of 5 times either way, as from an H100 to a T4; nothing "
+                "was measured on a GPU yet"
+            )
+    name = {"cpu": f"CPU, {count(threads, 'thread')}", "cuda": "GPU"}[device]
+    return Rate(name, precision, source, 1 / flops, 1 / flops, load, low, high, basis)

@@ -1,0 +1,67 @@
+"""Reading into torch: a map-style Dataset, and batches that are padded or packed."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from lengthwise.read.dataset import Dataset
+
+Item = tuple[str, torch.Tensor]
+
+
+class Padded(NamedTuple):
+    """A batch in which every protein has the rows of the longest."""
+
+    ids: list[str]
+    rows: torch.Tensor  # (N, L, D), zero beyond a protein's end
+    mask: torch.Tensor  # (N, L) bool, true where there is a residue
+
+
+class Packed(NamedTuple):
+    """A batch end to end, as ``torch.nn.attention.varlen.varlen_attn`` takes it."""
+
+    ids: list[str]
+    rows: torch.Tensor  # (R, D)
+    cu_seqlens: torch.Tensor  # (N + 1,) int32: protein i has the rows from cu_seqlens[i] to cu_seqlens[i + 1]
+    max_length: int
+
+
+class TorchDataset(torch.utils.data.Dataset[Item]):
+    """(id, (L, D) tensor) by number; the tensors are copies. `Dataset.torch` makes it.
+
+    It may go to a DataLoader's workers, forked or spawned: each opens the files itself.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> Item:
+        return self.dataset.ids[number], torch.from_numpy(np.array(self.dataset[number]))
+
+    @staticmethod
+    def pad(items: list[Item]) -> Padded:
+        """Collate to (N, L, D) with zeros after the shorter ones' ends; give it to a DataLoader as `collate_fn`."""
+        ids, rows = _unzip(items)
+        lengths = torch.tensor([len(one) for one in rows])
+        padded = pad_sequence(rows, batch_first=True)
+        return Padded(ids, padded, torch.arange(padded.shape[1]) < lengths[:, None])
+
+    @staticmethod
+    def pack(items: list[Item]) -> Packed:
+        """Collate to (R, D) end to end; give it to a DataLoader as `collate_fn`."""
+        ids, rows = _unzip(items)
+        lengths = [len(one) for one in rows]
+        ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+        return Packed(ids, torch.cat(rows), ends, max(lengths))
+
+
+def _unzip(items: list[Item]) -> tuple[list[str], list[torch.Tensor]]:
+    if not items:
+        raise ValueError("a batch of no proteins cannot be collated")
+    ids, rows = zip(*items, strict=True)
+    return list(ids), list(rows)

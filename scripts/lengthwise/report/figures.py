@@ -1,0 +1,383 @@
+"""Figures of the report: what happened in production, and what the scaling study found.
+
+Each function returns a plot, or the reason why there is none.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from lengthwise.esm2.config import ModelConfig
+from lengthwise.report.pca import Projection
+from lengthwise.report.study.fits import Fit, choose
+from lengthwise.report.study.schema import FAIR_ESM, LENGTHWISE
+from lengthwise.report.svg import BLUE, CARD, GREEN, INK, LINE, ORANGE, PURPLE, SOFT, STYLE, VERMILION, Plot
+from lengthwise.report.tables import SHARES
+from lengthwise.system.text import count
+
+MAX_POINTS = 1_500  # of a figure: more make the page heavy and no clearer
+
+LOG_FROM = 12.0  # largest over smallest value from which on a linear axis hides the small ones
+
+LENGTH = "Sequence length (residues)"
+
+GROUP_COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE)
+
+ENGINES = {LENGTHWISE: ("Lengthwise", BLUE, "o"), FAIR_ESM: ("fair-esm", VERMILION, "s")}
+
+PRECISIONS = {"float32": BLUE, "float16": GREEN, "bfloat16": PURPLE}
+
+SHARE_WORDS = {
+    "computing": ("computing", BLUE),
+    "wait_read": ("waiting for sequences", ORANGE),
+    "wait_write": ("waiting for the disk", VERMILION),
+    "other": ("", LINE),  # what it is depends on the device
+}
+
+
+def styled(draw: Callable) -> Callable:
+    """A function that draws in the report's style."""
+
+    @wraps(draw)
+    def within(*arguments, **named):
+        with matplotlib.rc_context(STYLE):
+            return draw(*arguments, **named)
+
+    return within
+
+
+@styled
+def production(batches: pd.DataFrame, bins: pd.DataFrame, quantity: str, label: str, medians: bool = True) -> Plot:
+    """Every batch as a point, and the median and middle half of each bin of lengths, one colour per group.
+
+    Parameters
+    ----------
+    batches
+        One row per batch, with `group` (what the legend says), `mean_length`, `n_sequences` and the quantity.
+    bins
+        One row per group and bin, with `group`, `median_length` and the quantity's `_median`, `_q25` and `_q75`.
+    quantity
+        The column to draw.
+    label
+        What the vertical axis says.
+    medians
+        Without them points alone, where a line would say nothing.
+    """
+    batches = batches[["group", "mean_length", "n_sequences", quantity]].dropna(subset=[quantity])
+    bins = bins.dropna(subset=[f"{quantity}_median"])
+    text = _text(quantity)
+    shown = batches if len(batches) <= MAX_POINTS else batches.sample(MAX_POINTS, random_state=0).sort_index()
+    plot = Plot("Mean length of the batch's sequences (residues)", label)
+    for number, (group, here) in enumerate(bins.groupby("group")):
+        color = GROUP_COLORS[number % len(GROUP_COLORS)]
+        points = shown[shown["group"] == group]
+        few = len(points) <= 200  # many dots shade into a cloud, few should be seen
+        size, alpha = (14, 0.55) if few else (8, 0.25)
+        named = None if medians else group
+        drawn = plot.axes.scatter(
+            points["mean_length"], points[quantity], s=size, color=color, alpha=alpha, lw=0, label=named
+        )
+        plot.explain(
+            drawn,
+            (
+                f"{count(int(row.n_sequences), 'sequence')} of {row.mean_length:,.0f} residues on average: "
+                f"{text(getattr(row, quantity))}"
+                for row in points.itertuples()
+            ),
+        )
+        if not medians:
+            continue
+        quartiles = here[f"{quantity}_q25"], here[f"{quantity}_q75"]
+        plot.axes.fill_between(here["median_length"], *quartiles, color=color, alpha=0.2, linewidth=0)
+        median = here[f"{quantity}_median"]
+        (line,) = plot.axes.plot(here["median_length"], median, color=color, marker="o", ms=4, label=f"{group}, median")
+        plot.explain(
+            line,
+            (
+                f"{row.length_from:,} to {row.length_to - 1:,} residues: median {text(getattr(row, f'{quantity}_median'))}, "
+                f"middle half {text(getattr(row, f'{quantity}_q25'))} to {text(getattr(row, f'{quantity}_q75'))}, "
+                f"{row.n_batches:,} batches"
+                for row in here.itertuples()
+            ),
+        )
+    _scale_lengths(plot.axes, batches["mean_length"])
+    _scale_values(plot.axes, batches[quantity], quantity)
+    plot.legend()
+    return plot
+
+
+@styled
+def time_shares(devices: pd.DataFrame, rest: str) -> Plot:
+    """What the devices did with their time, one bar for each; `rest` says what is neither computing nor waiting."""
+    names = [f"{row.device},\n{row.precision}" for row in devices.itertuples()]
+    plot = Plot("Share of the batches' time (%)", size=(4.4, 1.9 + 0.55 * len(names)))
+    start = np.zeros(len(names))
+    for share in SHARES:
+        words, color = SHARE_WORDS[share]
+        words = words or rest
+        values = 100 * devices[share].to_numpy(float)
+        bars = plot.axes.barh(range(len(names)), values, left=start, color=color, label=words, height=0.5)
+        for bar, value in zip(bars, values, strict=True):
+            plot.explain(bar, [f"{words}: {value:.1f} %"])
+        start += values
+    plot.axes.set_yticks(range(len(names)), [""] * len(names))
+    for number, name in enumerate(names):
+        plot.axes.text(0, number + 0.31, name.replace("\n", " "), va="bottom", fontsize=9)
+    plot.axes.set_xlim(0, 100)
+    plot.axes.set_ylim(-0.45, len(names) - 0.25)
+    plot.axes.grid(axis="y", visible=False)
+    plot.axes.spines["left"].set_visible(False)
+    plot.axes.tick_params(axis="y", length=0)
+    plot.legend(columns=2)
+    return plot
+
+
+@styled
+def scaling_throughput(study: pd.DataFrame) -> Plot | str:
+    """Residues a second against length, without gradients: full batches and one sequence at a time, both engines."""
+    study = study[study["wall_ms"].notna()]
+    if not len(study):
+        return "The scaling study had no time for a single point."
+    plot = Plot(LENGTH, "Residues per second")
+    largest = study["batch_tokens"].max()
+    for what, style, chosen in (
+        ("full batches", "-", study["batch_tokens"] == largest),
+        ("one at a time", "--", study["batch_tokens"].isna()),
+    ):
+        _engines(plot, study[chosen.fillna(False).astype(bool)], "residues_per_second", what, style)
+    _finish(plot, study, "residues_per_second")
+    plot.legend(columns=2)
+    return plot
+
+
+def _laws(
+    plot: Plot, study: pd.DataFrame, found: list[Fit], quantity: str, config: ModelConfig, factor: int = 1
+) -> None:
+    """A line for the law of each engine, as far as its points go."""
+    for engine, (name, color, _) in ENGINES.items():
+        law = choose(found, quantity, engine, study["precision"].iloc[0])
+        if law and law.determined:
+            points = study.loc[(study["engine"] == engine) & ~study["gradients"], "length"]
+            lengths = np.geomspace(points.min(), points.max(), 60)
+            values = [factor * law.at(config, length) for length in lengths]
+            plot.axes.plot(lengths, values, color=color, lw=1.2, label=f"{name}, law")
+
+
+@styled
+def scaling_memory(study: pd.DataFrame, found: list[Fit], config: ModelConfig, measure: str) -> Plot | str:
+    """Memory that one sequence adds against its length, both engines, and the laws fitted to it."""
+    study = study[study["batch_tokens"].isna() & (study["peak_bytes"] > 0)]
+    if not len(study):
+        return "Memory was not measured in the scaling study on this device."
+    plot = Plot(LENGTH, f"Added {measure}")
+    _engines(plot, study, "peak_bytes", "measured", "")
+    _laws(plot, study, found, "memory", config)
+    _finish(plot, study, "peak_bytes", log=True)
+    for length in (50, 500):
+        _mark(plot, length, f"{length} residues")
+    plot.legend(columns=2)
+    return plot
+
+
+@styled
+def scaling_time(study: pd.DataFrame, found: list[Fit], config: ModelConfig) -> Plot | str:
+    """Time of a pass of one sequence against its length, both engines, with the laws, and where attention costs as much."""
+    study = study[study["batch_tokens"].isna() & study["wall_ms"].notna()]
+    if not len(study):
+        return "The scaling study had no time for a single point."
+    plot = Plot(LENGTH, "Time of one protein (ms)")
+    _engines(plot, study, "wall_ms", "measured", "")
+    _laws(plot, study, found, "time", config, factor=1000)
+    _finish(plot, study, "wall_ms", log=True)
+    _mark(plot, 6 * config.embed_dim - 2, "L = 6 d - 2")
+    plot.legend(columns=2)
+    return plot
+
+
+@styled
+def no_grad(study: pd.DataFrame, measure: str) -> Plot | str:
+    """Memory of one sequence with gradients and without, both engines."""
+    study = study[study["batch_tokens"].isna() & (study["peak_bytes"] > 0)]
+    if not study["gradients"].any():
+        return "Memory with gradients was not measured in the scaling study on this device."
+    plot = Plot(LENGTH, f"Added {measure}")
+    for what, style, kept in (("no_grad", "-", False), ("gradients kept", "--", True)):
+        _engines(plot, study[study["gradients"] == kept], "peak_bytes", what, style)
+    _finish(plot, study, "peak_bytes", log=True)
+    plot.legend(columns=2)
+    return plot
+
+
+@styled
+def half_precision(study: pd.DataFrame) -> Plot | str:
+    """Residues a second of full batches against length, one line for each precision of Lengthwise."""
+    study = study[(study["engine"] == LENGTHWISE) & ~study["gradients"] & study["wall_ms"].notna()]
+    study = study[(study["batch_tokens"] == study["batch_tokens"].max()).fillna(False).astype(bool)]
+    if study["precision"].nunique() < 2:
+        return "This device has no instructions for half precision, or the study had no time for it."
+    plot = Plot(LENGTH, "Residues per second")
+    for precision, rows in study.groupby("precision", sort=False):
+        _line(plot, rows, "residues_per_second", precision, PRECISIONS[precision], "-", "o")
+    _finish(plot, study, "residues_per_second")
+    plot.legend(columns=2)
+    return plot
+
+
+@styled
+def copies(study: pd.DataFrame) -> Plot | str:
+    """Time of the copies as a share of the pass that they go with."""
+    study = study[study["copy_out_ms"].notna()]
+    if not len(study):
+        return "The CPU computes where the sequences already are: nothing is copied, so there is no time to measure."
+    study = study[study["batch_tokens"] == study["batch_tokens"].max()]
+    plot = Plot(LENGTH, "Share of the pass's time (%)")
+    for column, words, color in (("copy_in_ms", "tokens in", GREEN), ("copy_out_ms", "rows out", VERMILION)):
+        rows = study.assign(share=100 * study[column] / study["wall_ms"]).sort_values("length")
+        for precision, here in rows.groupby("precision", sort=False):
+            style = "-" if precision == "float32" else "--"
+            _line(plot, here, "share", f"{words}, {precision}", color, style, "o")
+    _scale_lengths(plot.axes, study["length"])
+    plot.axes.set_yscale("log")
+    plot.axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    plot.legend(columns=2)
+    return plot
+
+
+@styled
+def embedding_map(projection: Projection) -> Plot:
+    """Records on the two widest directions of their vectors: coloured by length on the left, by dataset on the right."""
+    records = projection.records
+    plot = Plot(size=(8.8, 3.7))
+    grid = plot.figure.add_gridspec(1, 2)
+    plot.axes.set_subplotspec(grid[0])
+    left, right = plot.axes, plot.figure.add_subplot(grid[1])
+    says = [f"{row.id}: {row.length:,} residues, {row.dataset}" for row in records.itertuples()]
+    tones = LinearSegmentedColormap.from_list("lengths", ["#56b4e9", "#0072b2", "#cc79a7", "#d55e00"])
+    norm = matplotlib.colors.LogNorm(records["length"].min(), max(records["length"].max(), records["length"].min() + 1))
+    drawn = left.scatter(
+        records["pc1"], records["pc2"], s=9, c=records["length"], cmap=tones, norm=norm, lw=0, alpha=0.8
+    )
+    plot.explain(drawn, says)
+    bar = plot.figure.colorbar(drawn, ax=left, label="Length (residues)", format=lambda value, _: f"{value:,.0f}")
+    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    bar.outline.set_visible(False)
+    frequent = records["dataset"].value_counts().index[: len(GROUP_COLORS)].tolist()
+    for color, dataset in zip(GROUP_COLORS, frequent, strict=False):
+        here = records["dataset"] == dataset
+        drawn = right.scatter(
+            records["pc1"][here], records["pc2"][here], s=9, color=color, lw=0, alpha=0.6, label=dataset
+        )
+        plot.explain(drawn, [text for text, inside in zip(says, here, strict=True) if inside])
+    rest = ~records["dataset"].isin(frequent)
+    if rest.any():
+        drawn = right.scatter(
+            records["pc1"][rest], records["pc2"][rest], s=9, color=SOFT, lw=0, alpha=0.6, label="others"
+        )
+        plot.explain(drawn, [text for text, inside in zip(says, rest, strict=True) if inside])
+    for axes in (left, right):
+        axes.set_xlabel(f"First component ({projection.shares[0]:.0%} of the variance)")
+        axes.set_ylabel(f"Second ({projection.shares[1]:.0%})")
+    right.legend(fontsize=8, markerscale=2)
+    return plot
+
+
+@styled
+def note(text: str) -> Plot:
+    """A line of text in place of a figure that has nothing to show."""
+    plot = Plot(size=(5.8, 0.9))
+    plot.axes.set_axis_off()
+    plot.axes.text(0.5, 0.5, text, ha="center", va="center", wrap=True, transform=plot.axes.transAxes, color=INK)
+    return plot
+
+
+def bytes_text(count: float) -> str:
+    """Bytes in decimal units, as short as an axis wants them.
+
+    >>> bytes_text(1_500_000_000)
+    '1.5 GB'
+    """
+    power = next((power for power in range(4) if abs(count) < 999.5 * 1000**power), 4)
+    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _mark(plot: Plot, length: int, words: str) -> None:
+    """A dotted line at a length of the axis, with what it is, where rising curves are not."""
+    low, high = plot.axes.get_xlim()
+    if not low <= length <= high:
+        return
+    plot.axes.axvline(length, color=SOFT, lw=0.8, ls=":")
+    where = plot.axes.get_xaxis_transform()
+    height, side = (0.98, "top") if length**2 < low * high else (0.02, "bottom")
+    plot.axes.text(length, height, words, transform=where, rotation=90, ha="right", va=side, fontsize=8, color=SOFT)
+
+
+def _engines(plot: Plot, rows: pd.DataFrame, quantity: str, what: str, style: str) -> None:
+    for engine, (name, color, marker) in ENGINES.items():
+        _line(plot, rows[rows["engine"] == engine], quantity, f"{name}, {what}", color, style, marker)
+
+
+def _line(plot: Plot, rows: pd.DataFrame, quantity: str, label: str, color: str, style: str, marker: str) -> None:
+    if not len(rows):
+        return
+    rows, text = rows.sort_values("length"), _text(quantity)
+    values = rows[quantity].astype(float)
+    face = CARD if style == "--" else color  # hollow beside dashes, which a marker hides in the legend
+    (line,) = plot.axes.plot(
+        rows["length"], values, color=color, ls=style, marker=marker, ms=4.5, mfc=face, label=label
+    )
+    plot.explain(
+        line,
+        (
+            f"{label}: {row.n_sequences:,} x {row.length:,} residues: {text(value)}"
+            for row, value in zip(rows.itertuples(), values, strict=True)
+        ),
+    )
+
+
+def _text(quantity: str) -> Callable[[float], str]:
+    if "bytes" in quantity:
+        return bytes_text
+    if quantity in ("fill", "share"):
+        return (lambda value: f"{value:.0%}") if quantity == "fill" else (lambda value: f"{value:.3g} %")
+    return (lambda value: f"{value:,.3g} ms") if quantity == "wall_ms" else (lambda value: f"{value:,.0f} residues/s")
+
+
+def _finish(plot: Plot, rows: pd.DataFrame, quantity: str, log: bool = False) -> None:
+    _scale_lengths(plot.axes, rows["length"])
+    _scale_values(plot.axes, rows[quantity].astype(float), quantity, log)
+
+
+def _scale_lengths(axes: Axes, lengths: pd.Series) -> None:
+    low, high = float(lengths.min()), float(lengths.max())
+    axes.set_xscale("log")
+    axes.set_xlim(low / 1.25, high * 1.25)
+    if lengths.nunique() <= 3:  # a scale between so few says nothing
+        axes.xaxis.set_major_locator(FixedLocator(sorted(lengths.unique())))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 60 * low else (1, 3)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _scale_values(axes: Axes, values: pd.Series, quantity: str, log: bool = False) -> None:
+    if "bytes" in quantity:
+        text = bytes_text
+    else:
+        text = (
+            "{:.0%}".format if quantity == "fill" else "{:,.5g}".format if quantity == "wall_ms" else "{:,.0f}".format
+        )
+    if log or values.quantile(0.95) > LOG_FROM * values.quantile(0.05) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if values.max() < 3e3 * values.min() else (1,)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_ylim(0, 1.08 * values.max())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))

@@ -1,0 +1,79 @@
+"""A first look at the embeddings: pooled vectors of some records, on their two widest directions."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+
+from lengthwise.store.paths import shard_path
+from lengthwise.store.shard import Shard
+
+MAX_RECORDS = 2_000
+
+POOLED = ("mean", "bos")  # the first of them that is stored
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Records with `dataset`, `id`, `length`, `pc1`, `pc2`, and what share of the variance the two explain."""
+
+    records: pd.DataFrame
+    shares: tuple[float, float]
+    of: str  # which vectors, in words
+
+
+def project(store: Path, settings: dict, manifests: dict[str, Path]) -> tuple[Projection | None, str]:
+    """The principal components of pooled vectors; or None, and why there is nothing to show.
+
+    Parameters
+    ----------
+    store, settings
+        The store and its settings.
+    manifests
+        {dataset: its manifest}; the index lies beside it. At most `MAX_RECORDS` accepted records are taken, the same every time.
+    """
+    if settings["random_weights"]:
+        return None, "A map of embeddings is left out: with random weights it would mean nothing."
+    pooled = next((output for output in POOLED if output in settings["outputs"]), None)
+    if pooled is None:
+        return None, "A map of embeddings needs pooled vectors: 'outputs' in the config has neither mean nor bos."
+    records = _sample(manifests)
+    if len(records) < 3:
+        return None, "A map of embeddings needs three sequences at least."
+    layer = settings["layers"][0]
+    vectors = np.empty((len(records), settings["embed_dim"]), np.float32)
+    for name, rows in records.groupby("shard"):
+        vectors[rows.index] = Shard(shard_path(store, name))[f"{pooled}_{layer}"][rows["sequence_no"]]
+    good = np.isfinite(vectors).all(axis=1)
+    components, shares = principal_components(vectors[good].astype(float))
+    records = records.loc[good, ["dataset", "id", "length"]].assign(pc1=components[:, 0], pc2=components[:, 1])
+    what = {"mean": "mean over residues", "bos": "BOS"}[pooled]
+    return Projection(records.reset_index(drop=True), shares, f"{what}, layer {layer}"), ""
+
+
+def principal_components(vectors: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
+    """[n, D] -> ([n, 2], shares of the variance); signs are such that the largest loading is positive."""
+    centred = vectors - vectors.mean(axis=0)
+    _, sizes, directions = np.linalg.svd(centred, full_matrices=False)
+    directions = directions[:2] * np.sign(directions[np.arange(2), np.abs(directions[:2]).argmax(axis=1)])[:, None]
+    shares = sizes[:2] ** 2 / max((sizes**2).sum(), 1e-30)
+    return centred @ directions.T, (float(shares[0]), float(shares[1]))
+
+
+def _sample(manifests: dict[str, Path]) -> pd.DataFrame:
+    """Accepted records of all datasets, chosen by their digests, so that it is no matter which file came first."""
+    database = duckdb.connect()
+    database.register(
+        "datasets",
+        pd.DataFrame(
+            {"dataset": list(manifests), "path": [str(path.parent / "index.parquet") for path in manifests.values()]}
+        ),
+    )
+    return database.execute(
+        "SELECT dataset, id, length, shard, sequence_no FROM read_parquet($paths, filename = 'path')"
+        " JOIN datasets USING (path) WHERE status = 'accepted'"
+        " ORDER BY hash(digest), dataset, record_no LIMIT $most",
+        {"paths": [str(path.parent / "index.parquet") for path in manifests.values()], "most": MAX_RECORDS},
+    ).df()

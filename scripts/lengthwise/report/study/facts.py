@@ -1,0 +1,122 @@
+"""What the page says of the scaling study."""
+
+import pandas as pd
+
+from lengthwise.report import figures
+from lengthwise.report.study.fits import (
+    LEAST_POINTS,
+    LEAST_R_SQUARED,
+    MEMORY_MARGIN,
+    Fit,
+    choose,
+    crossing,
+    longest,
+    longest_table,
+)
+from lengthwise.report.study.schema import FAIR_ESM, LENGTHWISE, OK, SERIES
+from lengthwise.report.words import measures_in_words
+from lengthwise.store.settings import shape_of
+
+STATUS_WORDS = {
+    "skipped_time": "no time left",
+    "skipped_memory": "would not have fitted in memory",
+    "out_of_memory": "out of memory",
+}
+
+SHORT, LONG = 50, 500  # the lengths of the first question
+
+
+def study_facts(study: pd.DataFrame, found: list[Fit], settings: dict) -> dict:
+    """What the page says of the scaling study."""
+    sized, config, precision = study[study["peak_bytes"].notna()], shape_of(settings), settings["precision"]
+    itemsize = 4 if precision == "float32" else 2
+    row = study.iloc[0] if len(study) else None
+    device_bytes = None if row is None or pd.isna(row["device_bytes"]) else int(row["device_bytes"])
+    times = {engine: choose(found, "time", engine, precision) for engine in (LENGTHWISE, FAIR_ESM)}
+    sizes = {engine: choose(found, "memory", engine, precision) for engine in (LENGTHWISE, FAIR_ESM)}
+    reach = {}
+    if device_bytes is not None:
+        free = MEMORY_MARGIN * device_bytes - config.parameters * itemsize
+        reach = {engine: longest(law, free) for engine, law in sizes.items() if law}
+    table = longest_table(device_bytes, itemsize)
+    clocks, warmth = study["clock_mhz"].dropna(), study["temperature_c"].dropna()
+    return {
+        "device": "no device" if row is None else row["device"],
+        "device_bytes": device_bytes and figures.bytes_text(device_bytes),
+        "measures": measures_in_words(sized),
+        "ratios": _ratios(sized[sized["precision"] == precision]),
+        "precisions": _precisions(study),
+        "copies": _copies(study),
+        "stops": _stops(study),
+        "laws": found,
+        "least_points": LEAST_POINTS,
+        "least_r_squared": LEAST_R_SQUARED,
+        "equal_by_formula": 6 * config.embed_dim - 2,
+        "equal": {engine: (crossing(law, config), law.up_to) for engine, law in times.items() if law},
+        "reach": reach,
+        "longest": {"columns": list(table.columns[1:]), "rows": table.to_dict("records")},
+        "clock": _range(clocks),
+        "temperature": _range(warmth),
+    }
+
+
+def _range(values: pd.Series) -> str:
+    """From the least to the most, or the one where they read alike; empty if there is none."""
+    return " to ".join(dict.fromkeys(f"{value:,.0f}" for value in (values.min(), values.max()))) if len(values) else ""
+
+
+def _ratios(sized: pd.DataFrame) -> list[dict]:
+    """What the memory of one sequence does between the two lengths, for each engine and mode."""
+    single = sized[sized["batch_tokens"].isna()].set_index(["engine", "gradients", "length"])["peak_bytes"]
+    ratios = []
+    for engine in (LENGTHWISE, FAIR_ESM):
+        for gradients in (False, True):
+            short, long = (single.get((engine, gradients, length)) for length in (SHORT, LONG))
+            if short and long:
+                row = {"engine": engine, "gradients": gradients, "ratio": long / short, "bytes": int(long)}
+                ratios.append(row | {"short": figures.bytes_text(short), "long": figures.bytes_text(long)})
+    return ratios
+
+
+def _precisions(study: pd.DataFrame) -> list[dict]:
+    """Weights, memory and speed of Lengthwise's full batches in each precision, at the longest length that all reached."""
+    rows = study[(study["engine"] == LENGTHWISE) & ~study["gradients"] & study["wall_ms"].notna()]
+    rows = rows[(rows["batch_tokens"] == rows["batch_tokens"].max()).fillna(False).astype(bool)]
+    reached = rows.groupby("length")["precision"].nunique()
+    common = reached[reached == rows["precision"].nunique()].index
+    if not len(common):
+        return []
+    rows = rows[rows["length"] == common.max()]
+    bytes_text = figures.bytes_text
+    return [
+        {
+            "precision": row.precision,
+            "length": row.length,
+            "weights": None if pd.isna(row.weights_bytes) else bytes_text(row.weights_bytes),
+            "peak": None if pd.isna(row.peak_bytes) else bytes_text(row.peak_bytes),
+            "residues_per_second": row.residues_per_second,
+        }
+        for row in rows.itertuples()
+    ]
+
+
+def _copies(study: pd.DataFrame) -> float | None:
+    """The copies' largest share of the pass that they go with, in full batches; None where nothing is copied."""
+    rows = study[study["copy_out_ms"].notna() & study["batch_tokens"].notna()]
+    return float(((rows["copy_in_ms"] + rows["copy_out_ms"]) / rows["wall_ms"]).max()) if len(rows) else None
+
+
+def _stops(study: pd.DataFrame) -> list[str]:
+    """Where series of the scaling study ended early, and why."""
+    first = (
+        study[study["status"] != OK]
+        .sort_values("length", kind="stable")
+        .groupby(SERIES, dropna=False, sort=False)
+        .head(1)
+    )
+    return [
+        f"{row.engine}, {row.precision}, {'with' if row.gradients else 'without'} gradients, "
+        f"{'one at a time' if pd.isna(row.batch_tokens) else f'batches of {row.batch_tokens:,} tokens'}: "
+        f"from {row.length:,} residues on ({STATUS_WORDS[row.status]})"
+        for row in first.itertuples()
+    ]

@@ -1,0 +1,369 @@
+"""Scaling: controlled forward passes on the user's device, for the laws that production metrics cannot show.
+
+Production packs batches, so that its memory is flat in sequence length on purpose. Here every batch holds sequences of
+one length, and this engine runs beside fair-esm's own forward pass, with and without gradients, in every precision that the
+device has instructions for.
+"""
+
+import ctypes
+import gc
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from lengthwise.esm2 import checkpoint
+from lengthwise.esm2.config import AUTO_BATCH_TOKENS, ModelConfig
+from lengthwise.esm2.devices import DTYPES, device_name, is_out_of_memory, resolve_device, set_threads
+from lengthwise.esm2.meters import MemoryMeter, clock_and_temperature, host_available, host_total
+from lengthwise.esm2.model import Packing, onednn_serves
+from lengthwise.esm2.tokens import RESIDUES, tokenize
+from lengthwise.report.study.schema import (
+    COLUMNS,
+    FAIR_ESM,
+    LENGTHWISE,
+    OK,
+    OUT_OF_MEMORY,
+    SKIPPED_MEMORY,
+    SKIPPED_TIME,
+)
+from lengthwise.system.files import atomic
+from lengthwise.system.text import count
+
+log = logging.getLogger("lengthwise")
+
+LENGTHS = (50, 100, 200, 350, 500, 700, 1000, 1500, 2500, 4000, 8000)
+
+# Tokens of full batches. On the CPU half of production's, so that the study takes seconds and not minutes.
+BATCH_TOKENS = {"cpu": (1_024,), "cuda": (4_096, AUTO_BATCH_TOKENS["cuda"])}
+
+SECONDS = {"cpu": 30.0, "cuda": 180.0}
+
+MAX_REPEATS = 5
+
+SEED = 0
+
+# The twenty standard amino acids: alphabet.RESIDUES goes on with X, B, U, Z and O.
+STANDARD_RESIDUES = np.frombuffer(RESIDUES[:20], np.uint8)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model on the device, ready for passes."""
+
+    weights_bytes: int
+    forward: Callable[
+        [Tensor], Tensor
+    ]  # [N, L + 2] int64 tokens -> last layer's rows, [..., D]; they keep the graph alive
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of ascending length that share an engine, a mode and a rule for the size of the batch."""
+
+    engine: str
+    precision: str
+    gradients: bool
+    batch_tokens: int | None  # None: one sequence at a time
+
+    @property
+    def points(self) -> list[tuple[int, int]]:
+        """(length, sequences of the batch); in a full batch at least two."""
+        if self.batch_tokens is None:
+            return [(length, 1) for length in LENGTHS]
+        return [(length, n) for length in LENGTHS if (n := round(self.batch_tokens / (length + 2))) > 1]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point that was measured at least once."""
+
+    row: dict
+    forward: Callable[[], Tensor]
+    residues: int
+    seconds: list[float]
+
+
+def scaling(
+    weights: Path, device: str, precision: str, table: Path, threads: int = 1, seconds: float | str = "auto"
+) -> pd.DataFrame:
+    """Time and memory of forward passes at controlled lengths.
+
+    Each engine runs one sequence per batch and full batches of equal tokens, without gradients, in each precision that the
+    device has instructions for (on a CPU full batches alone in others than the store's); and one sequence per batch with
+    gradients (the forward pass keeps its graph; there is no backward pass) in the store's precision. Equal lengths need no
+    padding, so fair-esm is seen at its best. Lengths ascend, and a series ends where its memory does, or where half of its
+    share of the time does; what is left goes to repeats, in rounds over its lengths, at most `MAX_REPEATS` of each.
+
+    Parameters
+    ----------
+    weights
+        A checkpoint in fair-esm's layout.
+    device, precision
+        As in the store's settings.
+    table
+        The TSV to write.
+    threads
+        CPU threads for torch: here a batch runs on all of them, while production gives each core a batch of its own.
+    seconds
+        Time for all measurements together, or auto: `SECONDS` of the device; loading the weights is not counted.
+
+    Returns
+    -------
+    The rows of the TSV, one per engine, precision, gradients, batch_tokens (null: one sequence per batch) and length.
+    `wall_ms` is the median forward pass of `repeats`, beside the shortest and the longest, warm-up excluded. `peak_bytes` is
+    the growth during one forward pass over the memory in use just before it, so weights and libraries are not in it: of the
+    allocator on CUDA (`memory_measure` "allocated"), of resident memory on the CPU ("resident"), null where neither can be
+    measured. `weights_bytes` is what the engine's numbers take. `copy_in_ms` and `copy_out_ms` are the copies of tokens to the
+    device and of the rows, in float16, from it, between pinned memory: null where nothing is copied. Clock and temperature
+    are those at the end of the series. `status` is ``ok``, ``skipped_time`` or ``skipped_memory`` (would not fit in what is
+    left), or ``out_of_memory``.
+
+    Raises
+    ------
+    LengthwiseError
+        No such device or checkpoint.
+    """
+    set_threads(threads)
+    place = resolve_device(device)
+    config, *_ = checkpoint.read(weights)
+    probe = Probe(place)
+    fixed = {"device": device_name(place), "device_bytes": probe.device_bytes(), "memory_measure": probe.memory_measure}
+    rows: list[dict] = []
+    left, plan = SECONDS[place.type] if seconds == "auto" else seconds, _plan(place, precision)
+    shares_left = sum(share * len(sizes) for *_, sizes, share in plan)
+    for engine, kind, gradients, sizes, share in plan:
+        loaded = _load(engine, weights, place, kind, gradients)
+        for batch_tokens in sizes:
+            series = Series(engine, kind, gradients, batch_tokens)
+            began = time.perf_counter()
+            what = "one at a time" if batch_tokens is None else f"batches of {count(batch_tokens, 'token')}"
+            log.info("%s %s %s gradients, %s", engine, kind, "with" if gradients else "without", what)
+            if loaded is None:
+                rows.append(_row(series, config, *series.points[0]) | {"status": OUT_OF_MEMORY} | fixed)
+            else:
+                found = _measure_series(series, loaded, config, probe, left * share / shares_left)
+                rows += [row | {"weights_bytes": loaded.weights_bytes} | fixed for row in found]
+            left, shares_left = left - (time.perf_counter() - began), shares_left - share
+        del loaded
+        _release(place)
+    frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+    with atomic(table) as part:
+        frame.to_csv(part, sep="\t", index=False)
+    return frame
+
+
+class Probe:
+    """Runs a forward pass on a device and says what it took."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.meter = MemoryMeter(device)
+        # glibc keeps freed memory for later, which would hide the growth: it must be given back before each pass.
+        self.trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if self.meter.resident else None
+        resident = "resident" if self.trim else None
+        self.memory_measure = "allocated" if device.type == "cuda" else resident
+
+    def seconds(self, forward: Callable[[], object]) -> float:
+        """Host time of one forward pass, to the end of the device's work."""
+        self._synchronize()
+        started = time.perf_counter()
+        kept = forward()  # alive until the clock stops: freeing it is not part of the pass
+        self._synchronize()
+        elapsed = time.perf_counter() - started
+        del kept
+        return elapsed
+
+    def peak_bytes(self, forward: Callable[[], object]) -> int | None:
+        """Growth of memory during one forward pass."""
+        if self.memory_measure is None:
+            forward()
+            return None
+        if self.trim:
+            self.trim(0)
+        with self.meter.measure() as peaks:
+            before = self.meter.used()
+            kept = forward()
+        del kept
+        return (peaks.allocated if peaks.resident is None else peaks.resident) - before
+
+    def copies(self, tokens: Tensor, forward: Callable[[], Tensor]) -> dict[str, float]:
+        """Milliseconds of the copies to and from the device, between pinned memory; nothing where there are none."""
+        if self.device.type == "cpu":
+            return {}
+        tokens, rows = tokens.to(torch.uint8), forward().half()
+
+        def milliseconds(to: Tensor, of: Tensor) -> float:
+            copy = partial(to.copy_, of, non_blocking=True)
+            return 1000 * statistics.median(self.seconds(copy) for _ in range(3))
+
+        on_host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+        return {
+            "copy_in_ms": milliseconds(tokens, tokens.cpu().pin_memory()),
+            "copy_out_ms": milliseconds(on_host, rows),
+        }
+
+    def available_bytes(self) -> int | None:
+        """Memory that a pass may still take; None on CUDA, whose allocator refuses cleanly."""
+        return None if self.device.type == "cuda" else host_available()
+
+    def device_bytes(self) -> int:
+        """All the memory that the device has."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        return host_total()
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _plan(device: torch.device, own: str) -> list[tuple[str, str, bool, tuple[int | None, ...], int]]:
+    """(engine, precision, gradients, sizes of batches, share of the time for each of these)."""
+    served = [name for name, dtype in DTYPES.items() if device.type == "cuda" or onednn_serves(dtype)]
+    full, single = BATCH_TOKENS[device.type], (None,)
+    # What a series does not need goes to the next ones: those that most questions ask for are last. A CPU has less time.
+    others = full if device.type == "cpu" else full + single
+    runs = [(kind, False, others, 1) for kind in served if kind != own]
+    runs += [(own, True, single, 1), (own, False, full + single, 2)]
+    return [(engine, *run) for run in runs for engine in (LENGTHWISE, FAIR_ESM)]
+
+
+def _load(engine: str, weights: Path, device: torch.device, precision: str, gradients: bool) -> Loaded | None:
+    """An engine on the device, warm; None where its weights do not fit there."""
+    load = {LENGTHWISE: _load_lengthwise, FAIR_ESM: _load_fair_esm}[engine]
+    try:
+        loaded = load(weights, device, DTYPES[precision], gradients)
+        with torch.no_grad():  # libraries set up workspaces that are no part of any point
+            loaded.forward(_random_tokens(np.random.Generator(np.random.PCG64(SEED)), 1, LENGTHS[0]).to(device))
+        return loaded
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    return None
+
+
+def _load_lengthwise(weights: Path, device: torch.device, dtype: torch.dtype, gradients: bool) -> Loaded:
+    model = checkpoint.load_model(weights, device, dtype, pack=not gradients).requires_grad_(gradients)
+    packed = [module.packed for module in model.modules() if getattr(module, "packed", None) is not None]
+
+    def forward(tokens: Tensor) -> Tensor:
+        packing = Packing.of([tokens.shape[1]] * tokens.shape[0]).to(device)
+        return model(tokens.flatten(), packing, (model.config.num_layers,))[model.config.num_layers]  # [T, D]
+
+    return Loaded(_bytes(model) + sum(tensor.numel() * dtype.itemsize for tensor in packed), forward)
+
+
+def _load_fair_esm(weights: Path, device: torch.device, dtype: torch.dtype, gradients: bool) -> Loaded:
+    model = checkpoint.reference_model(weights).to(device, dtype).requires_grad_(gradients)
+
+    def forward(tokens: Tensor) -> Tensor:
+        return model(tokens, repr_layers=[model.num_layers])["representations"][model.num_layers]  # [N, L + 2, D]
+
+    return Loaded(_bytes(model), forward)
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _measure_series(series: Series, loaded: Loaded, config: ModelConfig, probe: Probe, budget: float) -> list[dict]:
+    """The rows of a series, in at most about `budget` seconds."""
+    rng = np.random.Generator(np.random.PCG64(SEED))
+    ends = time.perf_counter() + budget
+    rows: list[dict] = []
+    measured: list[Point] = []
+    # The best rate of a pass so far (one hiccup must not end a series), and the memory of the point before.
+    seconds_per_flop, bytes_per_square = np.inf, 0.0
+    for length, n in series.points:
+        row = _row(series, config, length, n)
+        rows.append(row)
+        flops, square = row["product_flops"] + row["attention_flops"], n * length**2
+        left, available = ends - time.perf_counter(), probe.available_bytes()
+        # One pass for memory, one for time; half of the time is kept for repeats.
+        if left <= budget / 2 or (measured and 2 * flops * seconds_per_flop > left - budget / 2):
+            row["status"] = SKIPPED_TIME
+            continue
+        if available is not None and square * bytes_per_square > available:
+            row["status"] = SKIPPED_MEMORY
+            continue
+        tokens = _random_tokens(rng, n, length).to(probe.device)  # [N, L + 2]
+        try:
+            measured.append(_measure_point(series, loaded, row, tokens, probe))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            row["status"] = OUT_OF_MEMORY
+        if row["status"] == OUT_OF_MEMORY:  # outside of the handler, whose traceback keeps the tensors alive
+            _release(probe.device)
+            break
+        seconds_per_flop = min(seconds_per_flop, measured[-1].seconds[0] / flops)
+        bytes_per_square = (row["peak_bytes"] or 0) / square
+    for _ in range(
+        MAX_REPEATS - 1
+    ):  # a slow moment of the machine falls on one repeat of each length, not on all of one
+        for point in measured:
+            if point.seconds[0] < ends - time.perf_counter():
+                point.seconds.append(probe.seconds(point.forward))
+    clock, temperature = clock_and_temperature(probe.device)
+    for point in measured:
+        middle = statistics.median(point.seconds)
+        point.row.update(repeats=len(point.seconds), residues_per_second=point.residues / middle)
+        point.row.update(
+            wall_ms=1000 * middle, wall_ms_min=1000 * min(point.seconds), wall_ms_max=1000 * max(point.seconds)
+        )
+        point.row.update(clock_mhz=clock, temperature_c=temperature)
+    return rows
+
+
+def _row(series: Series, config: ModelConfig, length: int, n: int) -> dict:
+    """What is known of a point before it is measured."""
+    flops, attention = n * config.flops(length), n * config.attention_flops(length)
+    return {
+        "engine": series.engine,
+        "precision": series.precision,
+        "gradients": series.gradients,
+        "batch_tokens": series.batch_tokens,
+        "length": length,
+        "n_sequences": n,
+        "n_tokens": n * (length + 2),
+        "product_flops": flops - attention,
+        "attention_flops": attention,
+        "repeats": 0,
+        "status": OK,
+    }
+
+
+def _measure_point(series: Series, loaded: Loaded, row: dict, tokens: Tensor, probe: Probe) -> Point:
+    """Memory, which is the warm-up for this shape too, the copies, and a first time."""
+
+    def forward() -> Tensor:
+        # Not inference_mode: fair-esm keeps its rotary tables from call to call, and those of inference_mode would be
+        # refused where gradients are wanted.
+        with torch.set_grad_enabled(series.gradients):
+            return loaded.forward(tokens)
+
+    row["peak_bytes"] = probe.peak_bytes(forward)
+    if series.engine == LENGTHWISE and not series.gradients:
+        row |= probe.copies(tokens, forward)
+    return Point(row, forward, tokens.shape[0] * (tokens.shape[1] - 2), [probe.seconds(forward)])
+
+
+def _random_tokens(rng: np.random.Generator, n: int, length: int) -> Tensor:
+    """[N, L + 2] int64: random proteins of one length."""
+    sequences = [rng.choice(STANDARD_RESIDUES, length).tobytes() for _ in range(n)]
+    return torch.from_numpy(np.stack([tokenize(sequence) for sequence in sequences])).long()
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,249 @@
+"""Report: batch metrics, ledgers and the scaling study, as tables, figures and one page."""
+
+from collections import Counter
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+
+from lengthwise._version import __version__
+from lengthwise.errors import LengthwiseError
+from lengthwise.plan.planner import read_jobs
+from lengthwise.report import figures, tables
+from lengthwise.report.pca import Projection, project
+from lengthwise.report.study.facts import study_facts
+from lengthwise.report.study.fits import Fit, as_table, fit_all
+from lengthwise.report.study.schema import read_scaling
+from lengthwise.report.svg import save
+from lengthwise.report.words import MEASURES, measures_in_words
+from lengthwise.store.metrics import read_encoded
+from lengthwise.store.paths import find_metrics, job_record_path
+from lengthwise.store.settings import require, shape_of
+from lengthwise.system.files import atomic, read_json
+
+FIGURES = (
+    "throughput",
+    "memory",
+    "time",
+    "fill",
+    "scaling_memory",
+    "no_grad",
+    "half_precision",
+    "copies",
+    "scaling_throughput",
+    "scaling_time",
+    "map",
+)
+
+SHOWN = 25  # rows of a long table: the files have them all
+
+SLOWEST = 10
+
+
+def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: Path, out: Path) -> dict:
+    """Write the report of a store.
+
+    Parameters
+    ----------
+    store
+        The store; every job of `jobs_tsv` is committed in it.
+    jobs_tsv
+        The table that `lengthwise.plan.planner.plan` wrote.
+    datasets
+        {dataset: its manifest.json}, the index beside it.
+    scaling
+        The table that `lengthwise.report.study.measure.scaling` wrote.
+    out
+        The folder for the tables (`lengthwise.report.tables.COLUMNS`) as TSV and Parquet, an SVG and a PNG of each of
+        `FIGURES` (of one that cannot be drawn an SVG that says why), and index.html, which is last.
+
+    Returns
+    -------
+    The facts of the page's headline: counts of datasets, records (accepted, duplicate, rejected), sequences, residues, jobs,
+    shards, batches, missing metrics and OOM splits; model, precision and random_weights; and `rates`, one for each device
+    and precision that batches ran on.
+
+    Raises
+    ------
+    LengthwiseError
+        A job is not committed.
+    """
+    settings = require(store)
+    job_records = _read_job_records(store, jobs_tsv)
+    shards = list(dict.fromkeys(shard for job_record in job_records for shard in job_record["shards"]))
+    present = [path for shard in shards if (path := find_metrics(store, shard))]
+    metrics = read_encoded(present)
+    tables.write({"metrics": metrics}, out)
+    batches = tables.batches(metrics, job_records)
+    del metrics  # of millions of batches it is large
+    bins, jobs, devices = tables.bin_by_length(batches), tables.jobs(job_records, batches), tables.devices(batches)
+    study = read_scaling(scaling)
+    found = fit_all(study)
+    ledger = [read_json(manifest) | {"dataset": name} for name, manifest in datasets.items()]
+    projection, no_map = project(store, settings, datasets)
+    written = {
+        "by_length": bins.drop(columns="group"),
+        "jobs": jobs,
+        "devices": devices,
+        "datasets": tables.datasets(ledger),
+        "laws": as_table(found),
+        "map": projection.records if projection else pd.DataFrame(columns=list(tables.COLUMNS["map"]), dtype="string"),
+    }
+    tables.write(written, out)
+    tables.write_columns(out)
+    tables.write_parquet(study, out / "scaling.parquet")
+    facts = _facts(settings, job_records, batches, devices, ledger)
+    facts |= {"shards": len(shards), "missing_metrics": len(shards) - len(present)}
+    page = _template().render(
+        facts=facts,
+        settings=settings,
+        ledger=ledger[:SHOWN],
+        reasons=sum((Counter(row["reasons"]) for row in ledger), Counter()).most_common(),
+        figures=_figures(batches, bins, devices, study, found, projection or no_map, settings, out),
+        measures=measures_in_words(batches),
+        rest=_rest(batches),
+        slow=tables.SLOW,
+        batches_shown=min(len(batches), figures.MAX_POINTS),
+        study=study_facts(study, found, settings),
+        map_of=projection.of if projection else "",
+        map_records=len(projection.records) if projection else 0,
+        jobs=jobs.sort_values("residues_per_second", kind="stable").head(SHOWN).to_dict("records"),
+        devices=devices.to_dict("records"),
+        slowest=tables.slowest(batches, bins, SLOWEST).to_dict("records"),
+        parity=_parity(store),
+        versions=_versions(job_records),
+        columns=tables.COLUMNS,
+        names={engine: name for engine, (name, *_) in figures.ENGINES.items()},
+    )
+    with atomic(out / "index.html") as part:
+        part.write_text(page, encoding="utf-8")
+    return facts
+
+
+def _read_job_records(store: Path, jobs_tsv: Path) -> list[dict]:
+    job_records = []
+    for job in read_jobs(jobs_tsv)["job"]:
+        path = job_record_path(store, job)
+        if not path.exists():
+            raise LengthwiseError(f"{path} is missing: the job is not finished; run snakemake to finish it")
+        job_records.append(read_json(path))
+    return job_records
+
+
+def _facts(
+    settings: dict, job_records: list[dict], batches: pd.DataFrame, devices: pd.DataFrame, ledger: list[dict]
+) -> dict:
+    counts = {key: sum(row[key] for row in ledger) for key in ("records", "accepted", "duplicate", "rejected")}
+    tokens = batches["n_tokens"].sum()
+    padded = (batches["n_sequences"] * (batches["max_length"] + 2)).sum()
+    limited = batches["most_tokens"].notna()
+    return {
+        "model": settings["model"],
+        "precision": settings["precision"],
+        "random_weights": settings["random_weights"],
+        "datasets": len(ledger),
+        **counts,
+        "accounted": all(row["records"] == row["accepted"] + row["duplicate"] + row["rejected"] for row in ledger),
+        "sequences": sum(job_record["sequences"] for job_record in job_records),
+        "residues": sum(job_record["residues"] for job_record in job_records),
+        "jobs": len(job_records),
+        "batches": len(batches),
+        "oom_splits": int(batches["oom_splits"].sum()),
+        "padding": int(tokens - (batches["n_residues"] + 2 * batches["n_sequences"]).sum()),
+        "padding_saved": float(padded / tokens - 1) if tokens else None,
+        "fill": float(batches["n_tokens"][limited].sum() / batches["most_tokens"].sum()) if limited.any() else None,
+        "rates": devices[["device", "precision", "batches", "residues_per_second"]].to_dict("records"),
+    }
+
+
+def _figures(
+    batches: pd.DataFrame,
+    bins: pd.DataFrame,
+    devices: pd.DataFrame,
+    study: pd.DataFrame,
+    found: list[Fit],
+    projection: Projection | str,
+    settings: dict,
+    out: Path,
+) -> dict[str, dict]:
+    """Write the figures; {name: {"svg": element}, or {"reason": why there is none}}."""
+    config, measures = shape_of(settings), measures_in_words(batches)
+    # The store's own precision, but for the figure that compares them.
+    own = study[study["precision"] == settings["precision"]]
+    plain, added = own[~own["gradients"]], " or ".join(measures_in_words(study[study["peak_bytes"].notna()]))
+    none = "No batch of these jobs has metrics, so there is nothing to show of production."
+    label = f"Peak {measures[0]}" if len(measures) == 1 else "Peak memory"
+    drawn = {
+        "throughput": figures.production(batches, bins, "residues_per_second", "Residues per second")
+        if len(batches)
+        else none,
+        "memory": figures.production(_with_measure(batches), _with_measure(bins), "peak_bytes", label)
+        if measures
+        else "Peak memory of production batches was not measured, so there is no figure of it.",
+        "time": figures.time_shares(devices, _rest(batches)) if len(batches) else none,
+        "fill": figures.production(batches, bins, "fill", "Tokens of the batch, of the most allowed", medians=False)
+        if batches["fill"].notna().any()
+        else none,
+        "scaling_memory": figures.scaling_memory(plain, found, config, added),
+        "no_grad": figures.no_grad(own, added),
+        "half_precision": figures.half_precision(study),
+        "copies": figures.copies(study),
+        "scaling_throughput": figures.scaling_throughput(plain),
+        "scaling_time": figures.scaling_time(plain, found, config),
+        "map": projection if isinstance(projection, str) else figures.embedding_map(projection),
+    }
+    shown = {}
+    for name, plot in drawn.items():
+        if isinstance(plot, str):
+            save(
+                figures.note(plot), out, name
+            )  # for Snakemake's report, which has every figure; the page says it in words
+            (out / f"{name}.png").unlink(missing_ok=True)  # a paper needs no picture of a sentence
+            shown[name] = {"reason": plot}
+        else:
+            shown[name] = {"svg": Markup(save(plot, out, name))}
+    return shown
+
+
+def _rest(batches: pd.DataFrame) -> str:
+    """What of the time was neither computing nor waiting: only a GPU is copied to, only a CPU has cores without a batch."""
+    on_cpu = batches["gpu_busy"].isna()
+    what = "idle cores" if on_cpu.all() else "copies, idle cores" if on_cpu.any() else "copies"
+    return f"{what}, and the rest"
+
+
+def _with_measure(table: pd.DataFrame) -> pd.DataFrame:
+    """Groups that say how memory was measured, where measures differ."""
+    if table["memory_measure"].nunique() < 2:
+        return table
+    measure = table["memory_measure"].astype(object).map(MEASURES).fillna("not measured")
+    return table.assign(group=table["group"].astype(object) + ", " + measure)
+
+
+def _parity(store: Path) -> list[dict]:
+    """The receipts of comparisons with fair-esm, one for each device and versions."""
+    return [read_json(path, "device", "versions", "parity") for path in sorted((store / "parity").glob("*.json"))]
+
+
+def _versions(job_records: list[dict]) -> dict[str, str]:
+    """The versions that made this store's shards; more than one where jobs differ."""
+    found: dict[str, dict[str, None]] = {"report": {f"lengthwise {__version__}": None}}
+    for job_record in job_records:
+        for name, version in job_record["versions"].items():
+            if version is not None:
+                found.setdefault(name, {})[version] = None
+    return {name: ", ".join(versions) for name, versions in found.items()}
+
+
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["n"] = "{:,.0f}".format
+    environment.filters["percent"] = lambda share: "" if pd.isna(share) else f"{100 * share:.1f}"
+    environment.filters["bytes"] = lambda count: "" if pd.isna(count) else figures.bytes_text(count)
+    environment.filters["some"] = lambda value: None if pd.isna(value) else value
+    environment.filters["plural"] = lambda n, one, many=None: f"{n:,} {one if n == 1 else many or one + 's'}"
+    return environment.get_template("page.html")

@@ -1,0 +1,45 @@
+"""Names and places: of stores, datasets, and the files of a store."""
+
+import re
+from pathlib import Path
+
+_COMPRESSION = re.compile(r"\.(gz|bgz|zst)$", re.IGNORECASE)
+
+_FASTA = re.compile(r"\.(fasta|fas|fa|faa|fsa|mpfa|pep|seq)$", re.IGNORECASE)
+
+
+def store_name(model: str) -> str:
+    """The name of a model's store: its own, or the file stem of a checkpoint given by path."""
+    return dataset_name(Path(model).stem) if model.endswith(".pt") else model
+
+
+def dataset_name(path: str | Path) -> str:
+    """The file's stem without compression and FASTA endings, other characters than ``A-Za-z0-9._-`` made ``_``.
+
+    >>> dataset_name("in/My proteins.fasta.gz")
+    'My_proteins'
+    """
+    stem = _FASTA.sub("", _COMPRESSION.sub("", Path(path).name))
+    return re.sub(r"[^A-Za-z0-9._-]", "_", stem).lstrip(".-") or "_"
+
+
+def shard_path(store: Path, shard: str) -> Path:
+    return Path(store) / "shards" / shard[:2] / f"{shard}.safetensors"
+
+
+def metrics_path(store: Path, shard: str) -> Path:
+    return Path(store) / "metrics" / shard[:2] / f"{shard}.parquet"
+
+
+def find_metrics(store: Path, shard: str) -> Path | None:
+    """A shard's metrics, if there are any; earlier versions had all of them in one folder."""
+    path = metrics_path(store, shard)
+    return next((found for found in (path, path.parent.parent / path.name) if found.exists()), None)
+
+
+def work_order_path(store: Path, job: str) -> Path:
+    return store / "plan" / "jobs" / f"{job}.parquet"
+
+
+def job_record_path(store: Path, job: str) -> Path:
+    return store / "jobs" / f"{job}.json"

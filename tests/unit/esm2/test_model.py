@@ -1,0 +1,374 @@
+"""The packed forward pass against fair-esm's own ESM2, one sequence at a time in float32."""
+
+import random
+import shutil
+import sys
+import threading
+import time
+import weakref
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lengthwise.esm2 import checkpoint
+from lengthwise.esm2 import model as model_module
+from lengthwise.esm2 import tokens as tokens_module
+from lengthwise.esm2.batching import ahead
+from lengthwise.esm2.config import MODELS, ModelConfig
+from lengthwise.esm2.engine import AUTO_BATCH_TOKENS, Engine, Output
+from lengthwise.esm2.meters import host_available
+from lengthwise.esm2.model import Packing
+
+CPU = torch.device("cpu")
+# Float32 sums in another order: measured errors are about 4e-6 of the RMS; a wrong formula is off by 1e-3 and more.
+FLOAT32_TOLERANCE = 2e-5
+SHAPES = {
+    16: ModelConfig(3, 64, 4),
+    24: ModelConfig(3, 72, 3),
+    32: ModelConfig(3, 64, 2),
+    64: ModelConfig(3, 128, 2),
+    128: ModelConfig(3, 256, 2),
+}
+
+
+def random_sequences(lengths, seed=0) -> list[bytes]:
+    rng = random.Random(seed)
+    return [bytes(rng.choices(tokens_module.RESIDUES, k=length)) for length in lengths]
+
+
+@torch.inference_mode()
+def reference(path, sequence: bytes, layers) -> dict[int, np.ndarray]:
+    """fair-esm's representations of one sequence's residues, tokenised by fair-esm."""
+    model = checkpoint.reference_model(path)
+    _, _, tokens = model.alphabet.get_batch_converter()([("", sequence.decode())])
+    result = model(tokens, repr_layers=list(layers))["representations"]
+    return {layer: value[0, 1:-1].numpy() for layer, value in result.items()}
+
+
+def assert_close(ours, theirs, tolerance=FLOAT32_TOLERANCE):
+    rms = float(np.sqrt(np.mean(np.square(theirs, dtype=np.float64))))
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() <= tolerance * max(1.0, rms)
+
+
+def embed(path, sequences, layers, precision="float32", storage_dtype="float32"):
+    engine = Engine(path, CPU, precision, Output(tuple(layers), ("residue", "mean", "bos"), storage_dtype))
+    (result,) = engine.embed([sequences])
+    return result
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda head_dim: f"head{head_dim}")
+def any_head(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.pt"
+    checkpoint.write_random(path, SHAPES[request.param], seed=request.param)
+    return path
+
+
+def test_every_head_size_equals_fair_esm_on_every_layer(any_head):
+    sequences = random_sequences([1, 2, 2, 37, 37, 200, 3000])
+    result = embed(any_head, sequences, [0, 2, 3])
+    start = 0
+    for i, sequence in enumerate(sequences):
+        expected = reference(any_head, sequence, [0, 2, 3])
+        for layer, theirs in expected.items():
+            assert_close(result.arrays[f"layer_{layer}"][start : start + len(sequence)], theirs)
+            assert_close(result.arrays[f"mean_{layer}"][i], theirs.mean(0))
+        start += len(sequence)
+
+
+def test_bos_is_fair_esms_first_row(any_head):
+    (sequence,) = random_sequences([50])
+    fair_esm = checkpoint.reference_model(any_head)
+    tokens = torch.from_numpy(tokens_module.tokenize(sequence)).long()[None]
+    with torch.inference_mode():
+        theirs = fair_esm(tokens, repr_layers=[3])["representations"][3][0, 0].numpy()
+    assert_close(embed(any_head, [sequence], [3]).arrays["bos_3"][0], theirs)
+
+
+def test_recomputing_inv_freq_would_be_noticed(any_head):
+    """The checkpoint's frequencies are rounded; exact ones move a long sequence by far more than the tolerance."""
+    (sequence,) = random_sequences([3000])
+    expected = reference(any_head, sequence, [3])[3]
+    engine = Engine(any_head, CPU, "float32", Output((3,), ("residue",), "float32"))
+    exact = 1.0 / 10_000 ** (torch.arange(0, engine.model.config.head_dim, 2).float() / engine.model.config.head_dim)
+    assert_close(next(engine.embed([[sequence]])).arrays["layer_3"], expected)
+    engine.model.inv_freq = exact
+    with pytest.raises(AssertionError):
+        assert_close(next(engine.embed([[sequence]])).arrays["layer_3"], expected)
+
+
+@pytest.mark.parametrize(
+    ("precision", "cosine"),
+    # Half precision's rounding of every activation; a residue's direction is what downstream models read.
+    [("float32", 0.999999), ("float16", 0.9999), ("bfloat16", 0.999)],
+)
+def test_a_protein_alone_equals_the_same_among_others(any_head, precision, cosine):
+    sequences = random_sequences([30, 31, 60, 60, 63])
+    together = embed(any_head, sequences, [3], precision)
+    start = sum(map(len, sequences[:3]))
+    alone = embed(any_head, [sequences[3]], [3], precision).arrays["layer_3"]
+    among = together.arrays["layer_3"][start : start + len(sequences[3])]
+    expected = reference(any_head, sequences[3], [3])[3]
+    for rows in (alone, among):
+        similarity = F.cosine_similarity(torch.from_numpy(rows), torch.from_numpy(expected))
+        assert float(similarity.min()) >= cosine
+    # Two roundings of the compute type, carried through three layers.
+    assert np.abs(alone - among).max() <= 32 * torch.finfo(getattr(torch, precision)).eps * np.abs(expected).max()
+
+
+def test_float16_storage_differs_by_its_rounding_alone(any_head):
+    sequences = random_sequences([5, 40])
+    wide = embed(any_head, sequences, [1, 3]).arrays
+    narrow = embed(any_head, sequences, [1, 3], storage_dtype="float16").arrays
+    for layer in (1, 3):
+        assert narrow[f"layer_{layer}"].dtype == np.float16
+        assert np.array_equal(narrow[f"layer_{layer}"], wide[f"layer_{layer}"].astype(np.float16))
+
+
+def test_packing_positions_restart_at_each_sequence():
+    packing = Packing.of([3, 5, 4])
+    assert packing.residues.tolist() == [1, 4, 5, 6, 9, 10]
+    assert packing.bounds.tolist() == [0, 3, 8, 12]
+    assert packing.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3]
+
+
+def test_flops_are_those_that_torch_counts_in_fair_esm(any_head):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, config = checkpoint.reference_model(any_head), checkpoint.read(any_head)[0]
+    tokens = torch.from_numpy(tokens_module.tokenize(*random_sequences([100]))).long()
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(tokens[None])
+    head = 2 * len(tokens) * config.embed_dim * (config.embed_dim + config.vocabulary_size)  # the logits, not ours
+    assert counter.get_total_flops() == config.flops(100) + head
+
+
+def test_a_precision_without_instructions_is_warned_of(any_head, caplog):
+    """No CPU that the tests have seen computes float16 through oneDNN's packed products."""
+    Engine(any_head, CPU, "float16", Output((3,), ("residue",), "float32"))
+    assert "no instructions for float16" in caplog.text
+    caplog.clear()
+    Engine(any_head, CPU, "float32", Output((3,), ("residue",), "float32"))
+    assert caplog.text == ""
+
+
+def random_qkv(lengths, heads=2, channels=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(sum(lengths), 3, heads, channels, generator=generator).unbind(1)
+
+
+@pytest.mark.parametrize("lengths", [[3], [5, 5, 5], [3, 4, 7], [33, 40, 40, 63], [1, 1]])
+def test_a_gpus_padded_attention_equals_attention_sequence_by_sequence(lengths):
+    """What older cards and float32 take: the same code, here on the CPU."""
+    q, k, v = random_qkv(lengths)
+    expected = torch.cat(
+        [
+            F.scaled_dot_product_attention(*(part.transpose(0, 1) for part in one)).transpose(0, 1)
+            for one in zip(*(part.split(lengths) for part in (q, k, v)), strict=True)
+        ]
+    )
+    found = model_module._attention_padded(q, k, v, Packing.of(lengths))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_a_rotation_written_out_equals_the_complex_product(monkeypatch):
+    """GPUs and compiled code compute with real numbers what the CPU computes with complex ones."""
+    q, k, _ = random_qkv([9, 4])
+    turn = model_module.rotations(1 / 10_000 ** (torch.arange(8) / 8), Packing.of([9, 4]))
+    x = torch.stack((q, k), 1)
+    complex_ = model_module.rotate(x, turn)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(model_module.rotate(x, turn), complex_, rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_the_layers_are_compiled_once_for_all_layers_and_sizes_and_give_the_same(any_head, monkeypatch, tmp_path):
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    packed = checkpoint.load_model(any_head, CPU, torch.float32)
+    compiled = checkpoint.load_model(any_head, CPU, torch.float32, pack=False)
+    compiled.compile()
+    torch._dynamo.reset()
+    counters.clear()
+    for lengths in ([20, 30], [20, 30, 31], [100]):
+        packing = Packing.of(lengths)
+        tokens = torch.randint(4, 24, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            assert_close(compiled(tokens, packing, [3])[3].numpy(), packed(tokens, packing, [3])[3].numpy())
+    assert counters["stats"]["unique_graphs"] == 2  # before and behind attention
+    compiled.uncompile()
+    with torch.inference_mode():
+        assert_close(compiled(tokens, packing, [3])[3].numpy(), packed(tokens, packing, [3])[3].numpy())
+
+
+def test_where_torch_cannot_compile_the_engine_runs_uncompiled_and_says_so(any_head, caplog):
+    """On a CPU it never can: its compiler does not know oneDNN's packed weights."""
+    caplog.set_level("INFO")
+    engine = Engine(any_head, CPU, "float32", Output((3,), ("residue",), "float32"))
+    engine._compile()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("the layers run uncompiled: ")
+    assert "\n" not in line
+    (sequence,) = random_sequences([50])
+    assert_close(next(engine.embed([[sequence]])).arrays["layer_3"], reference(any_head, sequence, [3])[3])
+
+
+def test_before_a_second_try_the_results_of_earlier_batches_leave_the_device(any_head, monkeypatch):
+    engine = Engine(any_head, CPU, "float32", Output((3,), ("residue",), "float32"))
+    original, waiting = Engine._forward, []
+
+    def crowded(self, batch):
+        if any(part.on_device is not None for part in waiting):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        part = original(self, batch)
+        part.on_device = "results"  # as on a GPU, where they wait to be copied out
+        waiting.append(part)
+        self.parts.add(part)
+        return part
+
+    monkeypatch.setattr(Engine, "_forward", crowded)
+    batches = ahead(engine._prepare, [[sequence] for sequence in random_sequences([5, 6, 7])])
+    results = list(engine._embed_on_gpu(batches))
+    assert [(result.status.tolist(), result.oom_splits) for result in results] == [([0], 0)] * 3
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+class Together:
+    """Counts the forward passes that go on at the same time, and refuses memory to those of `refused` tokens and more then."""
+
+    def __init__(self, monkeypatch, refused=sys.maxsize):
+        self.now, self.most, lock, original = 0, {}, threading.Lock(), Engine._forward
+
+        def counted(engine, batch):
+            with lock:
+                self.now += 1
+            time.sleep(0.1)  # long enough for the other to begin
+            try:
+                with lock:
+                    size = len(batch.tokens)
+                    self.most[size] = max(self.most.get(size, 0), self.now)
+                    if self.now > 1 and size >= refused:
+                        raise MemoryError
+                return original(engine, batch)
+            finally:
+                with lock:
+                    self.now -= 1
+
+        monkeypatch.setattr(Engine, "_forward", counted)
+
+
+def test_a_cpus_cores_compute_a_batch_each_and_long_ones_together(tiny_checkpoint, monkeypatch, two_threads):
+    sequences = random_sequences([AUTO_BATCH_TOKENS["cpu"], 60, 50, 40, 30])
+    expected = [reference(tiny_checkpoint, sequence, [2])[2] for sequence in sequences]
+    engine = Engine(tiny_checkpoint, CPU, "float32", Output((2,), ("residue",), "float32"))
+    together = Together(monkeypatch)
+    for result, rows in zip(engine.embed([[sequence] for sequence in sequences]), expected, strict=True):
+        assert_close(result.arrays["layer_2"], rows)
+    assert together.most.pop(len(sequences[0]) + 2) == 1
+    assert max(together.most.values()) == 2
+
+
+def test_what_memory_refuses_beside_others_is_tried_alone(tiny_checkpoint, monkeypatch, two_threads):
+    engine = Engine(tiny_checkpoint, CPU, "float32", Output((2,), ("residue",), "float32"))
+    together = Together(monkeypatch, refused=0)
+    lengths = [9, 8, 7, 6, 5, 4]
+    results = list(engine.embed([[sequence] for sequence in random_sequences(lengths)]))
+    assert [(result.status.tolist(), result.oom_splits) for result in results] == [([0], 0)] * 6
+    assert max(together.most.values()) == 2
+    assert together.most[5 + 2] == together.most[4 + 2] == 1  # from then on fewer at once
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors took at one time."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {weight.untyped_storage()._cdata for weight in weights}
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self.known:
+                size = tensor.untyped_storage().nbytes()
+                self.known.add(key)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(tensor.untyped_storage(), self.free, key, size)
+        return result
+
+    def free(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("length", [50, 300, 1_000, 8_000])
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+def test_memory_is_linear_in_tokens_whatever_the_length_as_the_formula_says(tmp_path, monkeypatch, precision, length):
+    """The tensors that a GPU's pass has alive at once; its attention kernel takes its result and next to nothing else."""
+    config = ModelConfig(2, 256, 4)
+    checkpoint.write_random(tmp_path / "wide.pt", config)
+    dtype = getattr(torch, precision)
+    wide = checkpoint.load_model(tmp_path / "wide.pt", CPU, dtype, pack=False)
+    monkeypatch.setattr(model_module, "attention", lambda q, k, v, packing: torch.empty_like(q))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the rotation as a GPU computes it
+    packing = Packing.of([length] * (8_000 // length))
+    tokens = torch.full((sum(packing.lengths),), 5)
+    with torch.no_grad(), LiveBytes(wide.state_dict().values()) as live:
+        wide(tokens, packing, [2])
+    assert live.peak == pytest.approx(config.bytes_per_token(dtype.itemsize) * len(tokens), rel=0.1)
+
+
+@pytest.mark.parametrize("varlen", [True, False], ids=["varlen", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_operators_that_only_gpus_take_fit_together(monkeypatch, varlen, dtype):
+    """On the meta device, which computes shapes and types and no numbers."""
+    monkeypatch.setattr(model_module, "uses_varlen", lambda *_: varlen)
+    config, meta = ModelConfig(2, 64, 4), torch.device("meta")
+    with meta:
+        gpu = model_module.ESM2(config)
+    for module in gpu.modules():
+        if isinstance(module, model_module.Linear):
+            module.to(dtype)
+    hidden = gpu(torch.empty(12, dtype=torch.uint8, device=meta), Packing.of([3, 5, 4]).to(meta), [0, 1, 2])
+    assert {layer: (value.shape, value.dtype) for layer, value in hidden.items()} == dict.fromkeys(
+        range(3), ((12, 64), torch.float32)
+    )
+
+
+@pytest.mark.usefixtures("freed_memory_is_kept")
+@pytest.mark.skipif(host_available() < 16e9, reason="fair-esm needs 15 GB for 8,000 residues")
+def test_eight_thousand_residues_match_fair_esm_in_the_8m_shape(tmp_path):
+    checkpoint.write_random(tmp_path / "8M.pt", MODELS["esm2_t6_8M_UR50D"])
+    (sequence,) = random_sequences([8_000])
+    theirs = reference(tmp_path / "8M.pt", sequence, [6])[6]
+    for precision, cosine in (("float32", 0.999999), ("bfloat16", 0.999)):
+        ours = embed(tmp_path / "8M.pt", [sequence], [6], precision).arrays["layer_6"]
+        if precision == "float32":
+            assert_close(ours, theirs)
+        assert float(F.cosine_similarity(torch.from_numpy(ours), torch.from_numpy(theirs)).min()) >= cosine
+
+
+@pytest.mark.parametrize(("precision", "cosine"), [("float32", 0.999999), ("float16", 0.9999), ("bfloat16", 0.999)])
+def test_the_real_shapes_stay_within_their_precisions_bounds(tmp_path, precision, cosine):
+    """Deep as the real ones: rounding adds up from layer to layer. Larger shapes: tests/gpu, and the benchmark."""
+    sequences = random_sequences([20, 90, 200])
+    for name in ("esm2_t6_8M_UR50D", "esm2_t12_35M_UR50D"):
+        layer = MODELS[name].num_layers
+        checkpoint.write_random(tmp_path / f"{name}.pt", MODELS[name])
+        ours = embed(tmp_path / f"{name}.pt", sequences, [layer], precision).arrays[f"layer_{layer}"]
+        theirs = np.concatenate([reference(tmp_path / f"{name}.pt", s, [layer])[layer] for s in sequences])
+        if precision == "float32":
+            assert_close(ours, theirs)
+        assert float(F.cosine_similarity(torch.from_numpy(ours), torch.from_numpy(theirs)).min()) >= cosine

@@ -1,0 +1,140 @@
+"""What a run puts right before it plans, and who is at work meanwhile."""
+
+import fcntl
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from lengthwise.maintain.cleanup import leftovers, remove_leftovers
+from lengthwise.system.locks import alone, at_work
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store with something left in it."""
+    (tmp_path / "shards/ab").mkdir(parents=True)
+    (tmp_path / "shards/ab/.x.safetensors.0123abcd.tmp").write_bytes(b"x")
+    (tmp_path / "plan/.spill/deep").mkdir(parents=True)
+    (tmp_path / "running").mkdir()
+    (tmp_path / "running/job.json").write_text("{}")  # the last sign of life of a job that was killed
+    (tmp_path / "settings.json").write_text("{}")
+    return tmp_path
+
+
+def test_leftovers_go_when_nobody_is_at_work(store):
+    assert len(leftovers(store)) == 3
+    remove_leftovers(store)
+    assert leftovers(store) == []
+    assert (store / "shards/ab").is_dir()
+
+
+def test_leftovers_stay_while_somebody_is_at_work(store, refused):
+    with at_work(store), at_work(store):
+        remove_leftovers(store)
+        assert len(leftovers(store)) == 3
+        with refused("at work", str(store)), alone(store):
+            pass
+    with alone(store), refused("at work"), alone(store):
+        pass
+
+
+def test_leftovers_of_a_first_run_that_made_no_settings_go_too(store):
+    (store / "settings.json").unlink()
+    with at_work(store):
+        (store / "settings.json").write_text("{}")  # as the first run makes it: who was there before is seen still
+        remove_leftovers(store)
+        (store / "settings.json").unlink()
+        remove_leftovers(store)
+        assert len(leftovers(store)) == 3
+    remove_leftovers(store)
+    assert leftovers(store) == []
+
+
+def test_the_first_run_of_a_store_is_at_work_before_anything_is_there(tmp_path, refused):
+    with at_work(tmp_path / "results/new"), refused("at work"), alone(tmp_path / "results/new"):
+        pass
+
+
+def test_where_a_folder_cannot_be_locked_the_settings_tell(store, monkeypatch, refused):
+    def flock_of_nfs(descriptor, how):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}") and how & fcntl.LOCK_EX:
+            raise OSError(9, "Bad file descriptor")
+        flock(descriptor, how)
+
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", flock_of_nfs)
+    with at_work(store), refused("at work"), alone(store):
+        pass
+    with alone(store):
+        pass
+    (store / "settings.json").unlink()
+    with refused("has no locks"), alone(store):
+        pass
+
+
+@pytest.mark.parametrize("ending", ["kill", "terminate"])
+def test_whoever_is_dead_is_not_at_work(store, refused, ending):
+    program = """
+        import sys, time
+        from pathlib import Path
+        from lengthwise.system.locks import at_work
+        with at_work(Path(sys.argv[1])):
+            print("here", flush=True)
+            time.sleep(600)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(store)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ) as other:
+        assert other.stdout.readline() == b"here\n"
+        with refused("at work"), alone(store):
+            pass
+        getattr(other, ending)()
+        other.wait()
+    with alone(store):
+        pass
+
+
+def test_who_comes_to_work_waits_until_deletion_is_done(store):
+    """In a thread: locks hold between descriptors."""
+    import threading
+
+    arrived = threading.Event()
+
+    def come():
+        with at_work(store):
+            arrived.set()
+
+    with alone(store):
+        thread = threading.Thread(target=come)
+        thread.start()
+        assert not arrived.wait(0.2)
+    assert arrived.wait(10)
+    thread.join()
+
+
+def test_a_store_that_is_not_there_yet_has_nobody_and_nothing(tmp_path):
+    remove_leftovers(tmp_path / "none")
+    with at_work(tmp_path / "none"):
+        pass
+
+
+def test_without_locks_nothing_is_removed_and_work_goes_on(store, monkeypatch, refused):
+    def none(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with at_work(store):
+        remove_leftovers(store)
+    assert len(leftovers(store)) == 3
+    with refused("has no locks", str(store)), alone(store):
+        pass
+
+
+def test_what_may_not_be_removed_stops_nobody(store, monkeypatch):
+    monkeypatch.setattr("lengthwise.maintain.cleanup.remove", lambda path: os.unlink("/proc/self/none"))
+    remove_leftovers(store)
+    assert len(leftovers(store)) == 3

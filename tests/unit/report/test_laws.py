@@ -1,0 +1,141 @@
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lengthwise.esm2.config import MODELS, ModelConfig
+from lengthwise.report.study import fits
+from lengthwise.report.study.measure import COLUMNS, FAIR_ESM, LENGTHWISE
+
+SHAPE = ModelConfig(6, 320, 20)
+LENGTHS = (50, 100, 200, 500, 1000, 2000)
+
+
+def study(noise=0.0):
+    """Measurements that follow known laws: 10 kB a token, 80 bytes a pair, 2 and 5 ns a thousand operations."""
+    rng, rows = np.random.default_rng(0), []
+    for engine in (LENGTHWISE, FAIR_ESM):
+        for n in (1, 8):
+            for length in LENGTHS:
+                attention = n * SHAPE.attention_flops(length)
+                products = n * SHAPE.flops(length) - attention
+                tokens = n * (length + 2)
+                peak = 1e6 + 1e4 * tokens + (80 * tokens * (length + 2) if engine == FAIR_ESM else 0)
+                seconds = 1e-3 + 2e-12 * products + 5e-12 * attention
+                row = {"engine": engine, "precision": "float32", "gradients": False, "length": length, "n_sequences": n}
+                row |= {
+                    "n_tokens": tokens,
+                    "product_flops": products,
+                    "attention_flops": attention,
+                    "repeats": 1,
+                    "status": "ok",
+                }
+                row |= {
+                    "wall_ms": 1000 * seconds * rng.lognormal(0, noise),
+                    "peak_bytes": round(peak * rng.lognormal(0, noise)),
+                }
+                rows.append(row)
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+
+
+def test_the_laws_that_made_the_measurements_are_found():
+    found = fits.fit_all(study())
+    memory = fits.choose(found, "memory", FAIR_ESM, "float32")
+    assert memory.coefficients == pytest.approx({"fixed": 1e6, "tokens": 1e4, "squares": 80}, rel=1e-4)
+    assert "squares" not in fits.choose(found, "memory", LENGTHWISE, "float32").coefficients
+    time = fits.choose(found, "time", LENGTHWISE, "float32")
+    assert time.coefficients == pytest.approx({"fixed": 1e-3, "products": 2e-12, "attention": 5e-12}, rel=1e-6)
+    assert (time.r_squared, time.n_points) == (pytest.approx(1), 12)
+    assert time.largest_residual < 1e-6
+
+
+def test_noise_shows_in_the_residuals_and_hardly_in_the_laws():
+    memory = fits.choose(fits.fit_all(study(noise=0.05)), "memory", FAIR_ESM, "float32")
+    assert memory.coefficients["squares"] == pytest.approx(80, rel=0.15)
+    assert 0.03 < memory.largest_residual < 0.3
+    assert 0.9 < memory.r_squared < 1
+
+
+def test_a_law_says_what_was_measured():
+    rows, found = study(), fits.fit_all(study())
+    row = rows[(rows["engine"] == FAIR_ESM) & (rows["length"] == 500) & (rows["n_sequences"] == 8)].iloc[0]
+    assert fits.choose(found, "memory", FAIR_ESM, "float32").at(SHAPE, 500, 8) == pytest.approx(
+        row["peak_bytes"], rel=1e-4
+    )
+    assert fits.choose(found, "time", FAIR_ESM, "float32").at(SHAPE, 500, 8) * 1000 == pytest.approx(
+        row["wall_ms"], rel=1e-4
+    )
+
+
+def test_a_term_is_never_negative():
+    x = np.array([1.0, 2, 3, 4, 5])
+    coefficients, _, largest = fits.fit({"fixed": np.ones(5), "tokens": x, "squares": x**2}, 7 * x - 0.2 * x**2 + 0.01)
+    assert min(coefficients.values()) >= 0
+    assert largest > 0
+    assert fits.fit({"fixed": np.ones(5), "tokens": x}, 3 * x)[0] == pytest.approx({"fixed": 0, "tokens": 3}, abs=1e-9)
+
+
+def test_attention_costs_as_much_as_the_products_where_the_law_says():
+    law = fits.choose(fits.fit_all(study()), "time", LENGTHWISE, "float32")
+    length, low, high = fits.crossing(law, SHAPE)
+    assert [low, length, high] == pytest.approx([6 * 320 * 2 / 5 - 2] * 3, rel=1e-5)
+    attention = SHAPE.attention_flops(length)
+    products = SHAPE.flops(length) - attention
+    assert 2e-12 * products == pytest.approx(5e-12 * attention, rel=1e-5)
+
+
+def test_a_length_that_one_point_decides_is_not_stated():
+    noisy = fits.choose(fits.fit_all(study(noise=0.02)), "time", LENGTHWISE, "float32")
+    length, low, high = fits.crossing(noisy, SHAPE)
+    assert low < length < high < 1.2 * low
+    rows = study()
+    rows.loc[(rows["engine"] == LENGTHWISE) & (rows["length"] == rows["length"].max()), "wall_ms"] *= 3
+    law = fits.choose(fits.fit_all(rows), "time", LENGTHWISE, "float32")
+    assert fits.crossing(replace(law, r_squared=1.0, without_one=()), SHAPE) is not None
+    assert fits.crossing(replace(law, r_squared=1.0), SHAPE) is None
+
+
+def test_a_law_that_its_points_do_not_determine_is_not_read():
+    good = fits.choose(fits.fit_all(study()), "time", LENGTHWISE, "float32")
+    assert (good.determined, good.up_to) == (True, 2000)
+    unseen = good.coefficients | {"products": 0.0}
+    for fault in ({"coefficients": unseen}, {"r_squared": 0.6}, {"r_squared": float("nan")}, {"n_points": 4}):
+        assert fits.crossing(replace(good, **fault), SHAPE) is None
+    memory = fits.choose(fits.fit_all(study()), "memory", FAIR_ESM, "float32")
+    assert fits.longest(memory, 1e9) > 2000
+    assert fits.longest(replace(memory, r_squared=0.6), 1e9) is None
+    assert replace(
+        good, coefficients=good.coefficients | {"fixed": 0.0}
+    ).determined  # nothing fixed is something to say
+
+
+def test_operations_of_both_parts_are_equal_at_six_widths():
+    assert SHAPE.flops(6 * 320 - 2) == 2 * SHAPE.attention_flops(6 * 320 - 2)
+
+
+def test_the_longest_sequence_fits_and_one_more_residue_does_not():
+    for engine in (LENGTHWISE, FAIR_ESM):
+        law = fits.choose(fits.fit_all(study()), "memory", engine, "float32")
+        length = fits.longest(law, 1e9)
+        assert law.at(SHAPE, length) <= 1e9 < law.at(SHAPE, length + 1)
+
+
+def test_the_longest_by_the_formula_grows_with_the_card_and_is_none_where_weights_do_not_fit():
+    table = fits.longest_table(8_000_000_000, itemsize=2).set_index("model")
+    assert list(table.columns) == ["this device", "16 GB", "24 GB", "40 GB", "80 GB"]
+    assert (table.diff(axis=1).iloc[:, 1:] >= 0).all(axis=None)
+    assert (table.diff().iloc[1:] <= 0).all(axis=None)  # a larger model leaves less
+    assert table.loc["esm2_t48_15B_UR50D", "24 GB"] == 0
+    length = table.loc["esm2_t33_650M_UR50D", "16 GB"]
+    config = MODELS["esm2_t33_650M_UR50D"]
+    needed = 2 * config.parameters + (length + 2) * config.bytes_per_token(2, 2 * 1280)
+    assert 0.9 * 16e9 - config.bytes_per_token(2, 2 * 1280) < needed <= 0.9 * 16e9
+
+
+def test_too_few_points_make_no_law():
+    assert fits.fit_all(study().head(2)) == []
+    alike = study()[lambda rows: rows["n_tokens"].between(400, 1100)]  # batches of about the same size
+    assert len(alike) > 4
+    assert fits.fit_all(alike) == []
+    assert fits.as_table([]).empty

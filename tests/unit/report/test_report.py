@@ -1,0 +1,585 @@
+import json
+import re
+import time
+from concurrent.futures import ProcessPoolExecutor
+from html.parser import HTMLParser
+from multiprocessing import get_context
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lengthwise.errors import LengthwiseError
+from lengthwise.esm2.config import ModelConfig
+from lengthwise.plan.planner import JOBS_COLUMNS
+from lengthwise.report import summarize
+from lengthwise.report.study.schema import COLUMNS
+from lengthwise.report.tables import COLUMNS as MEANINGS
+from lengthwise.store.layout import layout
+from lengthwise.store.metrics import METRICS, write_metrics
+from lengthwise.store.paths import job_record_path, metrics_path, shard_path
+from lengthwise.store.settings import fingerprint
+
+SETTINGS = {
+    "model": "demo",
+    "weights_sha256": "a" * 64,
+    "layers": [6],
+    "precision": "float32",
+    "storage_dtype": "float16",
+    "outputs": ["residue", "mean"],
+    "random_weights": False,
+    "num_layers": 6,
+    "embed_dim": 320,
+    "attention_heads": 20,
+}
+SHAPE = ModelConfig(6, 320, 20)
+INDEX = {
+    "record_no": "int64",
+    "id": "string",
+    "length": "int32",
+    "digest": "string",
+    "status": "string",
+    "shard": "string",
+}
+INDEX["sequence_no"] = "int32"
+CPU, GPU = "Some CPU @ 2.00GHz", "Some GPU 80GB"
+
+
+def batch(shard, number, length, device=CPU, **values):
+    n = max(1, 2_000 // length)
+    row = {"job": "job0", "shard": shard, "batch": number, "n_sequences": n, "n_residues": n * length}
+    row |= {"n_tokens": n * (length + 2), "min_length": length, "mean_length": float(length), "max_length": length}
+    row |= {
+        "wall_ms": 100.0 + length / 10,
+        "device_ms": 90.0,
+        "oom_splits": 0,
+        "device": device,
+        "precision": "float32",
+    }
+    memory = {"peak_rss_bytes": 500_000_000} if device == CPU else {"peak_allocated_bytes": 9_000_000_000}
+    return row | memory | values
+
+
+def batches_of(shard, n, device=CPU, **values):
+    lengths = np.linspace(30, 1800, n).astype(int).tolist()
+    return [batch(shard, i, length, device, **values) for i, length in enumerate(lengths)]
+
+
+def study(peaks=True):
+    """fair-esm runs out of memory at 1,000 residues in full batches; in bfloat16 there is time for one length."""
+    rows = []
+    for engine, weights in (("lengthwise", 30_000_000), ("fair-esm", 32_000_000)):
+        for precision, gradients, n in (
+            ("float32", False, 4),
+            ("float32", False, 1),
+            ("float32", True, 1),
+            ("bfloat16", False, 4),
+        ):
+            for length in (50, 200, 500, 1000):
+                attention = SHAPE.attention_flops(length)
+                products = SHAPE.flops(length) - attention
+                row = {
+                    "engine": engine,
+                    "precision": precision,
+                    "gradients": gradients,
+                    "length": length,
+                    "n_sequences": n,
+                }
+                row |= {
+                    "batch_tokens": None if n == 1 else 2_000,
+                    "n_tokens": n * (length + 2),
+                    "weights_bytes": weights,
+                }
+                row |= {"product_flops": n * products, "attention_flops": n * attention, "device": CPU, "repeats": 3}
+                row |= {"device_bytes": 8_000_000_000, "memory_measure": "resident" if peaks else None, "status": "ok"}
+                if length == 1000 and n > 1:
+                    row |= {"repeats": 0, "status": "out_of_memory"}
+                else:
+                    wall = 1 + n * (products * 1e-9 + attention * 2e-9)
+                    row |= {"wall_ms": wall, "residues_per_second": n * length / wall * 1000}
+                    squares = 20 * n * (length + 2) ** 2 if engine == "fair-esm" else 0
+                    row["peak_bytes"] = int(15_000 * n * (length + 2) * (1 + gradients) + squares) if peaks else None
+                rows.append(row)
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+
+
+class Store:
+    """A small store on disk; `summarize` reports it."""
+
+    def __init__(self, folder):
+        self.folder, self.jobs, self.datasets, self.settings = folder, [], {}, dict(SETTINGS)
+        self.study = study()
+
+    def job(self, shards, made=None, device=CPU, threads=1, batch_tokens=2_048):
+        name = f"job{len(self.jobs)}"
+        for shard, rows in shards.items():
+            if rows is not None:
+                metrics_path(self.folder, shard).parent.mkdir(parents=True, exist_ok=True)
+                write_metrics(metrics_path(self.folder, shard), rows)
+        job_record = {"job": name, "shards": list(shards), "made": list(shards) if made is None else made}
+        job_record |= {
+            "sequences": 10,
+            "residues": 1234,
+            "device": device,
+            "precision": "float32",
+            "threads": threads,
+            "batch_tokens": batch_tokens,
+        }
+        job_record |= {"versions": {"torch": "2.0", "cuda": None}, "load_seconds": 0.5, "embed_seconds": 2.0}
+        job_record_path(self.folder, name).parent.mkdir(exist_ok=True)
+        job_record_path(self.folder, name).write_text(json.dumps(job_record))
+        self.jobs.append({"job": name, "datasets": "a", "shards": len(shards), "sequences": 10, "residues": 1234})
+        return self
+
+    def dataset(self, name, accepted=8, duplicate=1, rejected=2, records=11, **values):
+        manifest = {
+            "dataset": name,
+            "records": records,
+            "accepted": accepted,
+            "duplicate": duplicate,
+            "rejected": rejected,
+        }
+        manifest |= {"reasons": {"empty": rejected} if rejected else {}, "residues": 1234, "input": f"in/{name}.fasta"}
+        manifest |= {"created": "2026-01-02T03:04:05+00:00", "random_weights": False, "model": "demo", "settings": {}}
+        path = self.folder / "datasets" / str(len(self.datasets)) / "manifest.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(manifest | values))
+        pd.DataFrame([], columns=list(INDEX)).astype(INDEX).to_parquet(path.with_name("index.parquet"))
+        self.datasets[name] = path
+        return self
+
+    def embeddings(self, n):
+        """A shard of means whose first channel grows with the number of the record, and an index of the first dataset."""
+        lengths, name = np.arange(n) * 10 + 50, "ab" * 16
+        header, tensors = layout(lengths, {"fingerprint": "", **SETTINGS, "outputs": ["mean"]})
+        data = np.random.default_rng(0).normal(size=(n, 320)).astype(np.float32)
+        data[:, 0] += np.arange(n) * 10
+        content = bytearray(max(tensor.start + tensor.nbytes for tensor in tensors.values()))
+        start = tensors["mean_6"].start
+        content[: len(header)], content[start : start + data.nbytes] = header, data.tobytes()
+        start = tensors["offsets"].start
+        content[start : start + 8 * (n + 1)] = np.append(0, np.cumsum(lengths)).tobytes()
+        path = shard_path(self.folder, name)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+        index = {
+            "record_no": range(n),
+            "id": [f"P{i}" for i in range(n)],
+            "length": lengths,
+            "digest": [f"{i}" for i in range(n)],
+        }
+        index |= {"status": "accepted", "shard": name, "sequence_no": range(n)}
+        manifest = next(iter(self.datasets.values()))
+        pd.DataFrame(index).astype(INDEX).to_parquet(manifest.with_name("index.parquet"))
+        return data
+
+    def summarize(self):
+        complete = {"schema": 1, "numerics": 1, "device": "cpu", **self.settings}
+        complete["fingerprint"] = fingerprint(complete)
+        (self.folder / "settings.json").write_text(json.dumps(complete))
+        jobs, scaling = self.folder / "jobs.tsv", self.folder / "report" / "scaling.tsv"
+        pd.DataFrame(self.jobs, columns=JOBS_COLUMNS).fillna(1).to_csv(jobs, sep="\t", index=False)
+        scaling.parent.mkdir(exist_ok=True)
+        self.study.to_csv(scaling, sep="\t", index=False)
+        facts = summarize.summarize(self.folder, jobs, self.datasets, scaling, self.folder / "report")
+        return facts, (self.folder / "report" / "index.html").read_text()
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """A store whose figures are made and not written, which takes most of the time."""
+    monkeypatch.setattr(summarize, "save", lambda plot, out, name: "<svg></svg>")
+    return Store(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A store reported as users get it: (store, page)."""
+    store = Store(tmp_path_factory.mktemp("whole")).job({"s0": batches_of("s0", 1_600)}).dataset("a")
+    store.embeddings(30)
+    return store, store.summarize()[1]
+
+
+class Page(HTMLParser):
+    """What a page says and what it would load."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.loads, self.words = [], [], []
+        self.feed(text)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.loads += [value for name, value in attributes if name in ("src", "href", "xlink:href", "srcset", "data")]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_headline_states_the_facts(store):
+    facts, page = store.job({"s0": batches_of("s0", 40)}).dataset("a").dataset("b").summarize()
+    rows = batches_of("s0", 40)
+    rate = sum(row["n_residues"] for row in rows) / sum(row["wall_ms"] for row in rows) * 1000
+    assert (facts["records"], facts["accepted"], facts["duplicate"], facts["rejected"]) == (22, 16, 2, 4)
+    assert (facts["sequences"], facts["residues"], facts["batches"], facts["missing_metrics"]) == (10, 1234, 40, 0)
+    (only,) = facts["rates"]
+    assert only["residues_per_second"] == pytest.approx(rate)
+    text = Page(page).text
+    assert "22 records of 2 datasets, every one accounted for" in text
+    assert f"{rate:,.0f} residues per second on {CPU} in float32" in text
+    assert "RANDOM WEIGHTS" not in text
+
+
+def test_random_weights_are_announced(store):
+    store.settings["random_weights"] = True
+    _, page = store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
+    assert "RANDOM WEIGHTS. The embeddings mean nothing; timings are real." in Page(page).text
+
+
+def test_records_that_do_not_add_up_raise_an_alarm(store):
+    facts, page = store.job({"s0": batches_of("s0", 4)}).dataset("a", records=15).summarize()
+    assert not facts["accounted"]
+    assert "does not add up" in Page(page).text
+    assert "4 unaccounted for" in Page(page).text
+
+
+def test_every_file_is_written_and_is_what_it_says(whole):
+    store, _ = whole
+    out = store.folder / "report"
+    for name in summarize.FIGURES:
+        assert ElementTree.parse(out / f"{name}.svg").getroot().tag.endswith("svg")
+        assert (out / f"{name}.svg").stat().st_size > 10_000
+        if name == "copies":  # of a CPU there is only a sentence
+            assert not (out / f"{name}.png").exists()
+        else:
+            assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert len(pd.read_csv(out / "metrics.tsv", sep="\t")) == 1_600
+    bins = pd.read_csv(out / "by_length.tsv", sep="\t")
+    assert bins["n_batches"].sum() == 1_600
+    assert (bins["residues_per_second_q25"] <= bins["residues_per_second_median"]).all()
+    assert bins["median_length"].between(bins["length_from"], bins["length_to"], inclusive="left").all()
+
+
+def test_every_column_of_every_table_is_explained_in_tsv_and_parquet(whole):
+    store, _ = whole
+    out = store.folder / "report"
+    explained = pd.read_csv(out / "columns.tsv", sep="\t").groupby("table")["column"].agg(list)
+    for table, meanings in MEANINGS.items():
+        columns = list(pd.read_csv(out / f"{table}.tsv", sep="\t").columns)
+        assert sorted(columns) == sorted(meanings) == sorted(explained[table])
+        assert list(pd.read_parquet(out / f"{table}.parquet").columns) == columns
+    assert {path.stem for path in out.glob("*.parquet")} == set(MEANINGS)
+
+
+def test_every_point_of_a_figure_says_what_it_is(whole):
+    _, page = whole
+    fast = page[page.index('aria-label="How fast') :]
+    said = re.findall("<title>([^<]+)</title>", fast[: fast.index("</figure>")])
+    expected = {
+        f"{row['n_sequences']} sequence{'s' if row['n_sequences'] > 1 else ''} of {row['mean_length']:,.0f} residues on average: "
+        f"{row['n_residues'] / row['wall_ms'] * 1000:,.0f} residues/s"
+        for row in batches_of("s0", 1_600)
+    }
+    points = [text for text in said if "on average" in text]
+    assert len(points) == 1_500
+    assert set(points) <= expected
+    assert len(said) - 1_500 == len(pd.read_csv(whole[0].folder / "report" / "by_length.tsv", sep="\t"))
+
+
+def test_many_batches_stay_a_light_page(whole):
+    _, page = whole
+    assert len(page) < 2_000_000
+    assert "A random 1,500 of 1,600 batches are drawn" in Page(page).text
+
+
+def test_the_pages_figures_have_the_pages_colours(whole):
+    figures = re.findall("<svg.*?</svg>", whole[1], re.DOTALL)
+    assert len(figures) == 10  # no copies on a CPU
+    assert all("var(--ink)" in figure for figure in figures)
+    assert not any(re.search("#1b1f24|#000000|fill: #ffffff", figure) for figure in figures)
+
+
+def test_the_same_store_makes_the_same_bytes(whole):
+    store, _ = whole
+    first = {path.name: path.read_bytes() for path in (store.folder / "report").iterdir()}
+    store.summarize()
+    assert first == {path.name: path.read_bytes() for path in (store.folder / "report").iterdir()}
+
+
+def test_the_map_has_the_principal_components_of_the_stored_means(whole, tmp_path):
+    store, page = whole
+    data = Store(tmp_path).dataset("a").embeddings(30)
+    shown = pd.read_parquet(store.folder / "report" / "map.parquet").set_index("id")
+    assert len(shown) == 30
+    # The first channel is nearly all of the variance: the oracle is the covariance's own eigenvectors.
+    values, vectors = np.linalg.eigh(np.cov(data.T.astype(float)))
+    expected = (data - data.mean(0)) @ vectors[:, -1]
+    found = shown["pc1"].loc[[f"P{i}" for i in range(30)]]
+    assert abs(np.corrcoef(found, expected)[0, 1]) == pytest.approx(1, abs=1e-6)
+    assert found.std() == pytest.approx(values[-1] ** 0.5, rel=1e-4)
+    assert found.is_monotonic_increasing
+    assert f"First component ({values[-1] / values.sum():.0%} of the variance)" in Page(page).text
+
+
+def test_a_map_of_random_weights_is_left_out(store):
+    store.settings["random_weights"] = True
+    store.job({"s0": batches_of("s0", 4)}).dataset("a").embeddings(30)
+    _, page = store.summarize()
+    assert "with random weights it would mean nothing" in Page(page).text
+    assert "A first look at the embeddings" not in page
+    assert pd.read_parquet(store.folder / "report" / "map.parquet").empty
+
+
+def test_hostile_names_are_shown_and_not_run(store):
+    evil = "<script>alert(1)</script>"
+    rows = batches_of("s0", 4, device=CPU)
+    for row in rows:
+        row["device"] = f'$\\frac${evil}"'
+    store.job({"s0": rows}, device=evil).dataset(evil, reasons={evil: 2}, input=f'"><img src=x>{evil}')
+    store.settings["model"] = evil
+    _, page = store.summarize()
+    parsed = Page(page)
+    assert "img" not in parsed.tags
+    assert parsed.tags.count("script") == 1  # the page's own
+    assert evil in parsed.text
+    assert pd.read_csv(store.folder / "report" / "metrics.tsv", sep="\t")["device"].iloc[0] == rows[0]["device"]
+
+
+def test_the_page_loads_nothing_from_elsewhere(whole):
+    store, page = whole
+    for reference in Page(page).loads:
+        assert reference.startswith(("#", "data:image/png;base64,")) or (store.folder / "report" / reference).is_file()
+    assert not re.search(r"@import|url\((?!#)|fetch\(|import\(", page)
+
+
+def test_two_devices_keep_their_own_rates_and_measures(store):
+    shards = {"s0": batches_of("s0", 20), "s1": batches_of("s1", 30, device=GPU)}
+    facts, page = store.job(shards).dataset("a").summarize()
+    assert [(rate["device"], rate["batches"]) for rate in facts["rates"]] == [(CPU, 20), (GPU, 30)]
+    text = Page(page).text
+    assert "allocated GPU memory or resident memory" in text
+    bins = pd.read_csv(store.folder / "report" / "by_length.tsv", sep="\t")
+    assert bins.groupby("memory_measure")["n_batches"].sum().to_dict() == {"resident": 20, "allocated": 30}
+    assert set(bins.loc[bins["device"] == GPU, "peak_bytes_median"]) == {9e9}
+
+
+def test_memory_that_was_not_measured_is_said_and_not_drawn(store):
+    store.study = study(peaks=False)
+    _, page = store.job({"s0": batches_of("s0", 9, peak_rss_bytes=None)}).dataset("a").summarize()
+    text = Page(page).text
+    assert "was not measured, so there is no figure of it" in text
+    assert "Memory was not measured in the scaling study" in text
+    assert Page(page).tags.count("figure") == 6  # of eleven: two of memory, no_grad, copies and the map are missing
+    bins = pd.read_csv(store.folder / "report" / "by_length.tsv", sep="\t")
+    assert bins["peak_bytes_median"].isna().all()
+    assert bins["n_batches"].sum() == 9
+
+
+def test_a_store_whose_shards_were_all_taken_over_has_a_report(store):
+    facts, page = store.job({"s0": None, "s1": None}, made=[]).dataset("a").summarize()
+    assert (facts["batches"], facts["missing_metrics"], facts["rates"]) == (0, 2, [])
+    text = Page(page).text
+    assert "2 of 2 shards have no metrics" in text
+    assert "taken over" in text
+
+
+@pytest.mark.parametrize("batch_tokens", [None, "auto"])  # auto: what commits said in the first version
+def test_a_job_that_found_its_shards_made_has_no_fill_of_batches(store, batch_tokens):
+    store.job({"s0": batches_of("s0", 10)}).job({"s1": batches_of("s1", 10)}, made=[], batch_tokens=batch_tokens)
+    facts, _ = store.dataset("a").summarize()
+    assert 0 < facts["fill"] <= 1
+    assert facts["batches"] == 20
+
+
+def test_no_jobs_at_all(store):
+    facts, page = store.dataset("a", accepted=0, duplicate=0, rejected=3, records=3).summarize()
+    assert (facts["jobs"], facts["batches"], facts["rejected"]) == (0, 0, 3)
+    assert "0 jobs" in Page(page).text
+
+
+def test_a_single_batch_has_a_report(store):
+    facts, _ = store.job({"s0": [batch("s0", 0, 300)]}).dataset("a").summarize()
+    assert facts["batches"] == 1
+
+
+def test_a_job_that_made_part_of_its_shards_is_rated_by_that_part(store):
+    store.job({"s0": batches_of("s0", 10), "s1": batches_of("s1", 10)}, made=["s1"]).dataset("a")
+    _, page = store.summarize()
+    made = sum(row["n_residues"] for row in batches_of("s1", 10))
+    assert f'<td class="number">{made / 2.0:,.0f}</td>' in page
+
+
+def test_where_the_study_ended_is_said_with_the_reason(store):
+    _, page = store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
+    reason = "fair-esm, float32, without gradients, batches of 2,000 tokens: from 1,000 residues on (out of memory)"
+    assert reason in Page(page).text
+
+
+def test_the_questions_are_answered_with_what_was_measured(store):
+    _, page = store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
+    text = Page(page).text
+    assert "From 50 to 500 residues Lengthwise goes from 780 kB to 7.53 MB, 10 times as much" in text
+    assert "fair-esm goes from 834 kB to 12.6 MB, 15 times as much" in text
+    assert "Lengthwise at 500 residues: 7.53 MB instead of 15.1 MB, a factor of 2.0." in text
+    assert "float32: weights 30 MB, 30.1 MB of resident memory added by a batch" in text
+    assert "nothing is copied, so there is no time to measure" in text
+    assert "at L = 6 d - 2 = 1,918 residues" in text
+    assert (
+        "Lengthwise, measured: at 958 (any one point left out, 958 to 958)." in text
+    )  # attention's operations cost twice the products' in this study
+    assert pd.read_csv(store.folder / "report" / "scaling.tsv", sep="\t")["copy_out_ms"].isna().all()
+
+
+def test_a_law_beyond_its_points_is_called_extrapolated(store):
+    store.study = study()[lambda rows: rows["length"] < 600]
+    _, page = store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
+    assert (
+        "Lengthwise, extrapolated from at most 500 residues: at 958 (any one point left out, 958 to 958)."
+        in Page(page).text
+    )
+
+
+def test_a_law_of_scattered_points_is_not_stated(store, monkeypatch):
+    rows = study()
+    rows["wall_ms"] *= np.where(np.arange(len(rows)) % 2, 20, 1)
+    store.study = rows.assign(memory_measure="allocated")  # of which no point is too small to count
+    labels = []
+    monkeypatch.setattr(
+        summarize, "save", lambda plot, *_: labels.extend(plot.axes.get_legend_handles_labels()[1]) or ""
+    )
+    _, page = store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
+    text = Page(page).text
+    assert "Lengthwise: not determined, too few or too scattered points." in text
+    assert "at 958" not in text
+    assert labels.count("Lengthwise, law") == 1  # of memory, which does not scatter
+
+
+def test_the_fill_of_batches_is_tokens_over_tokens_allowed(store):
+    rows = [batch("s0", 0, 300, n_tokens=2_000), batch("s0", 1, 300, n_tokens=500)]
+    facts, page = store.job({"s0": rows}).dataset("a").summarize()
+    assert facts["fill"] == pytest.approx(2_500 / (2 * 2_048))
+    assert "fill of batches 61.0 %" in Page(page).text
+
+
+def test_time_is_split_into_computing_waiting_and_the_rest(store):
+    busy = {"wall_ms": 100.0, "gpu_busy": 0.7, "device_ms": 70.0, "wait_read_ms": 10.0, "wait_write_ms": 50.0}
+    rows = [batch("s0", i, 300, GPU, **busy) for i in range(4)]
+    rows += [
+        batch("s0", i, 300, device_ms=80.0, wall_ms=100.0, wait_read_ms=5.0, wait_write_ms=0.0) for i in range(4, 8)
+    ]
+    store.job({"s0": rows}).dataset("a").summarize()
+    devices = pd.read_csv(store.folder / "report" / "devices.tsv", sep="\t").set_index("device")
+    shares = ["computing", "wait_read", "wait_write", "other"]
+    assert devices.loc[GPU, shares].tolist() == pytest.approx([0.7, 0.1, 0.2, 0.0])
+    assert devices.loc[CPU, shares].tolist() == pytest.approx([0.8, 0.05, 0.0, 0.15])
+
+
+def test_a_cpu_that_computes_on_each_core_is_busy_when_all_of_them_are(store):
+    rows = [batch("s0", i, 300, device_ms=90.0, wall_ms=50.0) for i in range(4)]
+    store.job({"s0": rows}, threads=2).dataset("a").summarize()
+    assert pd.read_csv(store.folder / "report" / "devices.tsv", sep="\t")["computing"][0] == pytest.approx(0.9)
+
+
+def test_batches_that_lost_time_are_named_with_what_is_usual(store):
+    rows = [batch("s0", i, 300, wall_ms=100.0) for i in range(20)] + [batch("s0", 20, 300, wall_ms=900.0)]
+    _, page = store.job({"s0": rows}).dataset("a").summarize()
+    text = Page(page).text
+    assert "900 100 9.0 6 300 to 300 s0 20 job0" in text
+    assert text.count("300 to 300") == 1  # the others took what is usual
+    assert "0 of its tokens are neither a residue nor a special" in text
+
+
+def test_no_batch_is_named_where_none_took_long(store):
+    rows = [batch("s0", i, 300, wall_ms=100.0 + i) for i in range(19)]
+    _, page = store.job({"s0": rows}).dataset("a").summarize()
+    assert "None took 1.2 times the usual" in Page(page).text
+
+
+def test_a_study_of_an_earlier_version_has_a_report(store):
+    new = [
+        "batch_tokens",
+        "product_flops",
+        "attention_flops",
+        "wall_ms_min",
+        "wall_ms_max",
+        "weights_bytes",
+        "device_bytes",
+    ]
+    store.study = store.study.drop(columns=[*new, "copy_in_ms", "copy_out_ms", "clock_mhz", "temperature_c"])
+    _, page = store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
+    assert "From 50 to 500 residues Lengthwise goes from 780 kB to 7.53 MB" in Page(page).text
+
+
+def test_parity_receipts_are_shown(store):
+    store.job({"s0": batches_of("s0", 4)}).dataset("a")
+    assert "Parity with fair-esm" not in store.summarize()[1]
+    compared = [{"digest": "SQ.a", "residues": 70, "max_error_over_rms": 3e-6, "min_cosine": 0.9999999}]
+    parity = {"bound": "the bound", "max_error_over_rms": 3e-6, "min_cosine": 0.9999999, "compared": compared}
+    parity["share_of_bound"] = 0.25
+    (store.folder / "parity").mkdir()
+    receipt = {"device": CPU, "versions": {"torch": "2.0", "cuda": None}, "parity": parity}
+    (store.folder / "parity" / "cpu.json").write_text(json.dumps(receipt))
+    text = Page(store.summarize()[1]).text
+    assert f"{CPU} torch 2.0 1 70 25.0 % of 100 % within 3.0e-06 0.9999999 The bound is: the bound." in text
+    del parity["share_of_bound"]  # a receipt of an earlier version
+    (store.folder / "parity" / "cpu.json").write_text(json.dumps(receipt))
+    assert f"{CPU} torch 2.0 1 70 not kept within 3.0e-06" in Page(store.summarize()[1]).text
+
+
+def test_a_job_without_commit_is_an_error(store):
+    store.job({"s0": batches_of("s0", 4)}).dataset("a")
+    job_record_path(store.folder, "job0").unlink()
+    with pytest.raises(LengthwiseError, match="job0"):
+        store.summarize()
+    assert not (store.folder / "report" / "index.html").exists()
+
+
+def reported_at_scale(folder, with_metrics):
+    """A report of 5,000 jobs, so many with 400 batches each, in a process of its own: (facts, seconds, most bytes, page)."""
+    store, rows = Store(folder).dataset("a"), batches_of("", 400, wait_read_ms=1.0, wait_write_ms=1.0)
+    template = pa.Table.from_pylist(rows, METRICS)
+    for number in range(5_000):
+        shard = f"{number:032x}"
+        store.job({shard: None})
+        if number < with_metrics:
+            metrics_path(folder, shard).parent.mkdir(parents=True, exist_ok=True)
+            names = {"job": f"job{number}", "shard": shard}
+            for column, name in names.items():
+                template = template.set_column(template.column_names.index(column), column, pa.array([name] * 400))
+            pq.write_table(template, metrics_path(folder, shard))
+    store.embeddings(30)
+    began = time.perf_counter()
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        facts, most_bytes = pool.submit(summarized, store).result()
+    return facts, time.perf_counter() - began, most_bytes, (folder / "report" / "index.html").read_text()
+
+
+def summarized(store):
+    facts, _ = store.summarize()
+    status = Path("/proc/self/status").read_text()
+    return facts, 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])  # ru_maxrss begins with the parent's
+
+
+def test_five_thousand_jobs_make_a_light_page_in_good_time(tmp_path):
+    facts, seconds, most_bytes, page = reported_at_scale(tmp_path, 300)
+    assert (facts["jobs"], facts["batches"]) == (5_000, 120_000)
+    assert seconds < 45  # about 10 on two free cores
+    assert most_bytes < 1.2e9
+    assert len(page) < 2_000_000
+    assert "The slowest 25 of 5,000" in Page(page).text
+    assert page.count("<svg") == 10
+
+
+@pytest.mark.slow
+def test_two_million_batches_make_a_light_page_in_a_minute_and_two_gigabytes(tmp_path):
+    facts, seconds, most_bytes, page = reported_at_scale(tmp_path, 5_000)
+    assert facts["batches"] == 2_000_000
+    assert seconds < 60
+    assert most_bytes < 2e9
+    assert len(page) < 2_000_000
+    assert len(pd.read_parquet(tmp_path / "report" / "metrics.parquet", columns=["batch"])) == 2_000_000
