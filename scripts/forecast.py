@@ -26,4 +26,4 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
         path_of(config["model"], config["weights"]),
     )
     forecast.write(made, store / "forecast")
-    log.info("%s", store / "forecast" / "index.html")
+    log.info("%s", store / "forecast" / "forecast.json")

@@ -57,7 +57,7 @@ def forecast_lines_of(store: Path, since: float) -> list[str]:
     made = store / "forecast" / "forecast.txt"
     if not made.exists() or made.stat().st_mtime < since:
         return []
-    return ["", *made.read_text(encoding="utf-8").splitlines(), f"Page        {made.with_name('index.html')}"]
+    return ["", *made.read_text(encoding="utf-8").splitlines()]
 
 
 def failure_lines_of(store: Path, since: float) -> list[str]:

@@ -9,7 +9,6 @@ from datetime import datetime
 from pathlib import Path
 
 import duckdb
-import jinja2
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -24,9 +23,7 @@ from lengthwise.store.sizes import bytes_per_sequence, missing_bytes
 from lengthwise.system.files import atomic, read_json, scratch_folder, write_json
 from lengthwise.system.text import count, duration, size
 
-# Bounds of the bins of lengths, in equal factors as far as round numbers go; ESM-2 was trained on up to 1,022 residues.
-LENGTHS = np.array([1, 30, 50, 75, 100, 150, 200, 300, 400, 600, 800, 1023, 1500, 2000, 3000, 5000, 10000])
-
+# Residues of the longest sequences that ESM-2 was trained on.
 TRAINED = 1022
 
 # A batch is not full where the next protein is too long for it, or of another bin of lengths: so many more there are (measured).
@@ -85,9 +82,8 @@ def forecast(
 
     Returns
     -------
-    What JSON can hold: `datasets` (records by fate, lengths and their histogram over the bins that begin at
-    `length_from`), `work` (what is finished, what is left, shards, jobs), `disk`, `memory` (bytes) and `time` (seconds on
-    one device, the first of them this store's own).
+    What JSON can hold: `datasets` (records by fate, lengths), `work` (what is finished, what is left, shards, jobs), `disk` and
+    `memory` (bytes), and `time` (seconds on one device, the first of them this store's own).
 
     Raises
     ------
@@ -113,7 +109,6 @@ def forecast(
         "model": settings["model"],
         "random_weights": settings["random_weights"],
         **chosen,
-        "length_from": LENGTHS.tolist(),
         "datasets": [_dataset(name, folder, by_dataset.get(name, lengths[:0])) for name, folder in datasets.items()],
         "work": work,
         "disk": _disk(store, settings, datasets, sizes, wanted, left, work, exports, weights),
@@ -123,10 +118,8 @@ def forecast(
 
 
 def write(made: dict, folder: Path) -> None:
-    """Write a forecast as forecast.json, index.html and forecast.txt, which is last."""
+    """Write a forecast as forecast.json and forecast.txt, which is last."""
     write_json(folder / "forecast.json", made)
-    with atomic(folder / "index.html") as part:
-        part.write_text(page(made), encoding="utf-8")
     with atomic(folder / "forecast.txt") as part:
         part.write_text(text(made) + "\n", encoding="utf-8")
 
@@ -185,9 +178,7 @@ def _dataset(name: str, folder: Path, lengths: pd.DataFrame) -> dict:
     if len(length):
         middle = int(length[np.searchsorted(np.cumsum(n), n.sum() / 2)])
         row |= {"shortest": int(length[0]), "median": middle, "longest": int(length[-1])}
-    bins = np.searchsorted(LENGTHS, length, side="right") - 1
     row["beyond_trained"] = int(n[length > TRAINED].sum())
-    row["histogram"] = np.bincount(bins, n, minlength=len(LENGTHS)).astype(int).tolist()
     return row
 
 
@@ -395,19 +386,9 @@ def _dataset_lines(row: dict) -> list[str]:
     if row["longest"]:
         first = f"{row['shortest']:,} to " if row["shortest"] != row["longest"] else ""
         lines.append(f"{first}{count(row['longest'], 'residue')}, median {row['median']:,}")
-        lines.append(_bars(row["histogram"]))
     if row["beyond_trained"]:
         lines.append(f"{row['beyond_trained']:,} longer than the {TRAINED:,} residues that ESM-2 was trained on")
     return lines
-
-
-def _bars(histogram: list[int]) -> str:
-    """The histogram as a line of blocks, from the first bin that has a sequence to the last."""
-    filled = [i for i, n in enumerate(histogram) if n]
-    first, last = filled[0], filled[-1]
-    heights = [" ▁▂▃▄▅▆▇█"[int(np.ceil(8 * n / max(histogram)))] for n in histogram[first : last + 1]]
-    upper = f"{LENGTHS[last + 1] - 1:,}" if last + 1 < len(LENGTHS) else "more"
-    return f"{LENGTHS[first]:,} {''.join(heights)} {upper}"
 
 
 def _work(made: dict) -> str:
@@ -427,19 +408,3 @@ def _batches(memory: dict) -> str:
 def _time_line(row: dict) -> str:
     low, high = duration(row["seconds_low"]), duration(row["seconds_high"])
     return f"{duration(row['seconds'])} ({low} to {high}) on {row['device']}, {row['precision']}"
-
-
-def page(made: dict) -> str:
-    """The forecast as one HTML page that needs nothing else."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"n": "{:,.0f}".format, "size": size, "duration": duration, "way": way_name}
-    environment.filters["residues"] = lambda n: count(n, "residue")
-    return environment.get_template("forecast.html").render(
-        made=made, trained=TRAINED, shown=DATASETS_SHOWN, numbers=_numbers(made), batches=_batches(made["memory"])
-    )

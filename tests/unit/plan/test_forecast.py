@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections import namedtuple
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +102,7 @@ def test_what_is_finished_is_no_work(store):
     assert (work["sequences"], work["residues"], work["shards"], work["jobs"]) == (0, 0, 0, 0)
     made = forecast_of(store)
     assert "To embed    nothing; 60 are finished" in forecast.text(made)
-    assert "Memory" not in forecast.text(made) + forecast.page(made)
+    assert "Memory" not in forecast.text(made)
 
 
 def test_a_sequence_of_two_datasets_is_embedded_once(store, random_proteins):
@@ -122,7 +121,6 @@ def test_records_and_lengths_are_told_for_each_dataset(small_store):
     assert (row["records"], row["accepted"], row["duplicate"], row["rejected"]) == (12, 9, 1, 2)
     assert row["reasons"] == {"invalid_byte": 1, "empty": 1}
     assert (row["shortest"], row["median"], row["longest"], row["beyond_trained"]) == (1, 400, 12_000, 3)
-    assert row["histogram"] == np.histogram(lengths, [*forecast.LENGTHS, np.inf])[0].tolist()
     text = forecast.text(forecast_of(store))
     assert "1 invalid_byte, 1 empty" in text
     assert "3 longer than the 1,022 residues" in text
@@ -134,7 +132,6 @@ def test_a_dataset_without_an_accepted_record_needs_nothing(small_store):
     made = forecast_of(store)
     assert (made["work"]["jobs"], made["disk"]["embeddings_bytes"], made["time"][0]["seconds"]) == (0, 0, 0)
     assert "0 accepted" in forecast.text(made)
-    assert "<h2>a</h2>" in forecast.page(made)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +166,6 @@ def test_weights_to_download_are_told_until_they_are_there(store, tmp_path):
     made = forecast_of(store, weights=weights)
     assert made["disk"]["download"]["bytes"] == 4 * TINY.parameters
     assert str(weights) in forecast.text(made)
-    assert str(weights) in forecast.page(made)
     weights.parent.mkdir()
     weights.write_bytes(b"")
     assert forecast_of(store, weights=weights)["disk"]["download"] is None
@@ -227,7 +223,6 @@ def test_what_does_not_fit_is_told_and_refused(store, full_disk, refused):
     made = forecast_of(store)
     assert not made["disk"]["fits"]
     assert "DOES NOT FIT" in forecast.text(made)
-    assert "refuses to start" in forecast.page(made)
 
 
 def test_exports_need_room_too_until_they_are_there(store, full_disk, refused):
@@ -347,25 +342,11 @@ def test_every_named_model_has_a_rate_on_either_device(tmp_path):
                 assert rate.seconds(shape, np.array([300]))[0] > 0
 
 
-class Tags(HTMLParser):
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.loads = set(), []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        self.loads += [value for name, value in attributes if name in ("src", "href", "srcset", "data")]
-
-
-def test_all_three_forms_are_written_and_the_page_needs_nothing_else(store):
+def test_a_forecast_is_written_as_json_and_as_text(store):
     folder = store.path / "forecast"
     forecast.write(forecast_of(store), folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["forecast.json", "forecast.txt", "index.html"]
+    assert sorted(path.name for path in folder.iterdir()) == ["forecast.json", "forecast.txt"]
     assert json.loads((folder / "forecast.json").read_text())["work"]["sequences"] == 60
-    page = Tags((folder / "index.html").read_text())
-    assert page.loads == []
-    assert "script" not in page.tags
     since = (folder / "forecast.txt").stat().st_mtime
     assert any("60 sequences" in line for line in forecast_lines_of(store.path, since))
     assert forecast_lines_of(store.path, since + 1) == []
