@@ -24,6 +24,7 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
         snakemake.resources.mem_mb * 10**6 * 2 // 5,
         config["exports"],
         path_of(config["model"], config["weights"]),
+        config["device_like"],
     )
     forecast.write(made, store / "forecast")
     log.info("%s", store / "forecast" / "forecast.json")

@@ -26,6 +26,17 @@ def test_a_forecast_reads_the_inputs_and_nothing_more(project):
     assert sorted(path.name for path in (store / "forecast").iterdir()) == ["forecast.json", "forecast.txt"]
 
 
+def test_a_card_that_is_named_is_forecast_too_and_an_unknown_one_is_refused(project):
+    project.configure(model="esm2_t33_650M_UR50D", device="cpu")
+    run = project.snakemake("forecast", "--config", "device_like=A100-40GB")
+    assert run.code == 0, run.output
+    assert "on A100-40GB, float16: " in run.output
+    run = project.snakemake("forecast", "--config", "device_like=A100")
+    assert run.code != 0
+    assert "device_like: 'A100'" in run.errors[0]
+    assert "A100-80GB" in run.errors[0]
+
+
 def test_a_whole_run_takes_the_disk_and_about_the_memory_that_were_forecast(project, example):
     """The report and all, of another folder with the same config; malloc differs from machine to machine."""
     assert project.snakemake("forecast").code == 0

@@ -6,6 +6,9 @@ from math import log
 # Tokens per batch where `batch_tokens` is auto. On the CPU more gain nothing (8M and 150M, measured), and cost memory.
 AUTO_BATCH_TOKENS = {"cpu": 2_048, "cuda": 32_768}
 
+# Of a GPU's free memory, what a batch may take: the rest is for what the formula leaves out, and for neighbours.
+MEMORY_MARGIN = 0.9
+
 # Batches that a CPU computes at the same time, at most: each takes memory.
 MOST_AT_ONCE = 16
 

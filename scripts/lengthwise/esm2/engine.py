@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lengthwise.esm2.batching import ahead, fitting_tokens
 from lengthwise.esm2.checkpoint import load_model
-from lengthwise.esm2.config import AUTO_BATCH_TOKENS, MOST_AT_ONCE
+from lengthwise.esm2.config import AUTO_BATCH_TOKENS, MEMORY_MARGIN, MOST_AT_ONCE
 from lengthwise.esm2.devices import DTYPES, device_name, is_out_of_memory
 from lengthwise.esm2.meters import MemoryMeter, Peaks
 from lengthwise.esm2.model import Packing, onednn_serves
@@ -29,9 +29,6 @@ from lengthwise.esm2.status import Status
 from lengthwise.esm2.tokens import tokenize
 
 log = logging.getLogger("lengthwise")
-
-# Of a GPU's free memory, what a batch may take: the rest is for what the formula leaves out, and for neighbours.
-MEMORY_MARGIN = 0.9
 
 
 @dataclass(frozen=True)

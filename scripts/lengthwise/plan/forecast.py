@@ -14,12 +14,13 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.esm2.config import AUTO_BATCH_TOKENS, MOST_AT_ONCE, ModelConfig
+from lengthwise.esm2.config import AUTO_BATCH_TOKENS, MEMORY_MARGIN, MOST_AT_ONCE, ModelConfig
 from lengthwise.plan.planner import Sizes, cut_work
-from lengthwise.plan.throughput import Rate, rates
+from lengthwise.plan.throughput import CARDS, Rate, card_precision, rates
 from lengthwise.store.layout import layout
 from lengthwise.store.settings import shape_of
 from lengthwise.store.sizes import bytes_per_sequence, missing_bytes
+from lengthwise.system.database import out_of_core
 from lengthwise.system.files import atomic, read_json, scratch_folder, write_json
 from lengthwise.system.text import count, duration, size
 
@@ -29,12 +30,9 @@ TRAINED = 1022
 # A batch is not full where the next protein is too long for it, or of another bin of lengths: so many more there are (measured).
 BATCHES_MORE = 1.25
 
-# Of a GPU's memory, what weights and batch may take: the rest is CUDA's own, and the engine leaves a tenth.
-CARD_SHARE = 0.85
-
 DATASETS_SHOWN = 20
 
-CARDS_GB = (8, 16, 24, 40, 80)
+SETTINGS_TOLD = ("model", "random_weights", "device", "precision", "layers", "outputs", "storage_dtype")
 
 # Python and torch's CPU build with what they have loaded, before the weights.
 PROCESS_BYTES = 0.37e9
@@ -56,6 +54,7 @@ def forecast(
     memory_bytes: int = 1 << 30,
     exports: Collection[str] = (),
     weights: Path | None = None,
+    device_like: str = "",
 ) -> dict:
     """What is left to do, and what it will take.
 
@@ -67,16 +66,12 @@ def forecast(
         Its settings, or what they will be.
     datasets
         {dataset: the folder with its records.parquet, sequences.parquet and summary.json}.
-    sizes
-        How large jobs and shards may be.
-    batch_tokens
-        Tokens of a forward pass, or auto.
+    sizes, batch_tokens, exports, device_like
+        As the config has them.
     threads
         CPU threads of a job.
     memory_bytes
         What joins may take before they spill to disk.
-    exports
-        Which exports are wanted.
     weights
         Where the checkpoint is, or will be downloaded to.
 
@@ -91,28 +86,18 @@ def forecast(
         A spec or a summary is damaged.
     """
     shape = shape_of(settings)
-    with scratch_folder(store / "forecast" / ".spill") as spill:
-        config = {"memory_limit": f"{memory_bytes}B", "temp_directory": str(spill), "threads": 2}
-        with duckdb.connect(config=config | {"preserve_insertion_order": "false"}) as database:
-            lengths, wanted, left = _count(database, store, {n: f / "sequences.parquet" for n, f in datasets.items()})
-    work = {f"finished_{key}": value for key, value in (_totals(wanted) - _totals(left)).items()}
-    work |= _totals(left).to_dict() | {"shards": 0, "jobs": 0}
-    if len(left):
-        shards, jobs = cut_work(left["length"].to_numpy(), left["n"].to_numpy(), settings, sizes)
-        work |= {"shards": len(shards) - 1, "jobs": len(jobs) - 1}
-    by_dataset = dict(iter(lengths.groupby("dataset")))
-    known = rates(store, settings, shape, threads)
-    chosen = {key: settings[key] for key in ("device", "precision", "layers", "outputs", "storage_dtype")}
+    by_dataset, wanted, left = _lengths(store, datasets, memory_bytes)
+    work = _work(wanted, left, settings, sizes)
+    known = rates(store, settings, shape, threads, device_like)
+    card = {"card": _card(device_like, settings, shape, batch_tokens, left)} if device_like else {}
     return {
         "store": str(store),
         "made": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "model": settings["model"],
-        "random_weights": settings["random_weights"],
-        **chosen,
-        "datasets": [_dataset(name, folder, by_dataset.get(name, lengths[:0])) for name, folder in datasets.items()],
+        **{key: settings[key] for key in SETTINGS_TOLD},
+        "datasets": [_dataset(name, folder, by_dataset[name]) for name, folder in datasets.items()],
         "work": work,
         "disk": _disk(store, settings, datasets, sizes, wanted, left, work, exports, weights),
-        "memory": _memory(settings, shape, batch_tokens, threads, left, work, known[0].loaded_bytes),
+        "memory": _memory(settings, shape, batch_tokens, threads, left, work, known[0].loaded_bytes) | card,
         "time": [_time(rate, shape, left, sizes) for rate in known],
     }
 
@@ -124,25 +109,30 @@ def write(made: dict, folder: Path) -> None:
         part.write_text(text(made) + "\n", encoding="utf-8")
 
 
-def _count(
-    database: duckdb.DuckDBPyConnection, store: Path, sequences: dict[str, Path]
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """(dataset, length, n) of all sequences; (length, n) of the distinct ones, and of those that no finished shard holds."""
-    database.execute("CREATE TABLE input_files (path VARCHAR, dataset VARCHAR)")
-    database.executemany("INSERT INTO input_files VALUES (?, ?)", [[str(p), name] for name, p in sequences.items()])
-    database.execute("SET VARIABLE paths = ?", [[str(path) for path in sequences.values()]])
-    database.execute(
-        "CREATE VIEW inputs AS SELECT dataset, digest, length"
-        " FROM read_parquet(getvariable('paths'), filename = true) JOIN input_files ON filename = path"
-    )
-    database.execute("CREATE TABLE wanted AS SELECT digest, any_value(length) AS length FROM inputs GROUP BY digest")
-    _load_held(database, store)
-    by_length = "SELECT length, count(*) AS n FROM wanted{} GROUP BY length ORDER BY length"
-    return (
-        database.execute("SELECT dataset, length, count(*) AS n FROM inputs GROUP BY ALL ORDER BY ALL").df(),
-        database.execute(by_length.format("")).df(),
-        database.execute(by_length.format(" ANTI JOIN held USING (digest)")).df(),
-    )
+def _lengths(
+    store: Path, datasets: dict[str, Path], memory_bytes: int
+) -> tuple[dict[str, pd.DataFrame], pd.DataFrame, pd.DataFrame]:
+    """(length, n) of each dataset's sequences, of all distinct ones, and of those that no finished shard holds."""
+    paths = {str(folder / "sequences.parquet"): name for name, folder in datasets.items()}
+    with (
+        scratch_folder(store / "forecast" / ".spill") as spill,
+        out_of_core("forecast", memory_bytes, spill, threads=2) as database,
+    ):
+        database.execute("CREATE TABLE input_files (path VARCHAR, dataset VARCHAR)")
+        database.executemany("INSERT INTO input_files VALUES (?, ?)", list(map(list, paths.items())))
+        database.execute("SET VARIABLE paths = ?", [list(paths)])
+        database.execute(
+            "CREATE VIEW inputs AS SELECT dataset, digest, length"
+            " FROM read_parquet(getvariable('paths'), filename = true) JOIN input_files ON filename = path"
+        )
+        database.execute(
+            "CREATE TABLE wanted AS SELECT digest, any_value(length) AS length FROM inputs GROUP BY digest"
+        )
+        _load_held(database, store)
+        found = database.execute("SELECT dataset, length, count(*) AS n FROM inputs GROUP BY ALL ORDER BY ALL").df()
+        by_length = "SELECT length, count(*) AS n FROM wanted{} GROUP BY length ORDER BY length"
+        wanted, left = (database.execute(by_length.format(but)).df() for but in ("", " ANTI JOIN held USING (digest)"))
+    return {name: found[found["dataset"] == name] for name in datasets}, wanted, left
 
 
 def _load_held(database: duckdb.DuckDBPyConnection, store: Path) -> None:
@@ -162,6 +152,16 @@ def _load_held(database: duckdb.DuckDBPyConnection, store: Path) -> None:
     except duckdb.Error as error:
         what = str(error).splitlines()[0]
         raise LengthwiseError(f"{store}/plan/jobs: a damaged file ({what}); remove that file and run again") from error
+
+
+def _work(wanted: pd.DataFrame, left: pd.DataFrame, settings: dict, sizes: Sizes) -> dict:
+    """What is finished, what is left, and the shards and jobs that it will be cut into."""
+    work = {f"finished_{key}": value for key, value in (_totals(wanted) - _totals(left)).items()}
+    work |= _totals(left).to_dict() | {"shards": 0, "jobs": 0}
+    if len(left):
+        shards, jobs = cut_work(left["length"].to_numpy(), left["n"].to_numpy(), settings, sizes)
+        work |= {"shards": len(shards) - 1, "jobs": len(jobs) - 1}
+    return work
 
 
 def _totals(lengths: pd.DataFrame) -> pd.Series:
@@ -264,7 +264,7 @@ def _memory(
     work: dict,
     loaded: int | None,
 ) -> dict:
-    """What weights, a batch and the longest sequence take of the device's memory; the proteins that GPUs hold.
+    """What weights, a batch and the longest sequence take of the device's memory.
 
     `loaded` is what the process and its weights took in this store's jobs, where that was measured.
     """
@@ -283,14 +283,6 @@ def _memory(
         alone = shape.resident_bytes_alone(itemsize, longest + 2, stored)
     else:
         batch, alone = (n * shape.bytes_per_token(itemsize, stored) for n in (tokens, longest + 2))
-    on_gpu = precision if device == "cuda" else "float16"
-    per_token = shape.bytes_per_token(_itemsize(on_gpu), stored)
-    cards = []
-    for card in CARDS_GB:
-        room = CARD_SHARE * card * 1e9 - shape.parameters * _itemsize(on_gpu)
-        most = int(room / per_token) - 2
-        beyond = int(left["n"][left["length"] > most].sum())
-        cards.append({"gigabytes": card, "longest_residues": max(most, 0), "sequences_beyond": beyond})
     return {
         "measure": "allocated GPU memory" if device == "cuda" else "resident memory",
         "weights_bytes": shape.parameters * itemsize,
@@ -301,9 +293,28 @@ def _memory(
         "batch_bytes": fixed + batch,
         "longest_residues": longest,
         "longest_bytes": fixed + alone,
-        "cards_precision": on_gpu,
-        "cards_bytes_per_token": per_token,
-        "cards": cards,
+    }
+
+
+def _card(name: str, settings: dict, shape: ModelConfig, batch_tokens: int | str, left: pd.DataFrame) -> dict:
+    """What weights and a batch take of a card's memory, and the sequences that it cannot hold."""
+    precision = card_precision(settings)
+    weights, per_token = (
+        shape.parameters * _itemsize(precision),
+        shape.bytes_per_token(_itemsize(precision), stored_bytes(settings)),
+    )
+    fitting = max(0, int((MEMORY_MARGIN * CARDS[name][0] - weights) / per_token))
+    tokens = min(fitting, AUTO_BATCH_TOKENS["cuda"]) if batch_tokens == "auto" else batch_tokens
+    longest = max(0, fitting - 2)
+    return {
+        "name": name,
+        "gigabytes": CARDS[name][0] / 1e9,
+        "precision": precision,
+        "weights_bytes": weights,
+        "batch_tokens": tokens,
+        "batch_bytes": weights + tokens * per_token,
+        "longest_residues": longest,
+        "sequences_beyond": int(left["n"][left["length"] > longest].sum()),
     }
 
 
@@ -330,7 +341,7 @@ def text(made: dict) -> str:
         lines += ["", f"{row['dataset']}", *(f"            {line}" for line in _dataset_lines(row))]
     if (more := len(made["datasets"]) - DATASETS_SHOWN) > 0:
         lines += ["", f"and {count(more, 'dataset')} more; forecast.json has them all"]
-    lines += ["", f"To embed    {_work(made)}"]
+    lines += ["", f"To embed    {_work_line(made)}"]
     lines += _needs(made) if made["work"]["sequences"] else []
     if made["random_weights"]:
         lines.append("RANDOM WEIGHTS: the embeddings will mean nothing")
@@ -354,6 +365,8 @@ def _needs(made: dict) -> list[str]:
         f"Memory      {size(memory['batch_bytes'])} for {_batches(memory)}, {size(memory['longest_bytes'])} for the longest"
         f" protein ({count(memory['longest_residues'], 'residue')}); {memory['measure']}"
     )
+    if card := memory.get("card"):
+        lines.append(f"{'':14}on {card['name']}, {card['precision']}: {_card_line(card)}")
     lines.append(f"Jobs        {count(work['jobs'], 'job')}, {count(work['shards'], 'shard')}")
     for number, row in enumerate(made["time"]):
         lines.append(f"{'Time' if not number else '':12}{_time_line(row)}")
@@ -391,7 +404,7 @@ def _dataset_lines(row: dict) -> list[str]:
     return lines
 
 
-def _work(made: dict) -> str:
+def _work_line(made: dict) -> str:
     work = made["work"]
     if not work["sequences"]:
         return f"nothing; {work['finished_sequences']:,} are finished" if work["finished_sequences"] else "nothing"
@@ -403,6 +416,16 @@ def _batches(memory: dict) -> str:
     tokens = f"batch of {memory['batch_tokens']:,} tokens"
     n = memory["batches_at_once"]
     return f"a {tokens}" if n == 1 else f"{n} batches of {memory['batch_tokens']:,} tokens at once"
+
+
+def _card_line(card: dict) -> str:
+    if not card["longest_residues"]:
+        return f"the weights alone take {size(card['weights_bytes'])}, more than fits"
+    beyond = f"{count(card['sequences_beyond'], 'sequence')} beyond it" if card["sequences_beyond"] else "all fit"
+    return (
+        f"{size(card['batch_bytes'])} for a batch of {card['batch_tokens']:,} tokens; the longest protein that fits has"
+        f" {count(card['longest_residues'], 'residue')}; {beyond}"
+    )
 
 
 def _time_line(row: dict) -> str:

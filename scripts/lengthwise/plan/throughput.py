@@ -29,6 +29,24 @@ DEVICES = [
 # What was assumed is two cores' speed, or one card's.
 ASSUMED_THREADS = 2
 
+# {card: (bytes of memory, dense float16 operations per second with float32 sums)}, from NVIDIA's data sheets: what `device_like`
+# may name. A card is assumed to reach a third of its peak, within a factor of three.
+CARDS = {
+    "T4-16GB": (16e9, 65e12),
+    "V100-32GB": (32e9, 125e12),
+    "A10-24GB": (24e9, 125e12),
+    "L4-24GB": (24e9, 121e12),
+    "RTX4090-24GB": (24e9, 165e12),
+    "A40-48GB": (48e9, 150e12),
+    "L40S-48GB": (48e9, 362e12),
+    "A100-40GB": (40e9, 312e12),
+    "A100-80GB": (80e9, 312e12),
+    "H100-80GB": (80e9, 989e12),
+    "H200-141GB": (141e9, 989e12),
+}
+
+SHARE_OF_PEAK = 1 / 3
+
 # Seconds to load weights: their bytes at an ordinary disk's rate, and starting a GPU.
 READ_BYTES_PER_SECOND, START_SECONDS = 200e6, 5.0
 
@@ -68,7 +86,7 @@ class Rate:
         return (shape.flops(lengths) - attention) * self.product_seconds + attention * self.attention_seconds
 
 
-def rates(store: Path, settings: dict, shape: ModelConfig, threads: int) -> list[Rate]:
+def rates(store: Path, settings: dict, shape: ModelConfig, threads: int, device_like: str = "") -> list[Rate]:
     """What is known of how fast this store's work goes: of the device that did or will do it first, the best known first.
 
     Parameters
@@ -81,13 +99,20 @@ def rates(store: Path, settings: dict, shape: ModelConfig, threads: int) -> list
         The model's.
     threads
         CPU threads of a job.
+    device_like
+        One of `CARDS`, whose rate comes last; none if empty.
     """
     found = measured_here(store, settings, shape) or [
         _expected(settings["device"], settings["precision"], shape, threads)
     ]
-    if settings["device"] == "cpu":
-        found.append(_expected("cuda", "float16", shape, threads))
+    if device_like:
+        found.append(_of_card(device_like, settings, shape))
     return found
+
+
+def card_precision(settings: dict) -> str:
+    """The compute type on a card: the store's own if it is a half precision."""
+    return settings["precision"] if settings["precision"] != "float32" else "float16"
 
 
 def slowdown(store: Path, settings: dict) -> float:
@@ -181,3 +206,13 @@ def _expected(device: str, precision: str, shape: ModelConfig, threads: int) -> 
             )
     name = {"cpu": f"CPU, {count(threads, 'thread')}", "cuda": "GPU"}[device]
     return Rate(name, precision, source, 1 / flops, 1 / flops, load, low, high, basis)
+
+
+def _of_card(card: str, settings: dict, shape: ModelConfig) -> Rate:
+    """The assumed rate of one of `CARDS`."""
+    load = READ_BYTES_PER_SECOND**-1 * 4 * shape.parameters + START_SECONDS
+    seconds = 1 / (SHARE_OF_PEAK * CARDS[card][1])
+    basis = (
+        "a third of the card's dense float16 peak, and a range of 3 times either way; nothing was measured on a GPU yet"
+    )
+    return Rate(card, card_precision(settings), ASSUMED, seconds, seconds, load, 1 / 3, 3.0, basis)

@@ -176,20 +176,55 @@ def test_the_weights_are_counted(tiny_checkpoint):
     assert TINY.parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_the_cards_that_are_too_small_are_named(small_store):
+def on_card(store, card: str, **settings) -> dict:
+    folders = {name: store.inputs(name) for name in store.datasets}
+    return forecast.forecast(store.path, store.settings | settings, folders, Sizes(**SIZES), device_like=card)
+
+
+def test_a_card_that_is_asked_for_is_said_the_memory_and_time_of(small_store):
     store = small_store()
     store.ingest("a", {"short": "M" * 50, "long": "M" * 3000})
-    folders = {"a": store.inputs("a")}
-    large = store.settings | {
-        "device": "cuda",
-        "precision": "float16",
-        "num_layers": 48,
-        "embed_dim": 5120,
-        "attention_heads": 40,
-    }
-    cards = forecast.forecast(store.path, large, folders, Sizes(**SIZES))["memory"]["cards"]
-    assert [card["sequences_beyond"] for card in cards if card["gigabytes"] <= 24] == [2, 2, 2]  # 15B: 30 GB of weights
-    assert [card["sequences_beyond"] for card in cards if card["gigabytes"] == 80] == [0]
+    plain, asked = forecast_of(store), on_card(store, "A100-40GB")
+    assert "card" not in plain["memory"]
+    assert asked["memory"] == plain["memory"] | {"card": asked["memory"]["card"]}
+    assert (plain["time"], asked["time"][:-1]) == (plain["time"][:1], plain["time"])
+    time = asked["time"][-1]
+    assert (time["device"], time["precision"], time["source"]) == ("A100-40GB", "float16", throughput.ASSUMED)
+    assert 3 * time["seconds_low"] == pytest.approx(time["seconds"], abs=0.01)
+    assert 3 * time["seconds"] == pytest.approx(time["seconds_high"], abs=0.01)
+    assert "A100-40GB" not in forecast.text(plain)
+    assert "on A100-40GB, float16: " in forecast.text(asked)
+    assert "all fit" in forecast.text(asked)
+
+
+def test_the_sequences_beyond_a_card_are_counted(small_store):
+    store = small_store()
+    store.ingest("a", {"short": "M" * 50, "long": "M" * 30_000, "longer": "M" * 100_000})
+    shape = MODELS["esm2_t36_3B_UR50D"]
+    on_t4 = on_card(store, "T4-16GB", num_layers=36, embed_dim=2560, attention_heads=40)
+    card = on_t4["memory"]["card"]
+    fits = 0.9 * 16e9 - 2 * shape.parameters
+    per_token = shape.bytes_per_token(2, 2 * 2560)
+    assert per_token * (card["longest_residues"] + 2) <= fits < per_token * (card["longest_residues"] + 3)
+    assert 30_000 < card["longest_residues"] < 100_000
+    assert card["sequences_beyond"] == 1
+    assert "1 sequence beyond it" in forecast.text(on_t4)
+    assert card["batch_bytes"] == 2 * shape.parameters + card["batch_tokens"] * per_token <= 16e9
+    huge = {"num_layers": 48, "embed_dim": 5120, "attention_heads": 40, "device": "cuda", "precision": "bfloat16"}
+    on_t4 = on_card(store, "T4-16GB", **huge)  # 30 GB of weights
+    card = on_t4["memory"]["card"]
+    assert (card["precision"], card["longest_residues"], card["sequences_beyond"]) == ("bfloat16", 0, 3)
+    assert "more than fits" in forecast.text(on_t4)
+
+
+def test_the_cards_are_those_that_the_config_takes(refused):
+    schema = ROOT / "workflow/schemas/config.schema.yaml"
+    for card in throughput.CARDS:
+        assert config.validate({"inputs": ["a"], "device_like": card}, schema)["device_like"] == card
+    with refused("config: device_like: 'A100'", *throughput.CARDS):
+        config.validate({"inputs": ["a"], "device_like": "A100"}, schema)
+    documented = (ROOT / "config/README.md").read_text()
+    assert [card for card in throughput.CARDS if f"`{card}`" not in documented] == []
 
 
 def test_a_named_model_is_forecast_without_its_weights(tmp_path, store):

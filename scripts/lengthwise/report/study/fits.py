@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from lengthwise.esm2.config import MODELS, ModelConfig
+from lengthwise.esm2.config import MEMORY_MARGIN, MODELS, ModelConfig
 from lengthwise.report.study.schema import FAIR_ESM
 
 CARDS_GB = (16, 24, 40, 80)
@@ -25,8 +25,6 @@ LEAST_POINTS, LEAST_R_SQUARED = 5, 0.95
 
 # A length that changes by more than this factor if one point is left out says more of that point.
 STEADY = 1.5
-
-MEMORY_MARGIN = 0.9  # as in the engine: the rest is for what the formula leaves out
 
 KEYS = ["engine", "precision", "gradients"]
 
