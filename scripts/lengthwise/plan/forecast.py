@@ -193,7 +193,7 @@ def _disk(
     exports: Collection[str],
     weights: Path | None,
 ) -> dict:
-    """Bytes to write against bytes that are free, and what other ways to store the same would take in a new store."""
+    """Bytes to write against bytes that are free, and what smaller ways to store the same would take in a new store."""
     share = work["sequences"] / max(work["sequences"] + work["finished_sequences"], 1)
     records = sum(pq.read_metadata(folder / "records.parquet").num_rows for folder in datasets.values())
     tables = sum(SPEC_SHARE * share * os.path.getsize(folder / "sequences.parquet") for folder in datasets.values())
@@ -202,14 +202,8 @@ def _disk(
     free = shutil.disk_usage(store).free
     own = {"storage_dtype": settings["storage_dtype"], "outputs": settings["outputs"]}
     ways = [own | {"chosen": True, "bytes": _shard_bytes(left, settings, sizes)}]
-    pooled = [output for output in settings["outputs"] if output != "residue"]
-    for other in (
-        own | {"storage_dtype": "float16", "outputs": ["residue", *pooled]},
-        own | {"storage_dtype": "float32", "outputs": ["residue", *pooled]},
-        own | {"outputs": pooled or ["mean"]},
-    ):
-        if other != own:
-            ways.append(other | {"chosen": False, "bytes": _shard_bytes(wanted, settings | other, sizes)})
+    for other in _smaller(own):
+        ways.append(other | {"chosen": False, "bytes": _shard_bytes(wanted, settings | other, sizes)})
     exported = [missing_bytes(store, settings | way, list(datasets), list(exports)) for way in ways]
     report = BATCH_BYTES * work["residues"] / AUTO_BATCH_TOKENS[settings["device"]]
     report += 0 if (store / "report" / "index.html").exists() else REPORT_BYTES
@@ -225,6 +219,15 @@ def _disk(
         "download": _download(weights, settings) if weights and not weights.exists() else None,
         "ways": [way | {"fits": total <= free} for way, total in zip(ways, needed, strict=True)],
     }
+
+
+def _smaller(own: dict) -> list[dict]:
+    """The ways to store less than `own`: residues in float16, and pooled vectors alone."""
+    if "residue" not in own["outputs"]:
+        return []
+    pooled = [output for output in own["outputs"] if output != "residue"]
+    half = [own | {"storage_dtype": "float16"}] if own["storage_dtype"] == "float32" else []
+    return [*half, own | {"outputs": pooled or ["mean"]}]
 
 
 def _download(weights: Path, settings: dict) -> dict:
@@ -357,10 +360,9 @@ def _needs(made: dict) -> list[str]:
     if download := disk["download"]:
         most, free = size(download["bytes"]), size(download["free_bytes"])
         lines.append(f"              and first the weights, {download['path']}: {most} in float32, {free} free")
-    whole = "everything in a new store, " if work["finished_sequences"] else ""
-    lines += [
-        f"              {whole}{way_name(way)}: {size(way['bytes'])}" for way in disk["ways"] if not way["chosen"]
-    ]
+    if not disk["fits"]:
+        new = "in a new store, " if work["finished_sequences"] else ""
+        lines += [f"{'':14}instead: {new}{_way_line(way)}" for way in disk["ways"] if not way["chosen"]]
     lines.append(
         f"Memory      {size(memory['batch_bytes'])} for {_batches(memory)}, {size(memory['longest_bytes'])} for the longest"
         f" protein ({count(memory['longest_residues'], 'residue')}); {memory['measure']}"
@@ -378,11 +380,11 @@ def _needs(made: dict) -> list[str]:
 def _numbers(made: dict) -> str:
     return (
         f"{made['model']}, {made['precision']} on {made['device']}, layers {', '.join(map(str, made['layers']))},"
-        f" {way_name(made)}"
+        f" {_way_name(made)}"
     )
 
 
-def way_name(way: dict) -> str:
+def _way_name(way: dict) -> str:
     """How outputs are stored, in words."""
     if "residue" not in way["outputs"]:
         return f"{' and '.join(way['outputs'])} alone"
@@ -402,6 +404,10 @@ def _dataset_lines(row: dict) -> list[str]:
     if row["beyond_trained"]:
         lines.append(f"{row['beyond_trained']:,} longer than the {TRAINED:,} residues that ESM-2 was trained on")
     return lines
+
+
+def _way_line(way: dict) -> str:
+    return f"{_way_name(way)}: {size(way['bytes'])}" + ("" if way["fits"] else ", which does not fit either")
 
 
 def _work_line(made: dict) -> str:

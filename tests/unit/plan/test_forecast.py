@@ -75,15 +75,31 @@ def test_a_run_writes_the_bytes_that_were_forecast(small_store, random_proteins,
     assert made["disk"]["exports_bytes"] > exported
 
 
-@pytest.mark.parametrize("other", [{"storage_dtype": "float32"}, {"outputs": ["mean"]}], ids=str)
-def test_the_bytes_of_another_way_to_store_are_what_that_store_has(small_store, random_proteins, other):
-    stores = [small_store(), small_store(**other)]
+@pytest.mark.parametrize("other", [{"storage_dtype": "float16"}, {"outputs": ["mean"]}], ids=str)
+def test_the_bytes_of_a_smaller_way_to_store_are_what_that_store_has(small_store, random_proteins, other):
+    chosen = {"storage_dtype": "float32"}
+    stores = [small_store(**chosen), small_store(**chosen | other)]
     for store in stores:
         store.ingest("a", random_proteins(60))
     stores[1].run(**SIZES)
     wanted = {key: stores[1].settings[key] for key in ("storage_dtype", "outputs")}
     (way,) = [w for w in forecast_of(stores[0])["disk"]["ways"] if {key: w[key] for key in wanted} == wanted]
     assert way["bytes"] == bytes_in(stores[1].path / "shards")
+
+
+def test_what_to_store_instead_is_said_where_the_work_does_not_fit(small_store, random_proteins, full_disk):
+    store = small_store(storage_dtype="float32")
+    store.ingest("a", random_proteins(2000))
+    assert "instead" not in forecast.text(forecast_of(store))
+    needed = forecast_of(store)["disk"]["needed_bytes"]
+    full_disk(needed - 1)
+    lines = [line.strip() for line in forecast.text(forecast_of(store)).splitlines() if "instead" in line]
+    assert [line.rpartition(":")[0] for line in lines] == [
+        "instead: residue and mean, residues in float16",
+        "instead: mean alone",
+    ]
+    full_disk(1000)
+    assert forecast.text(forecast_of(store)).count("which does not fit either") == 2
 
 
 def test_what_is_finished_is_no_work(store):
@@ -272,7 +288,6 @@ def test_exports_need_room_too_until_they_are_there(store, full_disk, refused):
         full_disk(free)
         disk = forecast_of(store, exports=kinds)["disk"]
         assert (disk["fits"], disk["ways"][0]["fits"]) == (fits, fits)
-        assert not any(way["fits"] for way in disk["ways"] if way["storage_dtype"] == "float32")
     needed = int(jobs["forecast_bytes"].sum()) + exported
     full_disk(needed)
     require_space(store.path, jobs, exported)
