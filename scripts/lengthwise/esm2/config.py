@@ -12,10 +12,10 @@ MEMORY_MARGIN = 0.9
 # Batches that a CPU computes at the same time, at most: each takes memory.
 MOST_AT_ONCE = 16
 
-# What a CPU's passes take of resident memory, against what is counted; and after n batches, at most KEPT_TO, the allocator
-# keeps for each core what KEPT * ln(n / KEPT_FROM) of them used. Measured with 8M, 35M and 150M, one protein of 4,000 to 16,000
-# residues, and 20 to 966 batches of 400 to 16,384 tokens on one and two cores, in float32 and bfloat16 (glibc 2.36, torch 2.13).
-RESIDENT_SHARE, KEPT, KEPT_FROM, KEPT_TO = 1.4, 0.6, 2.5, 400
+# What a CPU's passes take of resident memory, against what is counted; and after n batches the allocator keeps for each core what
+# KEPT * ln(n) of them used, of KEPT_TO batches at most. Measured with 8M, 35M and 150M, one protein of 4,000 to 16,000 residues,
+# and 20 to 966 batches of 400 to 16,384 tokens on one and two cores, in float32 and bfloat16 (glibc 2.36, torch 2.13).
+RESIDENT_SHARE, KEPT, KEPT_TO = 1.4, 0.45, 400
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class ModelConfig:
         # What goes into qkv, out_proj, fc1 and fc2 and comes out; in float32 oneDNN adds the residual too.
         products = (18 if itemsize == 4 else 16) * itemsize * self.embed_dim
         computed = self.resident_bytes_alone(itemsize, max(batch_tokens, cores * usual), stored_bytes)
-        kept = KEPT * log(min(max(batches, KEPT_FROM), KEPT_TO) / KEPT_FROM)
+        kept = KEPT * log(min(max(batches, 1), KEPT_TO))
         return computed + int(kept * cores * min(batch_tokens, 2 * AUTO_BATCH_TOKENS["cpu"]) * products)
 
     def resident_bytes_alone(self, itemsize: int, tokens: int, stored_bytes: int = 0) -> int:

@@ -11,7 +11,6 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.config import AUTO_BATCH_TOKENS, MEMORY_MARGIN, MOST_AT_ONCE, ModelConfig
@@ -37,11 +36,8 @@ SETTINGS_TOLD = ("model", "random_weights", "device", "precision", "layers", "ou
 # Python and torch's CPU build with what they have loaded, before the weights.
 PROCESS_BYTES = 0.37e9
 
-# Tables beside the embeddings, measured: specs against the table of sequences; a dataset's index against its table of records,
-# its lookup for each record; a job's spec and commit beside its sequences; a shard's metrics; the report, a batch in it.
-SPEC_SHARE, INDEX_SHARE, LOOKUP_BYTES, JOB_BYTES, METRICS_BYTES = 0.56, 1.4, 107, 3_000, 6_000
-
-REPORT_BYTES, BATCH_BYTES = 1.32e6, 400
+# The report of a first run, measured; it matters beside small stores alone.
+REPORT_BYTES = 1.32e6
 
 
 def forecast(
@@ -194,27 +190,26 @@ def _disk(
     weights: Path | None,
 ) -> dict:
     """Bytes to write against bytes that are free, and what smaller ways to store the same would take in a new store."""
+    # Work orders, indices, lookups and metrics take about as much as the tables that ingest made.
     share = work["sequences"] / max(work["sequences"] + work["finished_sequences"], 1)
-    records = sum(pq.read_metadata(folder / "records.parquet").num_rows for folder in datasets.values())
-    tables = sum(SPEC_SHARE * share * os.path.getsize(folder / "sequences.parquet") for folder in datasets.values())
-    tables += sum(INDEX_SHARE * os.path.getsize(folder / "records.parquet") for folder in datasets.values())
-    tables += LOOKUP_BYTES * records + JOB_BYTES * work["jobs"] + METRICS_BYTES * work["shards"]
+    ingested = [
+        (os.path.getsize(f / "sequences.parquet"), os.path.getsize(f / "records.parquet")) for f in datasets.values()
+    ]
+    tables = int(sum(share * sequences + records for sequences, records in ingested))
     free = shutil.disk_usage(store).free
     own = {"storage_dtype": settings["storage_dtype"], "outputs": settings["outputs"]}
     ways = [own | {"chosen": True, "bytes": _shard_bytes(left, settings, sizes)}]
     for other in _smaller(own):
         ways.append(other | {"chosen": False, "bytes": _shard_bytes(wanted, settings | other, sizes)})
     exported = [missing_bytes(store, settings | way, list(datasets), list(exports)) for way in ways]
-    report = BATCH_BYTES * work["residues"] / AUTO_BATCH_TOKENS[settings["device"]]
-    report += 0 if (store / "report" / "index.html").exists() else REPORT_BYTES
-    needed = [way["bytes"] + int(tables) + int(report) + more for way, more in zip(ways, exported, strict=True)]
+    needed = [way["bytes"] + tables + int(REPORT_BYTES) + more for way, more in zip(ways, exported, strict=True)]
     return {
         "free_bytes": free,
         "needed_bytes": needed[0],
         "fits": needed[0] <= free,
         "embeddings_bytes": ways[0]["bytes"],
-        "tables_bytes": int(tables),
-        "report_bytes": int(report),
+        "tables_bytes": tables,
+        "report_bytes": int(REPORT_BYTES),
         "exports_bytes": exported[0],
         "download": _download(weights, settings) if weights and not weights.exists() else None,
         "ways": [way | {"fits": total <= free} for way, total in zip(ways, needed, strict=True)],
@@ -279,10 +274,8 @@ def _memory(
     at_once = min(threads, MOST_AT_ONCE) if device == "cpu" and tokens <= AUTO_BATCH_TOKENS["cpu"] else 1
     if device == "cpu":
         of_a_job = (work["residues"] + 2 * work["sequences"]) / max(work["jobs"], 1)
-        mean = of_a_job * work["jobs"] / max(work["sequences"], 1)  # a longer protein has a batch of its own
-        usual = int(min(max(tokens, mean), of_a_job))
-        batches = BATCHES_MORE * of_a_job / max(usual, 1)
-        batch = shape.resident_bytes(itemsize, usual, threads, stored, max(batches, 1))
+        usual = int(min(tokens, of_a_job))
+        batch = shape.resident_bytes(itemsize, usual, threads, stored, of_a_job / max(usual, 1))
         alone = shape.resident_bytes_alone(itemsize, longest + 2, stored)
     else:
         batch, alone = (n * shape.bytes_per_token(itemsize, stored) for n in (tokens, longest + 2))
@@ -302,10 +295,8 @@ def _memory(
 def _card(name: str, settings: dict, shape: ModelConfig, batch_tokens: int | str, left: pd.DataFrame) -> dict:
     """What weights and a batch take of a card's memory, and the sequences that it cannot hold."""
     precision = card_precision(settings)
-    weights, per_token = (
-        shape.parameters * _itemsize(precision),
-        shape.bytes_per_token(_itemsize(precision), stored_bytes(settings)),
-    )
+    weights = shape.parameters * _itemsize(precision)
+    per_token = shape.bytes_per_token(_itemsize(precision), stored_bytes(settings))
     fitting = max(0, int((MEMORY_MARGIN * CARDS[name][0] - weights) / per_token))
     tokens = min(fitting, AUTO_BATCH_TOKENS["cuda"]) if batch_tokens == "auto" else batch_tokens
     longest = max(0, fitting - 2)

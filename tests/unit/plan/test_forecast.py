@@ -57,12 +57,12 @@ def test_a_run_writes_the_bytes_that_were_forecast(small_store, random_proteins,
     store = small_store(tmp_path / "wide.pt")
     store.ingest("a", random_proteins(50, 50, 500))
     store.ingest("b", random_proteins(20, 50, 500, seed=1) | {"x": "M-K"})
-    sizes, kinds = {"job_seconds": 0.05, "shard_bytes": 1_000_000}, ["h5", "pt", "biotrainer", "parquet"]
+    sizes, kinds = {"job_seconds": 0.2, "shard_bytes": 2_000_000}, ["h5", "pt", "biotrainer", "parquet"]
     made = forecast_of(store, sizes, exports=kinds)
     before = bytes_in(store.path)
     store.run(**sizes)
     assert (len(store.jobs), len(store.shard_files())) == (made["work"]["jobs"], made["work"]["shards"])
-    assert len(store.shard_files()) > 8
+    assert len(store.shard_files()) > 4
     assert bytes_in(store.path / "shards") == made["disk"]["embeddings_bytes"]
     alone = made["disk"]["needed_bytes"] - made["disk"]["report_bytes"] - made["disk"]["exports_bytes"]
     written = bytes_in(store.path) - before
