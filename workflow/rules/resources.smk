@@ -7,7 +7,7 @@ They change no results, and a site may replace each of them: --set-resources emb
 from lengthwise.system.machine import usable_cores
 from lengthwise.system.gpus import auto_device
 from lengthwise.system.files import read_json
-from lengthwise.plan.throughput import READ_BYTES_PER_SECOND
+from lengthwise.plan.job_requests import READ_BYTES_PER_SECOND
 
 # Of jobs that a plan says nothing about: one of an earlier version.
 UNKNOWN = {"mem_mb": 16000, "disk_mb": 4000, "runtime_minutes": 120}

@@ -8,6 +8,7 @@ import pandas as pd
 
 from lengthwise.esm2.config import ModelConfig
 from lengthwise.esm2.costs import ASSUMED_FLOPS, forecast_seconds
+from lengthwise.plan.job_requests import READ_BYTES_PER_SECOND
 from lengthwise.store.metrics import read_metrics
 from lengthwise.store.paths import find_metrics
 from lengthwise.store.settings import shape_of
@@ -16,18 +17,11 @@ from lengthwise.system.text import count
 
 HERE, ELSEWHERE, ASSUMED = "measured in this store", "measured on another machine", "assumed"
 
-# (device, threads, precision, width of the model, floating-point operations per second), from whole jobs of 105,388 residues of
-# Swiss-Prot (640 wide: 32,353) on a quiet machine. Nothing was measured on a GPU yet.
-DEVICES = [
-    ("AMD EPYC", 2, "float32", 320, 154e9),
-    ("AMD EPYC", 2, "bfloat16", 320, 207e9),
-    ("AMD EPYC", 2, "float32", 480, 172e9),
-    ("AMD EPYC", 2, "float32", 640, 190e9),
-    ("AMD EPYC", 2, "bfloat16", 640, 300e9),
-]
+# Floating-point operations per second of two threads of an AMD EPYC, from whole jobs of 105,388 residues of Swiss-Prot on a quiet
+# machine: 154 to 190e9 in float32 (8M to 150M), 207 and 300e9 in bfloat16 (8M, 150M).
+CPU_FLOPS = {"float32": 170e9, "bfloat16": 250e9}
 
-# What was assumed is two cores' speed, or one card's.
-ASSUMED_THREADS = 2
+MEASURED_THREADS = 2
 
 # {card: (bytes of memory, dense float16 operations per second with float32 sums)}, from NVIDIA's data sheets: what `device_like`
 # may name. A card is assumed to reach a third of its peak, within a factor of three.
@@ -47,8 +41,8 @@ CARDS = {
 
 SHARE_OF_PEAK = 1 / 3
 
-# Seconds to load weights: their bytes at an ordinary disk's rate, and starting a GPU.
-READ_BYTES_PER_SECOND, START_SECONDS = 200e6, 5.0
+# How many times slower or faster a device may be than a rate that was not measured in this store.
+FACTOR_ELSEWHERE, FACTOR_CARD, FACTOR_ASSUMED = 3.0, 3.0, 5.0
 
 # Of a store's jobs so many are looked at: all of thousands would take a minute and say the same.
 MAX_JOBS = 100
@@ -180,39 +174,29 @@ def _fit(batches: pd.DataFrame, device: str, precision: str) -> Rate:
 
 
 def _expected(device: str, precision: str, shape: ModelConfig, threads: int) -> Rate:
-    """The rate of a device on which this store has measured nothing: of the most similar one that was, or assumed."""
-    load = READ_BYTES_PER_SECOND**-1 * 4 * shape.parameters + (START_SECONDS if device == "cuda" else 0)
-    near = [row for row in DEVICES if device == "cpu" and row[2] == precision]
-    if near:
-        name, cores, _, width, flops = min(near, key=lambda row: abs(np.log(row[3] / shape.embed_dim)))
-        source, low, high = ELSEWHERE, 1 / 3, 3.0
-        basis = (
-            f"{name}, {cores} threads, a model {width} wide; taken to grow with the threads, {threads} here; the range is "
-            "assumed, 3 times either way: CPUs differ"
-        )
-        flops *= threads / cores
-    else:
-        flops, source = ASSUMED_FLOPS[device], ASSUMED
-        if device == "cpu":
-            flops, low, high = flops * threads / ASSUMED_THREADS, 1 / 4, 4.0
-            basis = (
-                f"nothing was measured; assumed for {threads} threads of a server, and a range of 4 times either way"
-            )
-        else:
-            low, high = 1 / 5, 5.0
-            basis = (
-                "a third of an A100's dense float16 peak, and a range of 5 times either way, as from an H100 to a T4; nothing "
-                "was measured on a GPU yet"
-            )
-    name = {"cpu": f"CPU, {count(threads, 'thread')}", "cuda": "GPU"}[device]
-    return Rate(name, precision, source, 1 / flops, 1 / flops, load, low, high, basis)
+    """The rate of a device on which this store has measured nothing: of CPUs that were measured, or assumed."""
+    if device == "cuda":
+        basis = "a third of an A100's dense float16 peak; nothing was measured on a GPU yet"
+        return _unmeasured("GPU", precision, ASSUMED, ASSUMED_FLOPS["cuda"], FACTOR_ASSUMED, shape, basis)
+    name, share = f"CPU, {count(threads, 'thread')}", threads / MEASURED_THREADS
+    if precision in CPU_FLOPS:
+        basis = f"an AMD EPYC, {MEASURED_THREADS} threads; taken to grow with the threads, {threads} here"
+        return _unmeasured(name, precision, ELSEWHERE, share * CPU_FLOPS[precision], FACTOR_ELSEWHERE, shape, basis)
+    basis = f"nothing was measured; assumed for {threads} threads of a server"
+    return _unmeasured(name, precision, ASSUMED, share * ASSUMED_FLOPS["cpu"], FACTOR_ASSUMED, shape, basis)
 
 
 def _of_card(card: str, settings: dict, shape: ModelConfig) -> Rate:
     """The assumed rate of one of `CARDS`."""
-    load = READ_BYTES_PER_SECOND**-1 * 4 * shape.parameters + START_SECONDS
-    seconds = 1 / (SHARE_OF_PEAK * CARDS[card][1])
-    basis = (
-        "a third of the card's dense float16 peak, and a range of 3 times either way; nothing was measured on a GPU yet"
-    )
-    return Rate(card, card_precision(settings), ASSUMED, seconds, seconds, load, 1 / 3, 3.0, basis)
+    basis = "a third of the card's dense float16 peak; nothing was measured on a GPU yet"
+    flops = SHARE_OF_PEAK * CARDS[card][1]
+    return _unmeasured(card, card_precision(settings), ASSUMED, flops, FACTOR_CARD, shape, basis)
+
+
+def _unmeasured(
+    device: str, precision: str, source: str, flops: float, factor: float, shape: ModelConfig, basis: str
+) -> Rate:
+    """A rate with a range of so many times either way; the weights are read at an ordinary disk's rate."""
+    load = 4 * shape.parameters / READ_BYTES_PER_SECOND
+    basis += f"; a range of {factor:.0f} times either way"
+    return Rate(device, precision, source, 1 / flops, 1 / flops, load, 1 / factor, factor, basis)
