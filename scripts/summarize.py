@@ -12,6 +12,6 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
         Path(snakemake.params.store),
         Path(snakemake.input.jobs),
         manifests,
-        Path(snakemake.input.scaling),
+        Path(snakemake.input.scaling) if snakemake.input.scaling else None,
         Path(snakemake.output.page).parent,
     )

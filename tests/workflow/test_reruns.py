@@ -253,6 +253,27 @@ def test_forceall_keeps_the_shards_and_the_settings(project):
     assert times(project.store)[project.store / "settings.json"] == settings
 
 
+def test_the_scaling_study_is_left_out_and_taken_up_again(project):
+    study = project.store / "report" / "scaling.tsv"
+    page = project.store / "report" / "index.html"
+    again = (Counter(["summarize", "all"]), 0)
+    measured = study.read_bytes()
+    reconfigure(project, scaling=False)
+    assert rerun(project) == again
+    assert "The scaling study is off" in page.read_text()
+    assert rerun(project) == (NOTHING, 0)
+    reconfigure(project, scaling=True)
+    assert rerun(project) == again  # what was measured is there
+    assert study.read_bytes() == measured
+    assert "The scaling study is off" not in page.read_text()
+    study.unlink()
+    reconfigure(project, scaling=False)
+    assert rerun(project) == again
+    reconfigure(project, scaling=True, scaling_seconds=1)
+    assert rerun(project) == (Counter(["scaling", "summarize", "all"]), 0)
+    assert study.exists()
+
+
 def test_moved_to_another_folder(project, tmp_path):
     moved = Project(project.folder.rename(tmp_path / "moved"), project.checkout)
     assert rerun(moved) == (NOTHING, 0)

@@ -162,6 +162,11 @@ def job_records_of_dataset(wildcards):
     return planned_job_records(wildcards.dataset)
 
 
+def scaling_study(wildcards):
+    """The study's table, unless the config leaves the study out."""
+    return f"{STORE}/report/scaling.tsv" if config["scaling"] else []
+
+
 def captioned(figure, category):
     """A figure of the report, for Snakemake's own report too."""
     return report(f"{STORE}/report/{figure}.svg", caption=f"../report/{figure}.rst", category=category)

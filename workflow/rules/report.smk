@@ -1,6 +1,7 @@
 """Scaling study and report.
 
-In: weights; commits and manifests. Out: scaling.tsv; tables, figures and index.html.
+In: weights; commits and manifests. Out: scaling.tsv, if the config asks for the study; tables, figures and index.html, with or
+without it.
 """
 
 FIGURES = {
@@ -44,7 +45,7 @@ rule summarize:
         jobs=ancient(JOBS),
         job_records=job_records_of_all,
         manifests=expand(MANIFEST, dataset=DATASETS),
-        scaling=f"{STORE}/report/scaling.tsv",
+        scaling=scaling_study,
     output:
         **{figure: captioned(figure, category) for figure, category in FIGURES.items()},
         page=report(f"{STORE}/report/index.html", caption="../report/index.rst", category="Report"),

@@ -14,34 +14,26 @@ from lengthwise.report import figures, tables
 from lengthwise.report.pca import Projection, project
 from lengthwise.report.study.facts import study_facts
 from lengthwise.report.study.fits import Fit, as_table, fit_all
-from lengthwise.report.study.schema import read_scaling
-from lengthwise.report.svg import save
+from lengthwise.report.study.schema import no_study, read_scaling
+from lengthwise.report.svg import Plot, save
 from lengthwise.report.words import MEASURES, measures_in_words
 from lengthwise.store.metrics import read_encoded
 from lengthwise.store.paths import find_metrics, job_record_path
 from lengthwise.store.settings import require, shape_of
 from lengthwise.system.files import atomic, read_json
 
-FIGURES = (
-    "throughput",
-    "memory",
-    "time",
-    "fill",
-    "scaling_memory",
-    "no_grad",
-    "half_precision",
-    "copies",
-    "scaling_throughput",
-    "scaling_time",
-    "map",
-)
+STUDY_FIGURES = ("scaling_memory", "no_grad", "half_precision", "copies", "scaling_throughput", "scaling_time")
+
+FIGURES = ("throughput", "memory", "time", "fill", *STUDY_FIGURES, "map")
+
+STUDY_OFF = "The scaling study is off; with scaling: true in the config, the next run measures it."
 
 SHOWN = 25  # rows of a long table: the files have them all
 
 SLOWEST = 10
 
 
-def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: Path, out: Path) -> dict:
+def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: Path | None, out: Path) -> dict:
     """Write the report of a store.
 
     Parameters
@@ -53,7 +45,7 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
     datasets
         {dataset: its manifest.json}, the index beside it.
     scaling
-        The table that `lengthwise.report.study.measure.scaling` wrote.
+        The table that `lengthwise.report.study.measure.scaling` wrote; None leaves the study out of the report.
     out
         The folder for the tables (`lengthwise.report.tables.COLUMNS`) as TSV and Parquet, an SVG and a PNG of each of
         `FIGURES` (of one that cannot be drawn an SVG that says why), and index.html, which is last.
@@ -78,7 +70,7 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
     batches = tables.batches(metrics, job_records)
     del metrics  # of millions of batches it is large
     bins, jobs, devices = tables.bin_by_length(batches), tables.jobs(job_records, batches), tables.devices(batches)
-    study = read_scaling(scaling)
+    study = read_scaling(scaling) if scaling else no_study()
     found = fit_all(study)
     ledger = [read_json(manifest) | {"dataset": name} for name, manifest in datasets.items()]
     projection, no_map = project(store, settings, datasets)
@@ -92,7 +84,8 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
     }
     tables.write(written, out)
     tables.write_columns(out)
-    tables.write_parquet(study, out / "scaling.parquet")
+    kept = scaling or out / "scaling.tsv"  # an earlier run's study keeps its Parquet copy
+    tables.write_parquet(read_scaling(kept) if kept.exists() else study, out / "scaling.parquet")
     facts = _facts(settings, job_records, batches, devices, ledger)
     facts |= {"shards": len(shards), "missing_metrics": len(shards) - len(present)}
     page = _template().render(
@@ -100,12 +93,15 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
         settings=settings,
         ledger=ledger[:SHOWN],
         reasons=sum((Counter(row["reasons"]) for row in ledger), Counter()).most_common(),
-        figures=_figures(batches, bins, devices, study, found, projection or no_map, settings, out),
+        figures=_figures(
+            batches, bins, devices, study if scaling else None, found, projection or no_map, settings, out
+        ),
         measures=measures_in_words(batches),
         rest=_rest(batches),
         slow=tables.SLOW,
         batches_shown=min(len(batches), figures.MAX_POINTS),
         study=study_facts(study, found, settings),
+        study_off="" if scaling else STUDY_OFF,
         map_of=projection.of if projection else "",
         map_records=len(projection.records) if projection else 0,
         jobs=jobs.sort_values("residues_per_second", kind="stable").head(SHOWN).to_dict("records"),
@@ -113,7 +109,7 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
         slowest=tables.slowest(batches, bins, SLOWEST).to_dict("records"),
         parity=_parity(store),
         versions=_versions(job_records),
-        columns=tables.COLUMNS,
+        columns={name: text for name, text in tables.COLUMNS.items() if scaling or name != "scaling"},
         names={engine: name for engine, (name, *_) in figures.ENGINES.items()},
     )
     with atomic(out / "index.html") as part:
@@ -161,17 +157,14 @@ def _figures(
     batches: pd.DataFrame,
     bins: pd.DataFrame,
     devices: pd.DataFrame,
-    study: pd.DataFrame,
+    study: pd.DataFrame | None,
     found: list[Fit],
     projection: Projection | str,
     settings: dict,
     out: Path,
 ) -> dict[str, dict]:
     """Write the figures; {name: {"svg": element}, or {"reason": why there is none}}."""
-    config, measures = shape_of(settings), measures_in_words(batches)
-    # The store's own precision, but for the figure that compares them.
-    own = study[study["precision"] == settings["precision"]]
-    plain, added = own[~own["gradients"]], " or ".join(measures_in_words(study[study["peak_bytes"].notna()]))
+    measures = measures_in_words(batches)
     none = "No batch of these jobs has metrics, so there is nothing to show of production."
     label = f"Peak {measures[0]}" if len(measures) == 1 else "Peak memory"
     drawn = {
@@ -185,12 +178,7 @@ def _figures(
         "fill": figures.production(batches, bins, "fill", "Tokens of the batch, of the most allowed", medians=False)
         if batches["fill"].notna().any()
         else none,
-        "scaling_memory": figures.scaling_memory(plain, found, config, added),
-        "no_grad": figures.no_grad(own, added),
-        "half_precision": figures.half_precision(study),
-        "copies": figures.copies(study),
-        "scaling_throughput": figures.scaling_throughput(plain),
-        "scaling_time": figures.scaling_time(plain, found, config),
+        **(dict.fromkeys(STUDY_FIGURES, STUDY_OFF) if study is None else _study_figures(study, found, settings)),
         "map": projection if isinstance(projection, str) else figures.embedding_map(projection),
     }
     shown = {}
@@ -204,6 +192,22 @@ def _figures(
         else:
             shown[name] = {"svg": Markup(save(plot, out, name))}
     return shown
+
+
+def _study_figures(study: pd.DataFrame, found: list[Fit], settings: dict) -> dict[str, Plot | str]:
+    """Plots of the scaling study, or why there is none."""
+    config = shape_of(settings)
+    # The store's own precision, but for the figure that compares them.
+    own = study[study["precision"] == settings["precision"]]
+    plain, added = own[~own["gradients"]], " or ".join(measures_in_words(study[study["peak_bytes"].notna()]))
+    return {
+        "scaling_memory": figures.scaling_memory(plain, found, config, added),
+        "no_grad": figures.no_grad(own, added),
+        "half_precision": figures.half_precision(study),
+        "copies": figures.copies(study),
+        "scaling_throughput": figures.scaling_throughput(plain),
+        "scaling_time": figures.scaling_time(plain, found, config),
+    }
 
 
 def _rest(batches: pd.DataFrame) -> str:

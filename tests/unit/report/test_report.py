@@ -112,7 +112,7 @@ class Store:
 
     def __init__(self, folder):
         self.folder, self.jobs, self.datasets, self.settings = folder, [], {}, dict(SETTINGS)
-        self.study = study()
+        self.study = study()  # None: the config leaves it out
 
     def job(self, shards, made=None, device=CPU, threads=1, batch_tokens=2_048):
         name = f"job{len(self.jobs)}"
@@ -184,7 +184,10 @@ class Store:
         jobs, scaling = self.folder / "jobs.tsv", self.folder / "report" / "scaling.tsv"
         pd.DataFrame(self.jobs, columns=JOBS_COLUMNS).fillna(1).to_csv(jobs, sep="\t", index=False)
         scaling.parent.mkdir(exist_ok=True)
-        self.study.to_csv(scaling, sep="\t", index=False)
+        if self.study is None:
+            scaling = None
+        else:
+            self.study.to_csv(scaling, sep="\t", index=False)
         facts = summarize.summarize(self.folder, jobs, self.datasets, scaling, self.folder / "report")
         return facts, (self.folder / "report" / "index.html").read_text()
 
@@ -513,6 +516,35 @@ def test_a_study_of_an_earlier_version_has_a_report(store):
     store.study = store.study.drop(columns=[*new, "copy_in_ms", "copy_out_ms", "clock_mhz", "temperature_c"])
     _, page = store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
     assert "From 50 to 500 residues Lengthwise goes from 780 kB to 7.53 MB" in Page(page).text
+
+
+def test_without_the_study_the_page_says_so_in_one_sentence_and_every_file_is_there(tmp_path):
+    store = Store(tmp_path).job({"s0": batches_of("s0", 4)}).dataset("a")
+    store.study = None
+    _, page = store.summarize()
+    text, out = Page(page).text, store.folder / "report"
+    assert text.count("The scaling study is off; with scaling: true in the config, the next run measures it.") == 1
+    assert not re.search("Controlled runs|Clock|no_grad|scaling.tsv", text)
+    assert "The longest protein by the formula" in text
+    for reference in Page(page).loads:
+        assert reference.startswith(("#", "data:")) or (out / reference).is_file()
+    for name in summarize.STUDY_FIGURES:
+        assert ElementTree.parse(out / f"{name}.svg").getroot().tag.endswith("svg")
+        assert not (out / f"{name}.png").exists()
+    for table in ("scaling", "laws"):
+        assert pd.read_parquet(out / f"{table}.parquet").empty
+    assert list(pd.read_parquet(out / "scaling.parquet").columns) == list(COLUMNS)
+
+
+def test_a_study_that_was_measured_outlasts_a_report_without_it(store):
+    store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
+    out = store.folder / "report"
+    names = ("scaling.tsv", "scaling.parquet")
+    before = {name: (out / name).read_bytes() for name in names}
+    store.study = None
+    _, page = store.summarize()
+    assert "The scaling study is off" in page
+    assert {name: (out / name).read_bytes() for name in names} == before
 
 
 def test_parity_receipts_are_shown(store):

@@ -39,6 +39,11 @@ COLUMNS = {
 SERIES = ["engine", "precision", "gradients", "batch_tokens"]  # the columns that tell series apart
 
 
+def no_study() -> pd.DataFrame:
+    """A study of no points."""
+    return pd.DataFrame(columns=list(COLUMNS)).astype(COLUMNS)
+
+
 def read_scaling(table: Path) -> pd.DataFrame:
     """The table that `scaling` wrote; what an earlier version did not write is null."""
     found = pd.read_csv(table, sep="\t")
