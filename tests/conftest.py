@@ -39,6 +39,7 @@ from lengthwise.system.files import write_json
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ModelConfig(2, 32, 2)
 MAX_WORKERS = 8  # of about a gigabyte each
+MARKED_SECONDS = {"slow": 900, "huge": 4 * 3600}  # time limits of tests so marked
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
@@ -49,8 +50,12 @@ def pytest_xdist_auto_num_workers(config) -> int:
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Runs of the workflow first: a file of them takes minutes, which none should take alone at the end."""
-    items.sort(key=lambda item: "workflow" not in item.path.parts)
+    """The example's run and what looks at it first, so that one worker has them all; then the workflow's other runs."""
+    items.sort(key=lambda item: ("example" not in item.fixturenames, "workflow" not in item.path.parts))
+    for item in items:
+        for marker, seconds in MARKED_SECONDS.items():
+            if item.get_closest_marker(marker) and not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(seconds))
 
 
 class SmallStore:

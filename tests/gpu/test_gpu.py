@@ -85,7 +85,7 @@ def test_long_sequences_run_and_match_fair_esm_where_it_can_run(weights, length)
     try:
         (theirs,) = reference(weights(SMALLEST), [sequence], CUDA)
     except torch.OutOfMemoryError:
-        return
+        pytest.skip(f"fair-esm's pass of {length:,} residues does not fit into this GPU's memory")
     similarity = torch.nn.functional.cosine_similarity(torch.from_numpy(ours), torch.from_numpy(theirs))
     assert float(similarity.min()) >= 0.9999
 
@@ -186,9 +186,12 @@ def test_shards_are_written_while_the_gpu_computes_and_the_metrics_say_so(weight
     stored = np.concatenate([Shard(shard_path(tmp_path, shard.name))["layer_33"] for shard in shards])
     np.testing.assert_allclose(stored, np.concatenate(rows(made, sequences)).astype(np.float16), rtol=0, atol=0.05)
     found = read_metrics([metrics_path(tmp_path, shard.name) for shard in shards])
-    assert found["gpu_busy"].between(0, 1).all()
     assert found["n_residues"].sum() == lengths.sum()
-    busy = (found["gpu_busy"] * found["wall_ms"]).sum() / found["wall_ms"].sum()
+    # A batch's result may be waited for, and the next one's be there at once: its share alone is cut to 1.
+    shares = found["device_ms"] / found["wall_ms"]
+    np.testing.assert_allclose(found["gpu_busy"], shares.clip(upper=1))
+    busy = found["device_ms"].sum() / found["wall_ms"].sum()
+    assert 0 < busy <= 1.01  # it computes one batch at a time, so no longer than all of the time
     print(f"gpu_busy {busy:.2f}, wait_write_ms {found['wait_write_ms'].sum():.0f} of {found['wall_ms'].sum():.0f}")
 
 

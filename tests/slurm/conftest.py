@@ -21,6 +21,9 @@ from slurm import SCRIPT, Cluster, ClusterProject, ControllerCrashedError, Submi
 def cluster() -> Iterator[Cluster]:
     """SLURM, started here where LENGTHWISE_NEEDS_SLURM is set; elsewhere the tests are skipped."""
     why = None
+    assert "PYTEST_XDIST_WORKER" not in os.environ or "LENGTHWISE_NEEDS_SLURM" not in os.environ, (
+        "one cluster: use -n 0"
+    )
     if "LENGTHWISE_NEEDS_SLURM" not in os.environ:
         why = "set LENGTHWISE_NEEDS_SLURM=1: several minutes of two cores"
     elif not (os.geteuid() == 0 and shutil.which("slurmctld")):

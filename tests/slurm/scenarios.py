@@ -78,7 +78,9 @@ def whole(cluster: Cluster, folder: Path) -> Whole:
     """The example and 2,000 sequences, from nothing to the report; what assemble writes is seen late on the login node."""
     project = ClusterProject.with_tiny_model(folder / "project", many=random_sequences(2_000, seed=3))
     shutil.copy(ROOT / "config" / "example.fasta", project.folder / "in")
-    project.configure(inputs=["in/*.fasta"], model="tiny.pt", device="cpu", job_minutes=3.6e-4)
+    project.configure(
+        inputs=["in/*.fasta"], model="tiny.pt", device="cpu", job_minutes=3.6e-4, scaling=True, scaling_seconds=5
+    )
     project.profile = the_sites_profile(folder / "profile")
     arguments = ["--slurm-status-command", "sacct"]
     with late(cluster, project.store / "datasets", folder / "on-the-node"):

@@ -13,6 +13,8 @@ from project import Project, random_sequences
 from lengthwise.plan.planner import read_jobs
 from slurm import ClusterProject
 
+# The scenarios run side by side before the first test, and each wait in them has a limit of its own.
+pytestmark = pytest.mark.timeout(1800)
 GPU_RULES = ("embed", "scaling")
 MANY_JOBS = 500
 
@@ -178,7 +180,7 @@ def test_a_new_run_beside_the_jobs_of_a_dead_one_computes_nothing_twice(login, u
     assert login.project.contents().items() <= undisturbed.items()
 
 
-@pytest.mark.slow
+@pytest.mark.huge
 def test_five_hundred_jobs_of_one_protein_complete(cluster, tmp_path):
     """Says what Snakemake itself takes for a job."""
     project = ClusterProject.with_tiny_model(tmp_path / "project", a=random_sequences(MANY_JOBS, seed=5))

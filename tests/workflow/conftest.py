@@ -11,8 +11,8 @@ def project(tmp_path) -> Project:
 
 @pytest.fixture(scope="session")
 def example(tmp_path_factory) -> tuple[Project, Run]:
-    """The shipped config, run once to the end."""
+    """The shipped config, run once to the end, with a short scaling study."""
     project = Project.with_example(tmp_path_factory.mktemp("example") / "project")
-    run = project.snakemake()
+    run = project.snakemake("--config", "scaling_seconds=12")
     assert run.code == 0, run.output
     return project, run

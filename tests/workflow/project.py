@@ -74,7 +74,8 @@ class Project:
         (self.folder / "in" / f"{name}.fasta").write_text("".join(records))
 
     def configure(self, **config) -> None:
-        config = {"inputs": ["config/example.fasta"], "model": "demo"} | config
+        """Without the scaling study, which takes longer than all the rest of a small run."""
+        config = {"inputs": ["config/example.fasta"], "model": "demo", "scaling": False} | config
         (self.folder / "config" / "config.yaml").write_text(yaml.safe_dump(config))
 
     def command(self, *arguments: str) -> list[str]:

@@ -83,7 +83,7 @@ def test_a_gpu_is_forecast_where_there_is_none(project, monkeypatch):
 FIRST, SECOND, ROUNDS = 120, 280, 3
 
 
-@pytest.mark.slow
+@pytest.mark.huge
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_memory_and_time_are_as_forecast_on_a_quiet_machine(tmp_path, precision):
     """Prints what was forecast and what was measured, in 8M's shape on all cores, for the README."""

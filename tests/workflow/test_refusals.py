@@ -24,18 +24,23 @@ def assert_before_any_job(run):
     assert "rule ingest" not in run.output
 
 
+def slow(*values):
+    """Cases whose messages tests/unit/test_config.py has too: each costs a start of Snakemake."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
         ({"inputs": ["nowhere.fasta"]}, ["inputs", "nowhere.fasta"]),
-        ({"inputs": ["config/*.fa.gz"]}, ["inputs", "config/*.fa.gz"]),
         ({"modle": "demo"}, ["unknown key 'modle'", "did you mean 'model'"]),
-        ({"long_sequences": {"polcy": "skip"}}, ["long_sequences.polcy"]),
-        ({"model": "esm2_t33_650M"}, ["model", "did you mean 'esm2_t33_650M_UR50D'"]),
-        ({"model": "nowhere.pt"}, ["model", "nowhere.pt"]),
-        ({"job_minutes": "many"}, ["job_minutes", "many"]),
-        ({"layers": "last"}, ["layers", "last"]),
         ({"device": "cuda"}, ["device: cuda", "no GPU"]),
+        slow({"inputs": ["config/*.fa.gz"]}, ["inputs", "config/*.fa.gz"]),
+        slow({"long_sequences": {"polcy": "skip"}}, ["long_sequences.polcy"]),
+        slow({"model": "esm2_t33_650M"}, ["model", "did you mean 'esm2_t33_650M_UR50D'"]),
+        slow({"model": "nowhere.pt"}, ["model", "nowhere.pt"]),
+        slow({"job_minutes": "many"}, ["job_minutes", "many"]),
+        slow({"layers": "last"}, ["layers", "last"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -77,7 +82,7 @@ def broken(tmp_path_factory):
     project.configure(
         inputs={dataset_name(name): str(ROOT / "tests" / "hostile" / name) for name in BROKEN}, model="tiny.pt"
     )
-    return project, project.snakemake("--keep-going", "--omit-from", "scaling")
+    return project, project.snakemake("--keep-going")
 
 
 @pytest.mark.parametrize("name", BROKEN)

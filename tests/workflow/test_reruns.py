@@ -52,7 +52,7 @@ def reconfigure(project, **changes):
 
 def test_first_run(finished):
     project, run = finished
-    once = ["fetch_model", "plan", "embed", "scaling", "summarize", "all"]
+    once = ["fetch_model", "plan", "embed", "summarize", "all"]
     assert run.rules == Counter({**dict.fromkeys(once, 1), "ingest": 2, "assemble": 2})
     assert sum(n for _, n in project.shards().values()) == 8
 
@@ -61,6 +61,21 @@ def test_second_run(project):
     run = project.snakemake()
     assert run.rules == NOTHING
     assert "Nothing to be done" in run.output
+
+
+def test_what_changes_no_number_reruns_nothing(finished, project, tmp_path):
+    """How work is cut, touched weights and scripts, an edited package, another folder; then without Snakemake's notes too."""
+    reconfigure(project, batch_tokens=64, job_minutes=1, shard_bytes=65536)
+    os.utime(project.folder / "tiny.pt")
+    scripts = finished[0].checkout / "scripts"
+    for script in scripts.glob("*.py"):
+        os.utime(script)
+    module = scripts / "lengthwise/embed.py"
+    module.write_text(module.read_text() + "\n# edited\n")
+    moved = Project(project.folder.rename(tmp_path / "moved"), project.checkout)
+    assert rerun(moved) == (NOTHING, 0)
+    shutil.rmtree(moved.folder / ".snakemake")
+    assert rerun(moved) == (NOTHING, 0)
 
 
 def test_touched_input(project):
@@ -100,26 +115,17 @@ def test_renamed_file(project):
     assert rerun(project) == (Counter(["ingest", "plan", "assemble", "summarize", "all"]), 0)
 
 
-def test_how_work_is_cut(project):
-    reconfigure(project, batch_tokens=64, job_minutes=1, shard_bytes=65536)
-    assert rerun(project) == (NOTHING, 0)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"precision": "bfloat16"}, {"layers": [1]}, {"storage_dtype": "float32"}, {"outputs": ["mean"]}],
-    ids=lambda change: next(iter(change)),
-)
-def test_what_the_numbers_are_is_refused(project, change):
-    reconfigure(project, **change)
+def test_what_the_numbers_are_is_refused(project):
+    changes = {"precision": "bfloat16", "layers": [1], "storage_dtype": "float32", "outputs": ["mean"]}
+    reconfigure(project, **changes)
     before = times(project.store)
     run = project.snakemake()
     assert run.code == 1
     assert run.rules == NOTHING
     assert "Traceback" not in run.output
     (line,) = run.errors
-    assert next(iter(change)) in line
-    assert "there and" in line
+    for key in changes:
+        assert f"{key} is " in line
     assert "results" in line
     assert times(project.store) == before
 
@@ -132,45 +138,27 @@ def test_other_weights_under_the_same_name_are_refused(project):
     assert "weights_sha256" in run.errors[0]
 
 
-def test_the_same_weights_copied_again(project):
-    os.utime(project.folder / "tiny.pt")
-    assert rerun(project) == (NOTHING, 0)
-
-
-def test_touched_scripts(finished, project):
-    for script in (finished[0].checkout / "scripts").glob("*.py"):
-        os.utime(script)
-    assert rerun(project) == (NOTHING, 0)
-
-
-def test_edited_module_of_the_package(finished, project):
-    module = finished[0].checkout / "scripts/lengthwise/embed.py"
-    module.write_text(module.read_text() + "\n# edited\n")
-    assert rerun(project) == (NOTHING, 0)
-
-
-def test_deleted_dot_snakemake(project):
-    shutil.rmtree(project.folder / ".snakemake")
-    assert rerun(project) == (NOTHING, 0)
-
-
-def test_deleted_shard(finished, project):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        os.unlink,
+        pytest.param(lambda shard: os.truncate(shard, shard.stat().st_size - 1), marks=pytest.mark.slow),
+        pytest.param(lambda shard: shard.rename(f"{shard}.bak"), marks=pytest.mark.slow),
+    ],
+    ids=["deleted", "truncated", "moved aside"],
+)
+def test_a_damaged_shard_is_made_again(project, damage):
     (shard,) = project.store.glob("shards/*/*.safetensors")
     content = shard.read_bytes()
-    shard.unlink()
+    damage(shard)
     assert rerun(project) == (Counter({"embed": 1, "assemble": 2, "summarize": 1, "all": 1}), 8)
     assert shard.read_bytes() == content
 
 
-def test_truncated_shard(project):
-    (shard,) = project.store.glob("shards/*/*.safetensors")
-    content = shard.read_bytes()
-    os.truncate(shard, len(content) - 1)
-    assert project.snakemake().rules == Counter({"embed": 1, "assemble": 2, "summarize": 1, "all": 1})
-    assert shard.read_bytes() == content
-
-
-@pytest.mark.parametrize("argument", ["--dry-run", "-np", "--unlock", "--dag", "--touch"])
+@pytest.mark.parametrize(
+    "argument",
+    ["--dry-run", "--touch", *(pytest.param(look, marks=pytest.mark.slow) for look in ("-np", "--unlock", "--dag"))],
+)
 def test_who_only_looks_changes_no_file(project, argument):
     next(project.store.glob("shards/*/*.safetensors")).unlink()
     before = times(project.store)
@@ -225,13 +213,6 @@ def test_deleted_weights_receipt(project):
     assert (rules["fetch_model"], rules["embed"], embedded) == (1, 0, 0)
 
 
-def test_a_shard_that_was_moved_aside(project):
-    (shard,) = project.store.glob("shards/*/*.safetensors")
-    shard.rename(shard.with_name(f"{shard.name}.bak"))
-    assert project.snakemake().rules["embed"] == 1
-    assert shard.exists()
-
-
 def test_other_weights_with_the_same_size_and_time_are_refused(project):
     old = (project.folder / "tiny.pt").stat()
     content = bytearray((project.folder / "tiny.pt").read_bytes())
@@ -253,30 +234,18 @@ def test_forceall_keeps_the_shards_and_the_settings(project):
     assert times(project.store)[project.store / "settings.json"] == settings
 
 
-def test_the_scaling_study_is_left_out_and_taken_up_again(project):
-    study = project.store / "report" / "scaling.tsv"
-    page = project.store / "report" / "index.html"
-    again = (Counter(["summarize", "all"]), 0)
-    measured = study.read_bytes()
-    reconfigure(project, scaling=False)
-    assert rerun(project) == again
+def test_the_scaling_study_is_taken_up_left_out_and_taken_up_again(project):
+    study, page = (project.store / "report" / name for name in ("scaling.tsv", "index.html"))
     assert "The scaling study is off" in page.read_text()
-    assert rerun(project) == (NOTHING, 0)
-    reconfigure(project, scaling=True)
-    assert rerun(project) == again  # what was measured is there
-    assert study.read_bytes() == measured
-    assert "The scaling study is off" not in page.read_text()
-    study.unlink()
-    reconfigure(project, scaling=False)
-    assert rerun(project) == again
     reconfigure(project, scaling=True, scaling_seconds=1)
     assert rerun(project) == (Counter(["scaling", "summarize", "all"]), 0)
-    assert study.exists()
-
-
-def test_moved_to_another_folder(project, tmp_path):
-    moved = Project(project.folder.rename(tmp_path / "moved"), project.checkout)
-    assert rerun(moved) == (NOTHING, 0)
+    assert "The scaling study is off" not in page.read_text()
+    measured = study.read_bytes()
+    for on in (False, True):
+        reconfigure(project, scaling=on)
+        assert rerun(project) == (Counter(["summarize", "all"]), 0)
+        assert ("The scaling study is off" in page.read_text()) != on
+        assert study.read_bytes() == measured
 
 
 def test_a_wrong_input_that_was_planned_and_removed_costs_nothing(project):

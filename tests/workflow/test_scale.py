@@ -1,4 +1,4 @@
-"""A store of as many jobs as a plan may have: what a run that has nothing to do costs."""
+"""A store of many jobs, in slow tests as many as a plan may have: what a run that has nothing to do costs."""
 
 import functools
 import os
@@ -13,12 +13,15 @@ from lengthwise.jobs import embed_job
 from lengthwise.plan.planner import MAX_JOBS, read_jobs
 from lengthwise.store.paths import job_record_path, work_order_path
 
-JOBS = MAX_JOBS
+
+@pytest.fixture(scope="module", params=[MAX_JOBS // 10, pytest.param(MAX_JOBS, marks=pytest.mark.slow)])
+def jobs(request) -> int:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory) -> Project:
-    project = Project.with_tiny_model(tmp_path_factory.mktemp("planned") / "project", a=random_sequences(JOBS, seed=5))
+def planned(tmp_path_factory, jobs) -> Project:
+    project = Project.with_tiny_model(tmp_path_factory.mktemp("planned") / "project", a=random_sequences(jobs, seed=5))
     # Jobs so short that each holds one protein.
     project.configure(inputs=["in/*.fasta"], model="tiny.pt", job_minutes=1e-9)
     run = project.snakemake("results/tiny/plan/jobs.tsv")
@@ -35,24 +38,24 @@ WITH_PEAK = """if True:
 """
 
 
-def test_a_dry_run_with_every_job_to_do_takes_under_a_minute_and_a_gigabyte(planned, monkeypatch):
+def test_a_dry_run_with_every_job_to_do_takes_under_a_minute_and_a_gigabyte(planned, jobs, monkeypatch):
     python, _, _, *arguments = planned.command("--dry-run", "--quiet", "rules")
     monkeypatch.setattr(planned, "command", lambda: [python, "-c", WITH_PEAK, *arguments])
     started = time.monotonic()
     run = planned.snakemake()
     seconds = time.monotonic() - started
-    assert re.search(rf"^embed +{JOBS}$", run.output, re.MULTILINE), run.output[-2000:]
+    assert re.search(rf"^embed +{jobs}$", run.output, re.MULTILINE), run.output[-2000:]
     gigabytes = int(re.search(r"^VmHWM:\s+(\d+) kB", run.output, re.MULTILINE)[1]) * 1024 / 1e9
-    warnings.warn(f"{JOBS} jobs, all to do (dry run): {seconds:.1f} s, {gigabytes:.2f} GB", stacklevel=1)
+    warnings.warn(f"{jobs} jobs, all to do (dry run): {seconds:.1f} s, {gigabytes:.2f} GB", stacklevel=1)
     assert seconds < 60
     assert gigabytes < 1
 
 
 @pytest.fixture(scope="module")
-def large(planned, tmp_path_factory):
+def large(planned, jobs, tmp_path_factory):
     project = planned.copy(tmp_path_factory.mktemp("large") / "project")
-    jobs = read_jobs(project.store / "plan" / "jobs.tsv")["job"]
-    assert len(jobs) == JOBS
+    names = read_jobs(project.store / "plan" / "jobs.tsv")["job"]
+    assert len(names) == jobs
     receipt = project.store / "weights.json"
     receipt.write_text(receipt.read_text().replace('"tiny.pt"', f'"{project.folder / "tiny.pt"}"'))
     with (
@@ -60,7 +63,7 @@ def large(planned, tmp_path_factory):
     ):  # without Snakemake's second, a load of the model and a disk's wait for each
         patch.setattr(embed_job, "Engine", functools.cache(embed_job.Engine))
         patch.setattr(os, "fsync", lambda _: None)
-        for job in jobs:
+        for job in names:
             embed_job.embed_job(project.store, work_order_path(project.store, job), job_record_path(project.store, job))
     run = project.snakemake()
     assert run.code == 0, run.output
@@ -69,10 +72,10 @@ def large(planned, tmp_path_factory):
 
 
 @pytest.mark.parametrize("arguments", [[], ["--dry-run"]], ids=["run", "dry-run"])
-def test_nothing_to_do_takes_under_a_minute(large, arguments):
+def test_nothing_to_do_takes_under_a_minute(large, jobs, arguments):
     started = time.monotonic()
     run = large.snakemake(*arguments)
     seconds = time.monotonic() - started
     assert "Nothing to be done" in run.output
-    warnings.warn(f"{JOBS} jobs, nothing to do{' (dry run)' if arguments else ''}: {seconds:.1f} s", stacklevel=1)
+    warnings.warn(f"{jobs} jobs, nothing to do{' (dry run)' if arguments else ''}: {seconds:.1f} s", stacklevel=1)
     assert seconds < 60

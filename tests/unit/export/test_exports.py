@@ -471,7 +471,7 @@ def test_rows_beyond_four_gib_of_a_shard_are_exported(tmp_path, monkeypatch):
         assert np.array_equal(file["p25"][:], last_rows(lengths, 2_560))
 
 
-@pytest.mark.slow
+@pytest.mark.huge
 def test_an_export_of_more_than_four_gib_is_whole_and_streamed(tmp_path):
     lengths = np.array([3_500] * 250 + [50])
     dataset = sparse_dataset(tmp_path, lengths, 2_560)

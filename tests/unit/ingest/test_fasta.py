@@ -148,7 +148,9 @@ def outcome(path: Path, block_bytes: int) -> list | None:
             return None
 
 
-@pytest.mark.parametrize("seconds", [10, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seconds", [3, pytest.param(60, marks=pytest.mark.slow), pytest.param(600, marks=pytest.mark.huge)]
+)
 def test_mutations_of_hostile_files_are_records_or_one_error_wherever_blocks_end(seconds, tmp_path):
     names = sorted((Path(__file__).parents[2] / "hostile").iterdir())
     files = [

@@ -1,6 +1,6 @@
 """How fast and how large: ingest beside Biopython's parser on one core; ingest and plan of ten million records.
 
-Run all of it with ``-m slow``, and with TMPDIR on a disk with 30 GB.
+Run all of it with ``-m huge``, and with TMPDIR on a disk with 30 GB.
 """
 
 import multiprocessing
@@ -56,7 +56,7 @@ def times_of_parser_and_ingest(fasta, folder, rounds: int) -> dict[str, tuple[fl
 
 @pytest.mark.parametrize(
     ("records", "rounds"),
-    [pytest.param(100_000, 6, id="100k"), pytest.param(10**6, 7, id="1M", marks=pytest.mark.slow)],
+    [pytest.param(100_000, 6, id="100k"), pytest.param(10**6, 7, id="1M", marks=pytest.mark.huge)],
 )
 def test_ingest_takes_at_most_two_and_a_half_times_what_biopythons_parser_takes_on_one_core(records, rounds, tmp_path):
     write(tmp_path / "in.fasta", records)
@@ -94,7 +94,7 @@ def jobs_and_seconds_of_plan(store, sequences, memory_bytes: int) -> tuple[pd.Da
     return jobs, time.perf_counter() - begin
 
 
-@pytest.mark.slow
+@pytest.mark.huge
 def test_ten_million_records_take_five_minutes_and_two_gibibytes_and_ten_times_what_a_million_takes(
     small_store, tmp_path
 ):
@@ -121,7 +121,7 @@ def test_ten_million_records_take_five_minutes_and_two_gibibytes_and_ten_times_w
     assert seconds[10**7] < 15 * seconds[10**6]
 
 
-@pytest.mark.slow
+@pytest.mark.huge
 def test_a_hundred_million_short_sequences_are_planned_in_four_gibibytes_twice(small_store, tmp_path):
     """New work, and then all of it in specs; a tenth of it takes a tenth of the time."""
     seconds, memory_bytes = {}, 1600 * 10**6  # as the workflow gives of 4 GB

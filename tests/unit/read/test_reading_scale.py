@@ -1,4 +1,4 @@
-"""Reading measured: run with -m slow, and with TMPDIR on a disk with 5 GB."""
+"""Reading measured: run with -m huge, and with TMPDIR on a disk with 5 GB."""
 
 import json
 import statistics
@@ -127,7 +127,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.slow
+@pytest.mark.huge
 def test_a_record_is_found_as_fast_among_ten_million_as_among_a_hundred_thousand(tmp_path):
     measured = {}
     for records in (10**5, 10**6, 10**7):
@@ -140,7 +140,7 @@ def test_a_record_is_found_as_fast_among_ten_million_as_among_a_hundred_thousand
 
 
 # As wide as 650M's. An id costs some 15 microseconds whatever the width: as long as 8M's rows of a protein take.
-@pytest.mark.slow
+@pytest.mark.huge
 def test_ten_thousand_random_proteins_are_read_about_as_fast_as_with_memmap_alone(tmp_path):
     ds = lengthwise.open(make(tmp_path, KEYS // 4, filled=True, embed_dim=1280))
     frame = ds.records.sample(KEYS, replace=True, random_state=0)

@@ -412,7 +412,7 @@ def test_the_stock_library_reads_a_shard_of_more_than_4_gib(tmp_path, random_row
         np.testing.assert_array_equal(file.get_tensor("mean_33")[-2:], last["mean_33"])
 
 
-@pytest.mark.slow
+@pytest.mark.huge
 def test_writing_runs_at_four_fifths_of_the_disks_own_rate_at_least(tmp_path, random_rows, capsys):
     """A shard of 1 GiB in batches of 32,768 tokens, everything included, beside dd in the same blocks, interleaved."""
     how = settings(embed_dim=1280, layers=[33], outputs=["residue"])
