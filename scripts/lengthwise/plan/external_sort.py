@@ -1,9 +1,9 @@
-"""Order: sequences of many files by length and digest, out of core.
+"""External sort: sequences of many files by length and digest, out of core.
 
-A bucket sort. How many bytes of sequences are shorter than one is known from the lengths alone, and digests are spread
-evenly; so the place of each in the order is known well enough before anything is sorted. Each is first written to the file of
-its part of the order, and these are sorted one at a time: memory is bounded by a part, however many there are.
-With DuckDB's external sort a plan peaked at about twice the memory, and the sort failed within limits that suffice here.
+A bucket sort. Lengths are counted first, and digests are spread evenly, so each sequence's approximate place in the order is
+known before anything is sorted. Pass one writes every sequence to the file of its part of the order; pass two sorts one part at a
+time. Memory is bounded by the size of a part.
+DuckDB's external sort needed about twice the memory for a plan, and failed within limits that suffice here.
 """
 
 from collections import Counter, defaultdict
@@ -21,12 +21,12 @@ _COLUMNS = [("digest", pa.binary(24)), ("length", pa.int32()), ("sequence", pa.b
 
 _ROW = pa.schema([*_COLUMNS, ("source", pa.int32())])
 
-# Beside its residues: a sequence's digest, length, source, and where it ends.
-_BYTES_BESIDE = 24 + 4 + 4 + 4
+# A sequence's digest, length, source and end offset, beside its residues.
+_ROW_BYTES = 24 + 4 + 4 + 4
 
 _BATCH_ROWS = 16_384
 
-# Files that are open at once; a process may usually open 1,024.
+# Parts are files that are open at the same time; the usual limit of a process is 1,024.
 _MAX_PARTS = 500
 
 
@@ -47,7 +47,7 @@ class Ordered:
 
     def __init__(self, files: list[Path], chosen: list[np.ndarray], folder: Path, part_bytes: int):
         self.files, self.chosen = files, chosen
-        found = Counter()
+        found: Counter[int] = Counter()
         for _, batch in self._rows(["length"]):
             found.update(dict(zip(*np.unique(batch.column("length"), return_counts=True), strict=True)))
         self.lengths = np.array(sorted(found), np.int64)
@@ -81,10 +81,11 @@ class Ordered:
 
     def _distribute(self, folder: Path, part_bytes: int) -> list[Path]:
         """Write every row to the file of its part; returns the files in order."""
-        sizes = (self.lengths + _BYTES_BESIDE) * self.counts
+        sizes = (self.lengths + _ROW_BYTES) * self.counts
         shorter = np.cumsum(sizes) - sizes  # bytes of the sequences that are shorter
         part_bytes = max(part_bytes, int(sizes.sum()) // _MAX_PARTS + 1)
-        waiting, waiting_bytes = defaultdict(list), 0
+        waiting: defaultdict[int, list[pa.RecordBatch]] = defaultdict(list)
+        waiting_bytes = 0
         with ExitStack() as stack:
             writers: dict[int, pa.RecordBatchStreamWriter] = {}
 

@@ -1,4 +1,4 @@
-"""Forecast: what a run will take of disk, memory and time, known before anything is embedded."""
+"""Forecast: the disk, memory and time that a run will need, before anything is embedded."""
 
 import math
 import os
@@ -22,15 +22,12 @@ from lengthwise.store.sizes import bytes_per_sequence, missing_bytes
 from lengthwise.system.database import out_of_core
 from lengthwise.system.files import atomic, read_json, scratch_folder, write_json
 
-# A batch is not full where the next protein is too long for it, or of another bin of lengths: so many more there are (measured).
-BATCHES_MORE = 1.25
+SETTINGS_SHOWN = ("model", "random_weights", "device", "precision", "layers", "outputs", "storage_dtype")
 
-SETTINGS_TOLD = ("model", "random_weights", "device", "precision", "layers", "outputs", "storage_dtype")
-
-# Python and torch's CPU build with what they have loaded, before the weights.
+# Resident memory of Python and torch's CPU build before the weights are loaded.
 PROCESS_BYTES = 0.37e9
 
-# The report of a first run, measured; it matters beside small stores alone.
+# The report of a first run (measured); it matters for small stores only.
 REPORT_BYTES = 1.32e6
 
 
@@ -46,14 +43,14 @@ def forecast(
     weights: Path | None = None,
     device_like: str = "",
 ) -> dict:
-    """What is left to do, and what it will take.
+    """The work that is left, and the disk, memory and time that it needs.
 
     Parameters
     ----------
     store
-        The store; whether it is there or not.
+        The store; it need not exist yet.
     settings
-        Its settings, or what they will be.
+        Its settings, or those that it will have.
     datasets
         {dataset: the folder with its records.parquet, sequences.parquet and summary.json}.
     sizes, batch_tokens, exports, device_like
@@ -61,19 +58,19 @@ def forecast(
     threads
         CPU threads of a job.
     memory_bytes
-        What joins may take before they spill to disk.
+        Memory for joins; beyond it they spill to disk.
     weights
         Where the checkpoint is, or will be downloaded to.
 
     Returns
     -------
-    What JSON can hold: `datasets` (records by fate, lengths), `work` (what is finished, what is left, shards, jobs), `disk` and
-    `memory` (bytes), and `time` (seconds on one device, the first of them this store's own).
+    JSON values: `datasets` (records by status, lengths), `work` (finished and left: sequences, residues, shards, jobs), `disk`
+    and `memory` (bytes), `time` (seconds on one device; the first row is this store's device).
 
     Raises
     ------
     LengthwiseError
-        A spec or a summary is damaged.
+        A work order or a summary is damaged.
     """
     shape = shape_of(settings)
     by_dataset, wanted, left = _lengths(store, datasets, memory_bytes)
@@ -83,7 +80,7 @@ def forecast(
     return {
         "store": str(store),
         "made": datetime.now().astimezone().isoformat(timespec="seconds"),
-        **{key: settings[key] for key in SETTINGS_TOLD},
+        **{key: settings[key] for key in SETTINGS_SHOWN},
         "datasets": [_dataset(name, folder, by_dataset[name]) for name, folder in datasets.items()],
         "work": work,
         "disk": _disk(store, settings, datasets, sizes, wanted, left, work, exports, weights),
@@ -93,7 +90,7 @@ def forecast(
 
 
 def write(made: dict, folder: Path) -> None:
-    """Write a forecast as forecast.json and forecast.txt, which is last."""
+    """Write forecast.json, then forecast.txt."""
     write_json(folder / "forecast.json", made)
     with atomic(folder / "forecast.txt") as part:
         part.write_text(text(made) + "\n", encoding="utf-8")
@@ -102,7 +99,7 @@ def write(made: dict, folder: Path) -> None:
 def _lengths(
     store: Path, datasets: dict[str, Path], memory_bytes: int
 ) -> tuple[dict[str, pd.DataFrame], pd.DataFrame, pd.DataFrame]:
-    """(length, n) of each dataset's sequences, of all distinct ones, and of those that no finished shard holds."""
+    """Counts by length (length, n): of each dataset, of all distinct sequences, and of those that no finished shard holds."""
     paths = {str(folder / "sequences.parquet"): name for name, folder in datasets.items()}
     with (
         scratch_folder(store / "forecast" / ".spill") as spill,
@@ -126,7 +123,7 @@ def _lengths(
 
 
 def _load_held(database: duckdb.DuckDBPyConnection, store: Path) -> None:
-    """held(digest): what committed jobs and finished shards of other jobs hold."""
+    """Fill held(digest) with the sequences of finished jobs, and of finished shards of other jobs."""
     database.execute("CREATE TABLE held (digest BLOB)")
     work_orders = sorted(map(str, store.glob("plan/jobs/*.parquet")))
     if not work_orders:
@@ -145,7 +142,7 @@ def _load_held(database: duckdb.DuckDBPyConnection, store: Path) -> None:
 
 
 def _work(wanted: pd.DataFrame, left: pd.DataFrame, settings: dict, sizes: Sizes) -> dict:
-    """What is finished, what is left, and the shards and jobs that it will be cut into."""
+    """Sequences and residues that are finished and left, and the shards and jobs of the rest."""
     work = {f"finished_{key}": value for key, value in (_totals(wanted) - _totals(left)).items()}
     work |= _totals(left).to_dict() | {"shards": 0, "jobs": 0}
     if len(left):
@@ -159,11 +156,11 @@ def _totals(lengths: pd.DataFrame) -> pd.Series:
 
 
 def _dataset(name: str, folder: Path, lengths: pd.DataFrame) -> dict:
-    """A dataset's records by fate, and its distinct sequences by length."""
+    """Counts of a dataset's records by status, and the lengths of its distinct sequences."""
     summary = read_json(folder / "summary.json", "records", "accepted", "duplicate", "rejected", "reasons", "residues")
     length, n = lengths["length"].to_numpy(), lengths["n"].to_numpy()
-    fates = ("input", "records", "accepted", "duplicate", "rejected", "reasons", "residues")
-    row = {"dataset": name, **{key: summary[key] for key in fates}}
+    counts = ("input", "records", "accepted", "duplicate", "rejected", "reasons", "residues")
+    row = {"dataset": name, **{key: summary[key] for key in counts}}
     row |= {"shortest": None, "median": None, "longest": None}
     if len(length):
         middle = int(length[np.searchsorted(np.cumsum(n), n.sum() / 2)])
@@ -183,7 +180,7 @@ def _disk(
     exports: Collection[str],
     weights: Path | None,
 ) -> dict:
-    """Bytes to write against bytes that are free, and what smaller ways to store the same would take in a new store."""
+    """Bytes to write, bytes free, and the bytes that smaller outputs would take in a new store."""
     # Work orders, indices, lookups and metrics take about as much as the tables that ingest made.
     share = work["sequences"] / max(work["sequences"] + work["finished_sequences"], 1)
     ingested = [
@@ -211,7 +208,7 @@ def _disk(
 
 
 def _smaller(own: dict) -> list[dict]:
-    """The ways to store less than `own`: residues in float16, and pooled vectors alone."""
+    """Outputs that take less than `own`: residues in float16, or pooled vectors alone."""
     if "residue" not in own["outputs"]:
         return []
     pooled = [output for output in own["outputs"] if output != "residue"]
@@ -220,14 +217,14 @@ def _smaller(own: dict) -> list[dict]:
 
 
 def _download(weights: Path, settings: dict) -> dict:
-    """What a checkpoint takes at most, in float32, and what is free for it; `needed_bytes` leaves it out."""
+    """The size of a checkpoint in float32 and the free bytes of its folder; `needed_bytes` does not include it."""
     shape = shape_of(settings)
     folder = next(folder for folder in weights.absolute().parents if folder.exists())
     return {"path": str(weights), "bytes": 4 * shape.parameters, "free_bytes": shutil.disk_usage(folder).free}
 
 
 def _shard_bytes(lengths: pd.DataFrame, settings: dict, sizes: Sizes) -> int:
-    """What shards of so many sequences of each length take."""
+    """Bytes of the shards of these sequences: counts by length."""
     if not len(lengths):
         return 0
     length, n = lengths["length"].to_numpy(), lengths["n"].to_numpy()
@@ -237,7 +234,7 @@ def _shard_bytes(lengths: pd.DataFrame, settings: dict, sizes: Sizes) -> int:
 
 
 def stored_bytes(settings: dict) -> int:
-    """What a batch's results take for each of its tokens, see `ModelConfig.bytes_per_token`."""
+    """Bytes of results per token of a batch, see `ModelConfig.bytes_per_token`."""
     layers, d = len(settings["layers"]), settings["embed_dim"]
     stored = layers * d * np.dtype(settings["storage_dtype"]).itemsize if "residue" in settings["outputs"] else 0
     return stored + 4 * (layers - 1) * d
@@ -256,13 +253,13 @@ def _memory(
     work: dict,
     loaded: int | None,
 ) -> dict:
-    """What weights, a batch and the longest sequence take of the device's memory.
+    """The device memory of the weights, a batch and the longest sequence.
 
-    `loaded` is what the process and its weights took in this store's jobs, where that was measured.
+    `loaded` is the measured memory of process and weights in this store's jobs, if there is one.
     """
     device, precision = settings["device"], settings["precision"]
     longest = int(left["length"].max()) if len(left) else 0
-    tokens = AUTO_BATCH_TOKENS[device] if batch_tokens == "auto" else batch_tokens
+    tokens = AUTO_BATCH_TOKENS[device] if isinstance(batch_tokens, str) else batch_tokens
     itemsize, stored = _itemsize(precision), stored_bytes(settings)
     fixed = loaded or int(shape.parameters * itemsize + (PROCESS_BYTES if device == "cpu" else 0))
     at_once = min(threads, MOST_AT_ONCE) if device == "cpu" and tokens <= AUTO_BATCH_TOKENS["cpu"] else 1
@@ -287,12 +284,12 @@ def _memory(
 
 
 def _card(name: str, settings: dict, shape: ModelConfig, batch_tokens: int | str, left: pd.DataFrame) -> dict:
-    """What weights and a batch take of a card's memory, and the sequences that it cannot hold."""
+    """The memory of weights and a batch on a card, and the sequences that do not fit on it."""
     precision = card_precision(settings)
     weights = shape.parameters * _itemsize(precision)
     per_token = shape.bytes_per_token(_itemsize(precision), stored_bytes(settings))
     fitting = max(0, int((MEMORY_MARGIN * CARDS[name][0] - weights) / per_token))
-    tokens = min(fitting, AUTO_BATCH_TOKENS["cuda"]) if batch_tokens == "auto" else batch_tokens
+    tokens = min(fitting, AUTO_BATCH_TOKENS["cuda"]) if isinstance(batch_tokens, str) else batch_tokens
     longest = max(0, fitting - 2)
     return {
         "name": name,
@@ -307,7 +304,7 @@ def _card(name: str, settings: dict, shape: ModelConfig, batch_tokens: int | str
 
 
 def _time(rate: Rate, shape: ModelConfig, left: pd.DataFrame, sizes: Sizes) -> dict:
-    """Seconds on one device: of the forward passes and writing, and of loading the weights for each job."""
+    """Seconds on one device: forward passes with writing, and loading the weights once per job."""
     embed = float((rate.seconds(shape, left["length"].to_numpy()) * left["n"].to_numpy()).sum())
     seconds = embed + rate.load_seconds * math.ceil(embed / sizes.job_seconds)
     return {

@@ -18,14 +18,14 @@ def text(made: dict) -> str:
     if (more := len(made["datasets"]) - DATASETS_SHOWN) > 0:
         lines += ["", f"and {count(more, 'dataset')} more; forecast.json has them all"]
     lines += ["", f"To embed    {_work_line(made)}"]
-    lines += _needs(made) if made["work"]["sequences"] else []
+    lines += _requirements(made) if made["work"]["sequences"] else []
     if made["random_weights"]:
         lines.append("RANDOM WEIGHTS: the embeddings will mean nothing")
     return "\n".join(lines)
 
 
-def _needs(made: dict) -> list[str]:
-    """What the work that is left takes."""
+def _requirements(made: dict) -> list[str]:
+    """Lines on the disk, memory, jobs and time of the work that is left."""
     work, disk, memory = made["work"], made["disk"], made["memory"]
     verdict = "" if disk["fits"] else "; IT DOES NOT FIT"
     exported = f", {size(disk['exports_bytes'])} of them for exports" if disk["exports_bytes"] else ""

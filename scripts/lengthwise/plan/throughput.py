@@ -1,4 +1,4 @@
-"""Rates: how fast a device embeds, measured in this store's own runs, measured elsewhere, or assumed."""
+"""Throughput: how fast a device embeds, from this store's own jobs, from other machines, or assumed."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,20 +41,20 @@ CARDS = {
 
 SHARE_OF_PEAK = 1 / 3
 
-# How many times slower or faster a device may be than a rate that was not measured in this store.
+# The stated range of a rate that was not measured in this store: so many times faster or slower.
 FACTOR_ELSEWHERE, FACTOR_CARD, FACTOR_ASSUMED = 3.0, 3.0, 5.0
 
-# Of a store's jobs so many are looked at: all of thousands would take a minute and say the same.
+# Jobs that are read for a rate; thousands would take a minute and change nothing.
 MAX_JOBS = 100
 
-# Once so much was measured, the work is cut by it; a protein of such a length stands for all.
+# Work is cut by the measured rate once so many seconds were measured, at the length of a typical protein.
 ENOUGH_SECONDS, TYPICAL_RESIDUES = 60.0, 300
 
-# From so many jobs on their spread says something.
+# The spread over jobs is used from so many jobs on.
 ENOUGH_JOBS = 5
 
-# An operation of attention takes no less time than one of the products, and not this much more.
-MOST_FOR_ATTENTION = 20.0
+# Bounds of the fit: an operation of attention takes 1 to 20 times as long as one of the matrix products.
+MAX_ATTENTION_RATIO = 20.0
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Rate:
     low: float  # the range goes from `low` to `high` times the forecast
     high: float
     basis: str  # where rate and range come from
-    measured_seconds: float = 0.0  # what was measured took so long
-    loaded_bytes: int | None = None  # memory in use once the weights were loaded, as far as it was measured
+    measured_seconds: float = 0.0  # total time of the batches behind the rate
+    loaded_bytes: int | None = None  # memory in use after loading the weights; None where it was not measured
 
     def seconds(self, shape: ModelConfig, lengths: np.ndarray) -> np.ndarray:
         """What sequences of these lengths are expected to take, without loading the weights."""
@@ -81,20 +81,20 @@ class Rate:
 
 
 def rates(store: Path, settings: dict, shape: ModelConfig, threads: int, device_like: str = "") -> list[Rate]:
-    """What is known of how fast this store's work goes: of the device that did or will do it first, the best known first.
+    """The rates of the devices that did this store's work, most batches first; before any work, an expected rate.
 
     Parameters
     ----------
     store
-        The store; whether it is there or not.
+        The store; it need not exist yet.
     settings
-        Its settings, or what they will be.
+        Its settings, or those that it will have.
     shape
         The model's.
     threads
         CPU threads of a job.
     device_like
-        One of `CARDS`, whose rate comes last; none if empty.
+        A name in `CARDS`: its rate is added at the end. Empty: none.
     """
     found = measured_here(store, settings, shape) or [
         _expected(settings["device"], settings["precision"], shape, threads)
@@ -110,7 +110,7 @@ def card_precision(settings: dict) -> str:
 
 
 def slowdown(store: Path, settings: dict) -> float:
-    """Seconds that one of `plan.forecast_seconds` takes where this store's work was done so far; 1 while that says little."""
+    """Measured seconds per second of `esm2.costs.forecast_seconds`; 1 until enough was measured in this store."""
     shape = shape_of(settings)
     measured = measured_here(store, settings, shape)
     if not measured or measured[0].measured_seconds < ENOUGH_SECONDS:
@@ -122,7 +122,7 @@ def slowdown(store: Path, settings: dict) -> float:
 
 
 def measured_here(store: Path, settings: dict, shape: ModelConfig) -> list[Rate]:
-    """One rate for each device that finished shards of this store, the one that made most of them first."""
+    """One rate for each device that finished shards of this store, most batches first."""
     paths = sorted(store.glob("jobs/*.json"))
     if len(paths) > MAX_JOBS:
         paths = [paths[i] for i in np.linspace(0, len(paths) - 1, MAX_JOBS).astype(int)]
@@ -131,7 +131,9 @@ def measured_here(store: Path, settings: dict, shape: ModelConfig) -> list[Rate]
     rows = read_metrics(path for shard in shards if (path := find_metrics(store, shard)))
     if not len(rows):
         return []
-    mean = (rows["n_tokens"] / rows["n_sequences"]).astype(float)  # a batch's lengths differ by a factor of two at most
+    mean = (rows["n_tokens"] / rows["n_sequences"]).astype(
+        float
+    )  # lengths within a batch differ by less than a factor of two
     batches = pd.DataFrame({"job": rows["job"].astype(object), "device": rows["device"].astype(object)})
     batches["attention"] = rows["n_sequences"].astype(float) * shape.attention_flops(mean - 2)
     batches["products"] = rows["n_sequences"].astype(float) * shape.flops(mean - 2) - batches["attention"]
@@ -152,13 +154,13 @@ def measured_here(store: Path, settings: dict, shape: ModelConfig) -> list[Rate]
 
 
 def _fit(batches: pd.DataFrame, device: str, precision: str) -> Rate:
-    """Least squares over batches, so that their forecast adds up to what they took."""
+    """Fit the two times per operation by least squares, then scale them so that the sum over batches is exact."""
     seconds = np.maximum(batches["seconds"].to_numpy(), 1e-6)
     flops = batches[["products", "attention"]].to_numpy()
-    weights = 1 / np.sqrt(seconds)  # a batch's error grows with the root of its time
+    weights = 1 / np.sqrt(seconds)  # the error of a batch grows with the square root of its time
     scale = flops.sum(axis=0)
     product, attention = np.linalg.lstsq(flops / scale * weights[:, None], seconds * weights, rcond=None)[0] / scale
-    ratio = np.clip(attention / product, 1.0, MOST_FOR_ATTENTION) if product > 0 else MOST_FOR_ATTENTION
+    ratio = np.clip(attention / product, 1.0, MAX_ATTENTION_RATIO) if product > 0 else MAX_ATTENTION_RATIO
     product = seconds.sum() / (flops @ [1.0, ratio]).sum()
     batches = batches.assign(forecast=product * (flops @ [1.0, ratio]))
     jobs = batches.groupby("job")[["seconds", "forecast"]].sum()
@@ -166,21 +168,21 @@ def _fit(batches: pd.DataFrame, device: str, precision: str) -> Rate:
     if len(jobs) >= ENOUGH_JOBS:
         low, high = np.quantile(jobs["seconds"] / jobs["forecast"], [0.1, 0.9])
         low, high = min(low, 0.9), max(high, 1.1)
-        basis += "the range holds eight tenths of them, and a tenth either way at least"
+        basis += "the range covers 80 % of them, and at least 10 % either way"
     else:
         low, high = 1 / 1.5, 1.5
-        basis += "too few for a spread of their own, so the range is assumed, 1.5 times either way"
+        basis += "too few for a measured spread: the range is assumed, 1.5 times either way"
     return Rate(device, precision, HERE, product, product * ratio, 0.0, float(low), float(high), basis)
 
 
 def _expected(device: str, precision: str, shape: ModelConfig, threads: int) -> Rate:
-    """The rate of a device on which this store has measured nothing: of CPUs that were measured, or assumed."""
+    """The rate of a device before this store has measured it: from a measured CPU, or assumed."""
     if device == "cuda":
         basis = "a third of an A100's dense float16 peak; nothing was measured on a GPU yet"
         return _unmeasured("GPU", precision, ASSUMED, ASSUMED_FLOPS["cuda"], FACTOR_ASSUMED, shape, basis)
     name, share = f"CPU, {count(threads, 'thread')}", threads / MEASURED_THREADS
     if precision in CPU_FLOPS:
-        basis = f"an AMD EPYC, {MEASURED_THREADS} threads; taken to grow with the threads, {threads} here"
+        basis = f"an AMD EPYC, {MEASURED_THREADS} threads; scaled to {threads} here"
         return _unmeasured(name, precision, ELSEWHERE, share * CPU_FLOPS[precision], FACTOR_ELSEWHERE, shape, basis)
     basis = f"nothing was measured; assumed for {threads} threads of a server"
     return _unmeasured(name, precision, ASSUMED, share * ASSUMED_FLOPS["cpu"], FACTOR_ASSUMED, shape, basis)
@@ -196,7 +198,7 @@ def _of_card(card: str, settings: dict, shape: ModelConfig) -> Rate:
 def _unmeasured(
     device: str, precision: str, source: str, flops: float, factor: float, shape: ModelConfig, basis: str
 ) -> Rate:
-    """A rate with a range of so many times either way; the weights are read at an ordinary disk's rate."""
+    """A rate whose range is `factor` times either way; weights are read at an ordinary disk's rate."""
     load = 4 * shape.parameters / READ_BYTES_PER_SECOND
     basis += f"; a range of {factor:.0f} times either way"
     return Rate(device, precision, source, 1 / flops, 1 / flops, load, 1 / factor, factor, basis)
