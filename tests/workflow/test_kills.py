@@ -190,7 +190,13 @@ def locks(project):
 
 @pytest.mark.parametrize(
     ("how", "shards"),
-    [(signal.SIGKILL, 0), (signal.SIGKILL, 4), (signal.SIGKILL, 9), (signal.SIGINT, 2), (signal.SIGTERM, 2)],
+    [
+        (signal.SIGKILL, 4),
+        (signal.SIGINT, 2),
+        pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, 9, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
+    ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_snakemake_itself_is_killed(project, undisturbed, how, shards):

@@ -16,16 +16,16 @@ def proteins(project):
     return {record.id: str(record.seq) for record in SeqIO.parse(project.folder / "config" / "example.fasta", "fasta")}
 
 
-@pytest.fixture(scope="module")
-def reference(example, freed_memory_is_kept):
-    """fair-esm's last layer of every example protein, one at a time in float32, without BOS and EOS."""
+@pytest.fixture(scope="module", params=[4, pytest.param(1, marks=pytest.mark.slow)], ids=["every fourth", "all"])
+def reference(request, example, freed_memory_is_kept):
+    """fair-esm's last layer of example proteins, one at a time in float32, without BOS and EOS."""
     project, _ = example
     model = checkpoint.reference_model(project.folder / "weights" / "demo.pt")
     convert = model.alphabet.get_batch_converter()
     with torch.inference_mode():
         return {
             name: model(convert([("", sequence)])[2], repr_layers=[6])["representations"][6][0, 1:-1].numpy()
-            for name, sequence in proteins(project).items()
+            for name, sequence in list(proteins(project).items())[:: request.param]
         }
 
 
@@ -63,6 +63,8 @@ def test_float16_storage_equals_fair_esm_within_its_rounding(example, reference)
         assert np.allclose(ds.pooled("mean")[ds.ids.index(name)], theirs.mean(0), rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("reference", [1], indirect=True, ids=["all"])
 def test_float32_storage_equals_fair_esm(example, reference):
     project, _ = example
     target = "results32/demo/datasets/example/manifest.json"

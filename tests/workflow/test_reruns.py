@@ -89,6 +89,7 @@ def test_replaced_by_an_older_file(project):
     assert rerun(project) == (Counter(["ingest", "plan", "embed", "assemble", "summarize", "all"]), 1)
 
 
+@pytest.mark.slow
 def test_appended_record(project):
     project.write_fasta("b", [*B, b"MKTAYIAKQR"])
     others = times(project.store / "datasets/a")
@@ -110,6 +111,7 @@ def test_removed_file(project):
     assert times(project.store / "datasets") == others
 
 
+@pytest.mark.slow
 def test_renamed_file(project):
     (project.folder / "in/b.fasta").rename(project.folder / "in/d.fasta")
     assert rerun(project) == (Counter(["ingest", "plan", "assemble", "summarize", "all"]), 0)
@@ -195,7 +197,14 @@ def test_deleted_settings_come_back_from_a_manifest(project):
     assert (project.store / "settings.json").read_bytes() == settings
 
 
-@pytest.mark.parametrize("name", ["settings.json", "weights.json", "jobs/*.json", "datasets/a/manifest.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "settings.json",
+        "datasets/a/manifest.json",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("weights.json", "jobs/*.json")),
+    ],
+)
 def test_a_damaged_file_is_one_line_that_names_it(project, name):
     (path,) = project.store.glob(name)
     path.write_text("")
@@ -207,6 +216,7 @@ def test_a_damaged_file_is_one_line_that_names_it(project, name):
     assert "damaged" in run.errors[0]
 
 
+@pytest.mark.slow
 def test_deleted_weights_receipt(project):
     (project.store / "weights.json").unlink()
     rules, embedded = rerun(project)
@@ -226,6 +236,7 @@ def test_forcerun_plan(project):
     assert rerun(project, "--forcerun", "plan") == (Counter(["plan"]), 0)
 
 
+@pytest.mark.slow
 def test_forceall_keeps_the_shards_and_the_settings(project):
     settings = times(project.store)[project.store / "settings.json"]
     rules, embedded = rerun(project, "--forceall")
@@ -248,6 +259,7 @@ def test_the_scaling_study_is_taken_up_left_out_and_taken_up_again(project):
         assert study.read_bytes() == measured
 
 
+@pytest.mark.slow
 def test_a_wrong_input_that_was_planned_and_removed_costs_nothing(project):
     project.write_fasta("wrong", random_sequences(5, seed=7))
     assert project.snakemake("results/tiny/plan/jobs.tsv").code == 0

@@ -56,7 +56,10 @@ def times_of_parser_and_ingest(fasta, folder, rounds: int) -> dict[str, tuple[fl
 
 @pytest.mark.parametrize(
     ("records", "rounds"),
-    [pytest.param(100_000, 6, id="100k"), pytest.param(10**6, 7, id="1M", marks=pytest.mark.huge)],
+    [
+        pytest.param(100_000, 6, id="100k", marks=pytest.mark.slow),
+        pytest.param(10**6, 7, id="1M", marks=pytest.mark.huge),
+    ],
 )
 def test_ingest_takes_at_most_two_and_a_half_times_what_biopythons_parser_takes_on_one_core(records, rounds, tmp_path):
     write(tmp_path / "in.fasta", records)
