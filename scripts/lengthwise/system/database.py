@@ -22,7 +22,10 @@ def out_of_core(rule: str, memory_bytes: int, spill: Path, threads: int) -> Iter
     try:
         with duckdb.connect(config=config | {"preserve_insertion_order": "false"}) as database:
             yield database
-    except duckdb.OutOfMemoryException as error:
+    except (duckdb.OutOfMemoryException, OSError) as error:
+        # An Arrow reader raises DuckDB's error as an OSError.
+        if isinstance(error, OSError) and "Out of Memory Error" not in str(error):
+            raise
         raise LengthwiseError(
             f"{rule} ran out of its {memory_bytes:,} bytes of memory; give it more than the 2,000 MB that it has by default, "
             f"for example with --set-resources {rule}:mem_mb=8000"
