@@ -17,4 +17,4 @@ def test_a_query_that_needs_more_memory_than_the_rule_has_is_one_line(tmp_path, 
 
 def test_another_error_of_the_disk_stays_what_it_is(tmp_path):
     with pytest.raises(FileNotFoundError), out_of_core("plan", 20_000_000, tmp_path / "spill", threads=1):
-        open(tmp_path / "none")
+        (tmp_path / "none").read_text()
