@@ -72,7 +72,7 @@ def _prune(given: argparse.Namespace) -> int:
 
 
 def _progress(given: argparse.Namespace) -> int:
-    from lengthwise.maintain.progress import run
+    from lengthwise.maintain.progress_command import run
 
     return run(given.store, given.once)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 from project import ROOT, Project, Run, random_sequences
 
-from lengthwise.maintain.progress import look
+from lengthwise.maintain.progress import read_progress
 from lengthwise.plan.planner import read_jobs
 from slurm import Cluster, ClusterProject, Gate, Submission, wait_until
 
@@ -153,7 +153,9 @@ def login(cluster: Cluster, project: ClusterProject) -> Login:
     first = project.submit(*targets)
     for gate in gates:
         gate.wait()
-    wait_until(lambda: look(project.store).done, "heartbeats of jobs on nodes say that residues are done")
+    wait_until(
+        lambda: read_progress(project.store).done_residues, "heartbeats of jobs on nodes say that residues are done"
+    )
     watch = [sys.executable, "-m", "lengthwise", "progress", str(project.store), "--once"]
     progress = subprocess.run(watch, capture_output=True, text=True, check=True, env=project.environment).stdout
     second_at_once = project.submit(*targets).wait()

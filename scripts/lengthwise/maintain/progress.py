@@ -1,266 +1,179 @@
-"""Progress: how far a run is over all its jobs, seen from beside it; each running job says so in a small file.
+"""Progress of a run: the plan gives the totals, job records the finished jobs, heartbeats the running ones.
 
-The totals are the plan's, a job is done when its commit is there, and what running jobs did so far is in their heartbeats.
+`progress_command` prints it.
 """
 
 import csv
 import json
 import os
-import shutil
 import statistics
-import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.jobs.heartbeat import BEAT_SECONDS, HEARTBEAT_KEYS
-from lengthwise.system.text import count, duration
+from lengthwise.jobs.heartbeat import HEARTBEAT_KEYS
 
-# A heartbeat older than this is that of a job that was killed: some network file systems show files a minute late.
+# The job of an older heartbeat was killed. Some network file systems show a file a minute late.
 STALE_SECONDS = 120.0
 
-REDRAW_SECONDS = 2.0
-
-LINE_SECONDS = 60.0
-
+# Finished jobs whose speed stands for that of jobs without one.
 RECENT_JOBS = 10
 
 
 @dataclass(frozen=True)
-class Running:
-    """A job that is at work, or was when it was last heard of."""
+class JobProgress:
+    """A job with a heartbeat and without a job record: it is running, or it was killed."""
 
     job: str
-    place: str
+    place: str  # host and device
     residues_per_second: float
-    done: int  # residues, those that an earlier try finished with them
-    total: int
-    seconds_left: float | None
-    heard: float  # seconds ago
+    done_residues: int  # of all its shards, those that an earlier try finished included
+    total_residues: int
+    seconds_left: float | None  # None before its first residue
+    heartbeat_age_seconds: float
 
 
 @dataclass(frozen=True)
-class State:
-    """How far a run is."""
+class RunProgress:
+    """Progress over all jobs of the plan."""
 
-    done: int  # residues
-    total: int
+    done_residues: int
+    total_residues: int
     jobs_done: int
     jobs: int
-    running: list[Running]
-    silent: list[Running]  # killed, or cut off
+    running: list[JobProgress]
+    stopped: list[JobProgress]  # their heartbeats are stale
     residues_per_second: float
-    seconds_left: float | None  # of one device where no job is running; None where no rate is known
+    seconds_left: float | None  # on one device where no job is running; None where no speed is known
 
     @property
     def complete(self) -> bool:
         return self.jobs_done == self.jobs
 
 
-def look(store: Path, now: float | None = None) -> State:
-    """How far the run of a store's plan is.
+@dataclass(frozen=True)
+class _PlannedJob:
+    residues: int
+    forecast_seconds: float
+
+
+def plan_table(store: Path) -> Path:
+    """The path of a store's plan."""
+    return store / "plan" / "jobs.tsv"
+
+
+def read_progress(store: Path, now: float | None = None) -> RunProgress:
+    """Read the progress of a store's run.
 
     Parameters
     ----------
     store
         The store.
     now
-        Seconds of the epoch, against which the age of a heartbeat is taken.
+        The time in seconds of the epoch, for the age of heartbeats. The current time by default.
 
     Raises
     ------
     LengthwiseError
-        There is no plan.
+        The store has no plan.
     """
-    jobs, now = _planned(store), time.time() if now is None else now
-    committed = {entry.name.removesuffix(".json") for entry in _entries(store / "jobs")} & jobs.keys()
-    beats = [
-        beat for entry in _entries(store / "running") if (beat := _read(Path(entry.path), jobs.keys() - committed))
+    jobs, now = _read_plan(store), time.time() if now is None else now
+    finished = {entry.name.removesuffix(".json") for entry in _json_files(store / "jobs")} & jobs.keys()
+    heartbeats = (_read_heartbeat(Path(entry.path)) for entry in _json_files(store / "running"))
+    unfinished = [
+        _job_progress(heartbeat, jobs[heartbeat["job"]], now)
+        for heartbeat in heartbeats
+        if heartbeat and heartbeat["job"] in jobs.keys() - finished
     ]
-    told = [(_running(beat, jobs[beat["job"]], now), jobs[beat["job"]]["seconds"]) for beat in beats]
-    running = sorted((r for r, _ in told if r.heard <= STALE_SECONDS), key=lambda r: (r.place, r.job))
-    silent = sorted((r for r, _ in told if r.heard > STALE_SECONDS), key=lambda r: r.heard)
-    # Long proteins take longer: what is left is counted in forecast seconds, and so is how fast they pass.
-    alive = [(r, forecast) for r, forecast in told if r.heard <= STALE_SECONDS]
-    left = sum(job["seconds"] for name, job in jobs.items() if name not in committed)
-    left -= sum(forecast * r.done / r.total for r, forecast in alive)
-    usual = 0.0 if alive and all(r.residues_per_second for r, _ in alive) else _usual_pace(store, jobs, committed)
-    pace = sum(forecast * r.residues_per_second / r.total or usual for r, forecast in alive) if alive else usual
-    last = max((r.seconds_left for r in running if r.seconds_left is not None), default=0.0)
-    return State(
-        done=sum(jobs[job]["residues"] for job in committed) + sum(r.done for r in running),
-        total=sum(job["residues"] for job in jobs.values()),
-        jobs_done=len(committed),
+    running = [job for job in unfinished if job.heartbeat_age_seconds <= STALE_SECONDS]
+    stopped = [job for job in unfinished if job.heartbeat_age_seconds > STALE_SECONDS]
+    return RunProgress(
+        done_residues=sum(jobs[job].residues for job in finished) + sum(job.done_residues for job in running),
+        total_residues=sum(job.residues for job in jobs.values()),
+        jobs_done=len(finished),
         jobs=len(jobs),
-        running=running,
-        silent=silent,
-        residues_per_second=sum(r.residues_per_second for r in running),
-        seconds_left=max(left / pace, last) if pace else None,
+        running=sorted(running, key=lambda job: (job.place, job.job)),
+        stopped=sorted(stopped, key=lambda job: job.heartbeat_age_seconds),
+        residues_per_second=sum(job.residues_per_second for job in running),
+        seconds_left=_seconds_left(store, jobs, finished, running),
     )
 
 
-def watch(store: Path, once: bool = False) -> None:
-    """Show how far a run is, until it is complete: a block that redraws in a terminal, a line a minute elsewhere.
-
-    Waits for the plan of a store that has none yet.
-
-    Raises
-    ------
-    LengthwiseError
-        No run has begun in the store; or there is no plan, and `once`.
-    """
-    name, block, drawn = store.resolve().name, sys.stdout.isatty(), 0
-    if not (_plan(store).parent.is_dir() or (store / "settings.json").exists()):
-        raise LengthwiseError(f"{store}: no run has begun here; give results/<model> of one")
-    if not once and not _plan(store).exists():
-        print(f"{name}: no plan yet; waiting for it", flush=True)
-        while not _plan(store).exists():
-            time.sleep(REDRAW_SECONDS)
-    while True:
-        state = look(store)
-        if block:
-            columns, rows = shutil.get_terminal_size()
-            lines = [line[: columns - 1] for line in block_of(name, state, columns - 1, rows - 1)]
-            up = f"\x1b[{drawn}F\x1b[J" if drawn else ""
-            print(up + "\n".join(lines), flush=True)
-            drawn = len(lines)
-        else:
-            print(f"{time.strftime('%H:%M:%S')}  {line_of(name, state)}", flush=True)
-        if once or state.complete:
-            return
-        time.sleep(REDRAW_SECONDS if block else LINE_SECONDS)
+def _seconds_left(
+    store: Path, jobs: dict[str, _PlannedJob], finished: set[str], running: list[JobProgress]
+) -> float | None:
+    """Work left over speed, both in forecast seconds because long proteins take longer per residue."""
+    work = {job.job: jobs[job.job].forecast_seconds for job in running}
+    left = sum(job.forecast_seconds for name, job in jobs.items() if name not in finished)
+    left -= sum(work[job.job] * job.done_residues / job.total_residues for job in running)
+    all_have_speed = running and all(job.residues_per_second for job in running)
+    usual = 0.0 if all_have_speed else _recent_speed(store, jobs, finished)
+    speeds = [work[job.job] * job.residues_per_second / job.total_residues or usual for job in running]
+    speed = sum(speeds) if running else usual
+    last_job = max((job.seconds_left for job in running if job.seconds_left is not None), default=0.0)
+    return max(left / speed, last_job) if speed else None
 
 
-def line_of(name: str, state: State) -> str:
-    """All of it in one line."""
-    parts = [_done(state)]
-    if not state.complete:
-        parts += [f"{len(state.running):,} running", _speed(state)] if state.running else [_speed(state)]
-        parts += [f"{len(state.silent):,} stopped without an end"] if state.silent else []
-    return f"{name}: {', '.join(parts)}"
-
-
-def block_of(name: str, state: State, columns: int, rows: int) -> list[str]:
-    """The same, with a bar and a line for each running job, in at most so many lines."""
-    share = state.done / state.total if state.total else 1.0
-    filled = int(share * min(columns, 60))
-    lines = [f"{name}: {_done(state)}", "█" * filled + "░" * (min(columns, 60) - filled)]
-    if state.complete:
-        return [*lines, "complete"]
-    lines.append(_speed(state))
-    room = rows - len(lines) - 2
-    shown = state.running if len(state.running) <= room else state.running[: room - 1]
-    width = max((len(r.place) for r in shown), default=0)
-    for r in shown:
-        left = f"{duration(r.seconds_left)} left" if r.seconds_left is not None else "begins"
-        left = left if r.done < r.total else "closes"
-        late = f", last heard of {duration(r.heard)} ago" if r.heard > 4 * BEAT_SECONDS else ""
-        share, rate = 100 * r.done / r.total, f"{r.residues_per_second:,.0f} residues/s"
-        lines.append(f"  {r.place:{width}}  {r.job}  {share:3.0f} %  {rate}  {left}{late}")
-    if rest := state.running[len(shown) :]:
-        lines.append(f"  and {len(rest):,} more: {sum(r.residues_per_second for r in rest):,.0f} residues/s")
-    if state.silent:
-        last = state.silent[0]
-        many = f"{count(len(state.silent), 'job')} stopped without an end"
-        lines.append(f"  {many}, the last {duration(last.heard)} ago: {last.job} on {last.place}")
-    return lines
-
-
-def _done(state: State) -> str:
-    percent = 100 * state.done / state.total if state.total else 100.0
-    return f"{state.done:,} of {state.total:,} residues ({percent:.1f} %), {state.jobs_done:,} of {count(state.jobs, 'job')} done"
-
-
-def _speed(state: State) -> str:
-    if not state.running:
-        left = f", {duration(state.seconds_left)} left on one device" if state.seconds_left else ""
-        return f"no job is running{left}"
-    rate = f"on {count(len({r.place for r in state.running}), 'device')}"
-    if state.residues_per_second:
-        rate = f"{state.residues_per_second:,.0f} residues/s {rate}"
-    if state.seconds_left is None:
-        return rate
-    ends = time.strftime("%a %H:%M", time.localtime(time.time() + state.seconds_left))
-    return f"{rate}, {duration(state.seconds_left)} left, until {ends}"
-
-
-def _plan(store: Path) -> Path:
-    return store / "plan" / "jobs.tsv"
-
-
-def _usual_pace(store: Path, jobs: dict[str, dict], committed: set[str]) -> float:
-    """Forecast seconds a second of the jobs that were finished last, for those that have no rate of their own yet."""
-    job_records = sorted((store / "jobs" / f"{job}.json" for job in committed), key=_time_of)
-    paces = []
+def _recent_speed(store: Path, jobs: dict[str, _PlannedJob], finished: set[str]) -> float:
+    """Median of forecast over real seconds of the latest finished jobs; 0 where no record says it."""
+    job_records = sorted((store / "jobs" / f"{job}.json" for job in finished), key=_modified_time)
+    speeds = []
     for path in job_records[-RECENT_JOBS:]:
         with suppress(OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
             job_record = json.loads(path.read_text())
             if job_record["made_residues"]:
                 share = job_record["made_residues"] / job_record["residues"]
-                paces.append(
-                    jobs[path.stem]["seconds"] * share / (job_record["load_seconds"] + job_record["embed_seconds"])
-                )
-    return statistics.median(paces) if paces else 0.0
+                seconds = job_record["load_seconds"] + job_record["embed_seconds"]
+                speeds.append(jobs[path.stem].forecast_seconds * share / seconds)
+    return statistics.median(speeds) if speeds else 0.0
 
 
-def _time_of(path: Path) -> float:
-    """When a commit was made; one that a run withdrew meanwhile is long ago."""
+def _modified_time(path: Path) -> float:
+    """0 for a job record that a run has removed meanwhile."""
     try:
         return path.stat().st_mtime
     except OSError:
         return 0.0
 
 
-def _planned(store: Path) -> dict[str, dict]:
-    """{job: its residues and forecast seconds} of the plan."""
+def _read_plan(store: Path) -> dict[str, _PlannedJob]:
     try:
-        with open(_plan(store)) as table:
+        with open(plan_table(store)) as table:
             rows = list(csv.DictReader(table, delimiter="\t"))
     except FileNotFoundError as error:
         raise LengthwiseError(f"{store}: no plan here yet (no plan/jobs.tsv); give results/<model> of a run") from error
-    # A job of next to nothing has 0.000 forecast seconds in the table.
-    return {
-        row["job"]: {"residues": int(row["residues"]), "seconds": max(float(row["forecast_seconds"]), 1e-3)}
-        for row in rows
-    }
+    # The table rounds a tiny job to 0.000 seconds, which would divide by zero.
+    return {row["job"]: _PlannedJob(int(row["residues"]), max(float(row["forecast_seconds"]), 1e-3)) for row in rows}
 
 
-def _entries(folder: Path) -> list[os.DirEntry]:
+def _json_files(folder: Path) -> list[os.DirEntry]:
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
         return [entry for entry in entries if entry.name.endswith(".json") and not entry.name.startswith(".")]
 
 
-def _read(path: Path, jobs: set[str]) -> dict | None:
-    """A heartbeat, if it is of one of these jobs; it may go, or be somebody's odd file."""
+def _read_heartbeat(path: Path) -> dict | None:
+    """None where the file has just been removed, or another program wrote it."""
     try:
-        beat = json.loads(path.read_text())
+        heartbeat = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    told = isinstance(beat, dict) and beat.keys() >= HEARTBEAT_KEYS
-    return beat if told and path.stem in jobs else None
+    valid = isinstance(heartbeat, dict) and heartbeat.keys() >= HEARTBEAT_KEYS
+    return heartbeat if valid and heartbeat["job"] == path.stem else None
 
 
-def _running(beat: dict, job: dict, now: float) -> Running:
-    """What a heartbeat says; residues of shards that an earlier try finished are done too."""
-    kept = job["residues"] - beat["residues"]
-    rate = beat["done"] / beat["seconds"] if beat["seconds"] > 0 else 0.0
-    return Running(
-        job=beat["job"],
-        place=f"{beat['host']} {'GPU ' + beat['gpu'] + ' ' if beat['gpu'] else ''}{beat['device']}",
+def _job_progress(heartbeat: dict, job: _PlannedJob, now: float) -> JobProgress:
+    done_before = job.residues - heartbeat["residues"]  # by an earlier try; the heartbeat counts this try alone
+    rate = heartbeat["done"] / heartbeat["seconds"] if heartbeat["seconds"] > 0 else 0.0
+    return JobProgress(
+        job=heartbeat["job"],
+        place=f"{heartbeat['host']} {'GPU ' + heartbeat['gpu'] + ' ' if heartbeat['gpu'] else ''}{heartbeat['device']}",
         residues_per_second=rate,
-        done=kept + beat["done"],
-        total=job["residues"],
-        seconds_left=(beat["residues"] - beat["done"]) / rate if rate else None,
-        heard=max(now - beat["time"], 0.0),
+        done_residues=done_before + heartbeat["done"],
+        total_residues=job.residues,
+        seconds_left=(heartbeat["residues"] - heartbeat["done"]) / rate if rate else None,
+        heartbeat_age_seconds=max(now - heartbeat["time"], 0.0),
     )
-
-
-def run(store: Path, once: bool) -> int:
-    """Show how far a run is; Ctrl-C ends the looking, not the run."""
-    with suppress(KeyboardInterrupt):
-        watch(store, once)
-    return 0

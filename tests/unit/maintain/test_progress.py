@@ -1,4 +1,4 @@
-"""Progress over all jobs of a run, from the plan, the commits and the heartbeats of running jobs."""
+"""Progress over all jobs of a run, from the plan, the job records and the heartbeats of running jobs."""
 
 import json
 import re
@@ -10,8 +10,9 @@ from lengthwise.__main__ import main
 from lengthwise.jobs import embed_job
 from lengthwise.jobs import heartbeat as heartbeat_module
 from lengthwise.jobs.heartbeat import Heartbeat
-from lengthwise.maintain import progress
-from lengthwise.maintain.progress import STALE_SECONDS, block_of, line_of, look
+from lengthwise.maintain import progress_command
+from lengthwise.maintain.progress import STALE_SECONDS, read_progress
+from lengthwise.maintain.progress_command import block_text, line_text
 from lengthwise.store.paths import job_record_path
 from lengthwise.store.shard_writer import ShardWriter
 
@@ -19,7 +20,7 @@ NOW = 1_800_000_000.0
 
 
 class Plan:
-    """A store of jobs of 1,000 residues and 100 forecast seconds each, and what is known of them."""
+    """A store of jobs of 1,000 residues and 100 forecast seconds each, and their job records and heartbeats."""
 
     def __init__(self, folder, jobs: int):
         self.path = folder
@@ -28,7 +29,7 @@ class Plan:
         header = "job\tdatasets\tshards\tsequences\tresidues\tforecast_bytes\tforecast_seconds"
         (folder / "plan" / "jobs.tsv").write_text("\n".join([header, *rows, ""]))
 
-    def commit(self, *jobs: int) -> None:
+    def finish(self, *jobs: int) -> None:
         for job in jobs:
             path = job_record_path(self.path, f"job{job}")
             path.parent.mkdir(exist_ok=True)
@@ -47,90 +48,90 @@ def plan(tmp_path):
     return lambda jobs: Plan(tmp_path, jobs)
 
 
-def test_commits_and_heartbeats_add_up(plan):
+def test_job_records_and_heartbeats_add_up(plan):
     store = plan(10)
-    store.commit(0, 1, 2)
+    store.finish(0, 1, 2)
     store.beat(3, done=500, seconds=50)
     store.beat(4, done=250, seconds=50, host="there", gpu="1")
-    state = look(store.path, NOW)
-    assert (state.done, state.total, state.jobs_done, state.jobs) == (3750, 10_000, 3, 10)
+    state = read_progress(store.path, NOW)
+    assert (state.done_residues, state.total_residues, state.jobs_done, state.jobs) == (3750, 10_000, 3, 10)
     assert state.residues_per_second == 10 + 5
     assert state.seconds_left == pytest.approx((10_000 - 3750) / 15)
     assert [r.place for r in state.running] == ["here Abacus", "there GPU 1 Abacus"]
     assert [r.seconds_left for r in state.running] == [50, 150]
 
 
-def test_time_left_goes_by_what_work_costs_and_not_by_residues(plan):
+def test_time_left_counts_forecast_seconds_and_not_residues(plan):
     store = plan(2)
     table = store.path / "plan" / "jobs.tsv"
     table.write_text(
         table.read_text().replace("job1\ta\t1\t10\t1000\t5000\t100.0", "job1\ta\t1\t10\t1000\t5000\t900.0")
     )
     store.beat(0, done=500, seconds=50)
-    assert look(store.path, NOW).seconds_left == pytest.approx(950)
+    assert read_progress(store.path, NOW).seconds_left == pytest.approx(950)
 
 
 def test_the_time_left_is_never_less_than_that_of_the_slowest_job(plan):
     store = plan(2)
     store.beat(0, done=990, seconds=1)
     store.beat(1, done=10, seconds=10)
-    assert look(store.path, NOW).seconds_left == pytest.approx(990)
+    assert read_progress(store.path, NOW).seconds_left == pytest.approx(990)
 
 
-def test_a_job_that_goes_on_after_a_kill_has_what_it_finished_before(plan):
+def test_a_job_that_goes_on_after_a_kill_counts_the_residues_finished_before(plan):
     store = plan(1)
     store.beat(0, done=100, seconds=10, residues=400)
-    state = look(store.path, NOW)
-    assert (state.done, state.seconds_left) == (700, 30)
+    state = read_progress(store.path, NOW)
+    assert (state.done_residues, state.seconds_left) == (700, 30)
 
 
-def test_a_killed_job_is_known_by_its_silence_and_counts_for_nothing(plan):
+def test_a_job_with_a_stale_heartbeat_counts_as_stopped_and_has_no_residues(plan):
     store = plan(3)
     store.beat(0, done=500, seconds=50, age=STALE_SECONDS + 1)
     store.beat(1, done=100, seconds=50)
-    state = look(store.path, NOW)
-    assert ([r.job for r in state.running], [r.job for r in state.silent]) == (["job1"], ["job0"])
-    assert state.done == 100
-    assert any("job0" in line and "stopped without an end" in line for line in block_of("x", state, 100, 20))
-    assert "1 stopped without an end" in line_of("x", state)
+    state = read_progress(store.path, NOW)
+    assert ([r.job for r in state.running], [r.job for r in state.stopped]) == (["job1"], ["job0"])
+    assert state.done_residues == 100
+    assert any("job0" in line and "stopped without an end" in line for line in block_text("x", state, 100, 20))
+    assert "1 stopped without an end" in line_text("x", state)
 
 
 @pytest.mark.parametrize("odd", ["", "[]", '{"job": "job1"}'])
-def test_heartbeats_of_committed_and_of_foreign_jobs_are_ignored(plan, odd):
+def test_heartbeats_of_finished_and_of_foreign_jobs_are_ignored(plan, odd):
     store = plan(2)
-    store.commit(0)
+    store.finish(0)
     store.beat(0, done=500, seconds=50)
     store.beat(77, done=500, seconds=50)
     (store.path / "running" / "job1.json").write_text(odd)  # by another program
-    state = look(store.path, NOW)
-    assert (state.running, state.silent, state.done) == ([], [], 1000)
+    state = read_progress(store.path, NOW)
+    assert (state.running, state.stopped, state.done_residues) == ([], [], 1000)
     assert state.seconds_left is None
-    assert "no job is running" in block_of("x", state, 100, 20)
+    assert "no job is running" in block_text("x", state, 100, 20)
 
 
-def test_a_job_that_begins_has_no_rate_yet(plan):
+def test_a_starting_job_has_no_rate_yet(plan):
     store = plan(1)
     store.beat(0, done=0, seconds=0.0)
-    state = look(store.path, NOW)
+    state = read_progress(store.path, NOW)
     assert (state.residues_per_second, state.seconds_left, state.running[0].seconds_left) == (0, None, None)
-    lines = block_of("x", state, 100, 20)
-    assert "begins" in lines[-1]
-    assert lines[2] == "on 1 device"  # and no rate of nothing
+    lines = block_text("x", state, 100, 20)
+    assert "starting" in lines[-1]
+    assert lines[2] == "on 1 device"  # and no rate
 
 
-def test_jobs_that_begin_are_taken_to_be_as_fast_as_those_that_ended(plan):
+def test_starting_jobs_are_assumed_to_be_as_fast_as_finished_ones(plan):
     store = plan(4)
     job_record = {"made_residues": 1000, "residues": 1000, "load_seconds": 5.0, "embed_seconds": 20.0}
     job_record_path(store.path, "job0").parent.mkdir()
-    job_record_path(store.path, "job0").write_text(json.dumps(job_record))  # 100 forecast seconds in 25
-    state = look(store.path, NOW)
+    job_record_path(store.path, "job0").write_text(json.dumps(job_record))  # 100 forecast seconds took 25
+    state = read_progress(store.path, NOW)
     assert state.seconds_left == 75
-    assert "no job is running, 1 min 15 s left on one device" in block_of("x", state, 100, 20)
-    assert line_of("x", state).endswith("1 of 4 jobs done, no job is running, 1 min 15 s left on one device")
+    assert "no job is running, 1 min 15 s left on one device" in block_text("x", state, 100, 20)
+    assert line_text("x", state).endswith("1 of 4 jobs done, no job is running, 1 min 15 s left on one device")
     store.beat(1, done=0, seconds=0.0)
-    assert look(store.path, NOW).seconds_left == 75
-    store.beat(2, done=500, seconds=25.0)  # at half that pace
-    assert look(store.path, NOW).seconds_left == pytest.approx(250 / 6)
+    assert read_progress(store.path, NOW).seconds_left == 75
+    store.beat(2, done=500, seconds=25.0)  # at half that speed
+    assert read_progress(store.path, NOW).seconds_left == pytest.approx(250 / 6)
 
 
 @pytest.mark.parametrize("rows", [10, 30, 200])
@@ -138,21 +139,21 @@ def test_the_block_is_no_higher_than_the_terminal(plan, rows):
     store = plan(100)
     for job in range(60):
         store.beat(job, done=100, seconds=10, gpu=str(job), age=1 if job < 55 else 1000)
-    lines = block_of("x", look(store.path, NOW), 80, rows)
+    lines = block_text("x", read_progress(store.path, NOW), 80, rows)
     assert len(lines) <= rows
-    told = sum(bool(re.search(r"\bjob\d+  ", line)) for line in lines)
+    named = sum(bool(re.search(r"\bjob\d+  ", line)) for line in lines)
     more = [int(match[1]) for line in lines if (match := re.search(r"and (\d+) more", line))]
-    assert told + sum(more) == 55
+    assert named + sum(more) == 55
 
 
 @pytest.mark.parametrize("arguments", [[], ["--once"]])
-def test_where_no_run_has_begun_nobody_waits(tmp_path, capsys, arguments):
+def test_where_no_run_has_begun_it_fails_and_does_not_wait(tmp_path, capsys, arguments):
     for folder in (tmp_path, tmp_path / "not there"):
         assert main(["progress", str(folder), *arguments]) == 1
         assert f"{folder}: no run has begun here" in capsys.readouterr().err
 
 
-def test_without_a_plan_it_is_one_line(tmp_path, capsys):
+def test_without_a_plan_once_fails_in_one_line(tmp_path, capsys):
     (tmp_path / "plan").mkdir()
     assert main(["progress", str(tmp_path), "--once"]) == 1
     printed = capsys.readouterr()
@@ -161,10 +162,12 @@ def test_without_a_plan_it_is_one_line(tmp_path, capsys):
     assert len(printed.err.splitlines()) == 1
 
 
-def test_before_the_plan_it_waits(tmp_path, monkeypatch, capsys):
+def test_it_waits_for_the_plan(tmp_path, monkeypatch, capsys):
     (tmp_path / "plan").mkdir()
     monkeypatch.setattr(
-        progress.time, "sleep", lambda _: (tmp_path / "plan" / "jobs.tsv").exists() or Plan(tmp_path, 2).commit(0, 1)
+        progress_command.time,
+        "sleep",
+        lambda _: (tmp_path / "plan" / "jobs.tsv").exists() or Plan(tmp_path, 2).finish(0, 1),
     )
     assert main(["progress", str(tmp_path)]) == 0
     first, last = capsys.readouterr().out.splitlines()
@@ -172,10 +175,12 @@ def test_before_the_plan_it_waits(tmp_path, monkeypatch, capsys):
     assert "2 of 2 jobs done" in last
 
 
-def test_in_a_log_it_is_a_line_each_time_until_the_run_is_complete(plan, monkeypatch, capsys):
+def test_in_a_log_it_prints_a_line_a_minute_until_the_run_is_complete(plan, monkeypatch, capsys):
     store, slept = plan(2), []
-    store.commit(0)
-    monkeypatch.setattr(progress.time, "sleep", lambda seconds: (slept.append(seconds), store.commit(len(slept) - 1)))
+    store.finish(0)
+    monkeypatch.setattr(
+        progress_command.time, "sleep", lambda seconds: (slept.append(seconds), store.finish(len(slept) - 1))
+    )
     assert main(["progress", str(store.path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert slept == [60, 60]
@@ -183,7 +188,7 @@ def test_in_a_log_it_is_a_line_each_time_until_the_run_is_complete(plan, monkeyp
     assert "2,000 of 2,000 residues (100.0 %), 2 of 2 jobs done" in lines[-1]
 
 
-def test_once_is_once(plan, capsys):
+def test_once_prints_one_line(plan, capsys):
     store = plan(2)
     assert main(["progress", str(store.path), "--once"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
@@ -191,18 +196,18 @@ def test_once_is_once(plan, capsys):
 
 def test_in_a_terminal_the_block_is_drawn_over_itself(plan, monkeypatch, capsys):
     store = plan(2)
-    store.commit(0)
-    monkeypatch.setattr(progress.sys.stdout, "isatty", lambda: True)
+    store.finish(0)
+    monkeypatch.setattr(progress_command.sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "60")
-    monkeypatch.setattr(progress.time, "sleep", lambda _: store.commit(1))
-    progress.watch(store.path)
+    monkeypatch.setattr(progress_command.time, "sleep", lambda _: store.finish(1))
+    progress_command.watch(store.path)
     first, second = re.split(r"\x1b\[3F\x1b\[J", capsys.readouterr().out)
     assert len(first.splitlines()) == 3
     assert all(len(line) < 60 for line in (first + second).splitlines())
     assert second.splitlines()[-1] == "complete"
 
 
-def test_a_heartbeat_is_there_while_a_job_runs_and_gone_afterwards(tmp_path, monkeypatch):
+def test_a_heartbeat_exists_while_a_job_runs_and_is_removed_afterwards(tmp_path, monkeypatch):
     monkeypatch.setattr(heartbeat_module, "BEAT_SECONDS", 0.01)
     state = [0, 1000, 0.0]
     with Heartbeat(tmp_path, "job0", "Abacus", lambda: tuple(state)) as heartbeat:
@@ -216,48 +221,48 @@ def test_a_heartbeat_is_there_while_a_job_runs_and_gone_afterwards(tmp_path, mon
     assert list((tmp_path / "running").iterdir()) == []
 
 
-def test_a_real_job_is_seen_at_work_and_its_commit_after_it(small_store, random_proteins, monkeypatch):
+def test_a_real_job_is_seen_running_and_then_finished(small_store, random_proteins, monkeypatch):
     store, seen = small_store(), []
     store.ingest("a", random_proteins(60))
     (job,) = store.plan(shard_bytes=8_000)["job"]
-    job_record = ShardWriter.commit
+    commit = ShardWriter.commit
 
-    def look_and_commit(self):
+    def read_progress_and_commit(self):
         until = time.monotonic() + 10
         while not (store.path / "running" / f"{job}.json").exists() and time.monotonic() < until:
             time.sleep(0.005)
-        seen.append(look(store.path))
-        job_record(self)
+        seen.append(read_progress(store.path))
+        commit(self)
 
     monkeypatch.setattr(heartbeat_module, "BEAT_SECONDS", 0.001)
-    monkeypatch.setattr(ShardWriter, "commit", look_and_commit)
+    monkeypatch.setattr(ShardWriter, "commit", read_progress_and_commit)
     store.embed(job)
     assert [[r.job for r in state.running] for state in seen] == [[job]] * len(seen)
-    assert 0 < seen[-1].done <= seen[-1].total == store.jobs["residues"].sum()
-    after = look(store.path)
-    assert (after.complete, after.done, after.running) == (True, after.total, [])
+    assert 0 < seen[-1].done_residues <= seen[-1].total_residues == store.jobs["residues"].sum()
+    after = read_progress(store.path)
+    assert (after.complete, after.done_residues, after.running) == (True, after.total_residues, [])
     assert list((store.path / "running").iterdir()) == []
 
 
-def test_a_job_is_at_work_until_its_commit_is_there(small_store, random_proteins, monkeypatch):
+def test_a_job_is_running_until_its_job_record_is_written(small_store, random_proteins, monkeypatch):
     store, seen = small_store(), []
     store.ingest("a", random_proteins(5))
     (job,) = store.plan()["job"]
     write = embed_job.write_json
 
-    def look_and_write(*what):
+    def read_progress_and_write(*arguments):
         until = time.monotonic() + 10
-        while look(store.path).done == 0 and time.monotonic() < until:
+        while read_progress(store.path).done_residues == 0 and time.monotonic() < until:
             time.sleep(0.005)
-        seen.append(look(store.path))
-        write(*what)
+        seen.append(read_progress(store.path))
+        write(*arguments)
 
     monkeypatch.setattr(heartbeat_module, "BEAT_SECONDS", 0.001)
-    monkeypatch.setattr(embed_job, "write_json", look_and_write)
+    monkeypatch.setattr(embed_job, "write_json", read_progress_and_write)
     store.embed(job)
     (state,) = seen
-    assert (state.done, state.jobs_done, [r.job for r in state.running]) == (state.total, 0, [job])
-    assert "closes" in block_of("x", state, 100, 20)[-1]
+    assert (state.done_residues, state.jobs_done, [r.job for r in state.running]) == (state.total_residues, 0, [job])
+    assert "finishing" in block_text("x", state, 100, 20)[-1]
 
 
 def test_a_job_that_fails_leaves_no_heartbeat(small_store, random_proteins, monkeypatch):
