@@ -1,13 +1,14 @@
-"""Prune: find, and delete if asked to, what no dataset of a store uses any more."""
+"""Prune: list or delete the files of a store that no dataset uses."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.maintain.cleanup import leftovers, remove
-from lengthwise.maintain.verify import QUARANTINED
+from lengthwise.maintain.quarantine import QUARANTINE_ENDING
 from lengthwise.plan.planner import read_jobs
 from lengthwise.store.manifest import read_manifest
 from lengthwise.store.paths import job_record_path, work_order_path
@@ -16,27 +17,32 @@ from lengthwise.system.locks import alone
 
 
 def prune(store: Path, delete: bool = False) -> dict[Path, int]:
-    """What no dataset uses, as {path: bytes}.
+    """Find the files that no dataset uses, and delete them on request.
 
-    A dataset is used as long as its folder in ``datasets/`` is there or the plan has it. Jobs are kept or deleted whole. Beside
-    shards, metrics, specs and commits these are the tables of inputs that went, temporary files, and what `verify` set aside.
+    A dataset is in use while its folder in ``datasets/`` exists or the plan has it. A job in use keeps all its files. Unused
+    are shards, metrics, work orders and job records of other jobs; tables of inputs that were removed; leftovers of killed
+    processes; and quarantined files.
 
     Parameters
     ----------
     store
         The store.
     delete
-        Whether to delete it, too.
+        Delete the files too.
+
+    Returns
+    -------
+    {path: bytes} of the unused files and folders.
 
     Raises
     ------
     LengthwiseError
-        A run or a job is at work, or it is not certain what is used.
+        A run or a job works in the store, or a missing or damaged file leaves unknown what is in use.
     """
     if not (store / "settings.json").exists():
         raise LengthwiseError(f"{store}/settings.json: No such file; only a store with its settings is pruned")
     with alone(store):
-        unused = {path: _size(path) for path in _unused(store)}
+        unused = {path: _size_bytes(path) for path in _unused(store)}
         if delete:
             for path in unused:
                 remove(path)
@@ -44,26 +50,27 @@ def prune(store: Path, delete: bool = False) -> dict[Path, int]:
 
 
 def _unused(store: Path) -> list[Path]:
-    """Commits first: without its commit nothing of a job counts."""
+    """Job records come first: a job without one counts as not made, so a deletion can stop anywhere."""
     jobs, shards, datasets = _used(store)
     inputs = [folder for folder in sorted(store.glob("inputs/*")) if folder.name not in datasets]
-    aside = [path for path in (*store.rglob(f"*{QUARANTINED}"), *leftovers(store)) if not {*inputs} & {*path.parents}]
+    others = (*store.rglob(f"*{QUARANTINE_ENDING}"), *leftovers(store))
     return [
-        *_others(store, "jobs/*.json", jobs),
-        *_others(store, "shards/*/*.safetensors", shards),
-        *_others(store, "metrics/**/*.parquet", shards),
-        *_others(store, "plan/jobs/*.parquet", jobs),
+        *_not_in(jobs, store.glob("jobs/*.json")),
+        *_not_in(shards, store.glob("shards/*/*.safetensors")),
+        *_not_in(shards, store.glob("metrics/**/*.parquet")),
+        *_not_in(jobs, store.glob("plan/jobs/*.parquet")),
         *inputs,
-        *aside,
+        *(path for path in others if not {*inputs} & {*path.parents}),
     ]
 
 
 def _used(store: Path) -> tuple[set[str], set[str], set[str]]:
-    """The jobs that the plan and the datasets stand on, all their shards, and the datasets."""
+    """The jobs of the plan and the manifests, all shards of these jobs, and the datasets."""
     if not (store / "plan" / "jobs.tsv").exists():
         raise LengthwiseError(f"{store}: no plan here (no plan/jobs.tsv); run snakemake, or give results/<model>")
     planned = read_jobs(store / "plan" / "jobs.tsv")
-    jobs, shards = set(planned["job"]), set()
+    jobs: set[str] = set(planned["job"])
+    shards: set[str] = set()
     datasets = {name for names in planned["datasets"] for name in names.split(",")}
     for folder in sorted(path for path in store.glob("datasets/*") if path.is_dir()):
         if (folder / "manifest.json").exists():
@@ -80,32 +87,30 @@ def _used(store: Path) -> tuple[set[str], set[str], set[str]]:
 
 
 def _shards_of(store: Path, job: str) -> set[str]:
-    """What a job made, or is to make."""
+    """The shards of a job: of its job record if it is finished, else of its work order."""
     if job_record_path(store, job).exists():
         return set(read_json(job_record_path(store, job), "shards")["shards"])
     work_order = work_order_path(store, job)
-    return (
-        set(pq.read_table(work_order, columns=["shard"])["shard"].unique().to_pylist())
-        if work_order.exists()
-        else set()
-    )
+    if not work_order.exists():
+        return set()
+    return set(pq.read_table(work_order, columns=["shard"])["shard"].unique().to_pylist())
 
 
-def _others(store: Path, pattern: str, used: set[str]) -> list[Path]:
-    return sorted(path for path in store.glob(pattern) if path.stem not in used)
+def _not_in(used: set[str], paths: Iterable[Path]) -> list[Path]:
+    return sorted(path for path in paths if path.stem not in used)
 
 
-def _size(path: Path) -> int:
+def _size_bytes(path: Path) -> int:
     if path.is_dir():
         return sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(path) for name in names)
     return path.stat().st_size
 
 
 def run(store: Path, delete: bool) -> int:
-    """Print what no dataset uses, and delete it if asked to."""
+    """Print the unused files, and delete them on request; returns the exit code."""
     unused = prune(store, delete)
-    for path, size in unused.items():
-        print(f"{size:>16,}  {path}")
+    for path, size_bytes in unused.items():
+        print(f"{size_bytes:>16,}  {path}")
     what = "deleted" if delete else "that no dataset uses" + ("; --delete deletes it" if unused else "")
     print(f"{sum(unused.values()):>16,}  bytes {what}")
     return 0

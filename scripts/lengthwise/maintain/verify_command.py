@@ -1,17 +1,18 @@
-"""`python -m lengthwise verify`: what was found, a line each."""
+"""`python -m lengthwise verify`: a line for each problem, and quarantine on request."""
 
 import logging
 import sys
 from collections import Counter
 from pathlib import Path
 
-from lengthwise.maintain.verify import Problem, quarantine, verify
+from lengthwise.maintain.quarantine import Problem, quarantine
+from lengthwise.maintain.verify import verify
 
 MAX_IDENTICAL_MESSAGES = 10
 
 
 def run(store: Path, quick: bool, repair: bool) -> int:
-    """Check the weights and each dataset of a store, and print what was found.
+    """Verify a store and print the result.
 
     Parameters
     ----------
@@ -24,29 +25,31 @@ def run(store: Path, quick: bool, repair: bool) -> int:
 
     Returns
     -------
-    The exit code: 0 where nothing is wrong, or all that was is in quarantine.
+    The exit code: 0 where nothing is wrong, or every damaged file is in quarantine.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     problems: list[Problem] = []
-    times_said: Counter[str] = Counter()
-    for checked in verify(store, quick):
-        problems += checked.problems
-        for problem in checked.problems:
-            what = problem.line.partition(": ")[2]
-            times_said[what] += 1
-            if times_said[what] <= MAX_IDENTICAL_MESSAGES:
-                print(f"lengthwise: error: {problem.line}", file=sys.stderr)
-        if not checked.problems:
-            print(f"{checked.name}: good" + (f", {checked.note}" if checked.note else ""), flush=True)
-    for what, n in times_said.items():
+    times_seen: Counter[str] = Counter()
+    for result in verify(store, quick):
+        problems += result.problems
+        for problem in result.problems:
+            what = problem.message.partition(": ")[2]
+            times_seen[what] += 1
+            if times_seen[what] <= MAX_IDENTICAL_MESSAGES:
+                print(f"lengthwise: error: {problem.message}", file=sys.stderr)
+        if not result.problems:
+            print(f"{result.name}: good" + (f", {result.note}" if result.note else ""), flush=True)
+    for what, n in times_seen.items():
         if n > MAX_IDENTICAL_MESSAGES:
             print(f"lengthwise: error: and {n - MAX_IDENTICAL_MESSAGES:,} more files: {what}", file=sys.stderr)
-    mendable = all(problem.path for problem in problems)
-    if problems and not repair and any(problem.path for problem in problems):
-        print("--repair takes what is damaged out of service; the next run of snakemake makes it again")
-    if repair:
-        for path in quarantine(problems):
-            print(f"out of service: {path}")
-        if problems:
-            print("run snakemake: it makes again what is gone" + ("" if mendable else "; the rest is yours to mend"))
-    return 0 if not problems or (repair and mendable) else 1
+    all_repairable = all(problem.path for problem in problems)
+    if not repair:
+        if any(problem.path for problem in problems):
+            print("--repair quarantines the damaged files; the next run of snakemake makes them again")
+        return 1 if problems else 0
+    for path in quarantine(problems):
+        print(f"in quarantine: {path}")
+    if problems:
+        rest = "" if all_repairable else "; repair the other problems by hand"
+        print(f"run snakemake: it makes the missing files again{rest}")
+    return 0 if all_repairable else 1

@@ -1,4 +1,4 @@
-"""`python -m lengthwise prune`: what no dataset uses goes, and nothing else, whenever it is stopped."""
+"""`python -m lengthwise prune` deletes the unused files and no others, wherever it is stopped."""
 
 import shutil
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ def store(finished, tmp_path):
 
 @pytest.fixture
 def without(store):
-    """Takes a dataset out of the config, as the next plan sees it, and its folder away."""
+    """Removes a dataset from the config and the plan, and its folder."""
 
     def remove(dataset: str) -> None:
         store.datasets.remove(dataset)
@@ -48,8 +48,8 @@ def unused(store, **options) -> set[str]:
     return {str(path.relative_to(store.path)) for path in prune(store.path, **options)}
 
 
-def is_whole(store) -> bool:
-    return not any(checked.problems for checked in verify(store.path))
+def is_good(store) -> bool:
+    return not any(result.problems for result in verify(store.path))
 
 
 def test_nothing_of_a_finished_store_is_unused(store, files_in):
@@ -58,7 +58,7 @@ def test_nothing_of_a_finished_store_is_unused(store, files_in):
     assert files_in(store.path) == before
 
 
-def test_what_a_dataset_alone_used_is_listed_and_then_deleted(store, without, files_in, capsys):
+def test_files_that_only_a_removed_dataset_used_are_listed_and_then_deleted(store, without, files_in, capsys):
     (job,) = set(store.jobs_of("b")) - set(store.jobs_of("a"))
     shards = set(store.spec(job)["shard"])
     without("b")
@@ -81,7 +81,7 @@ def test_what_a_dataset_alone_used_is_listed_and_then_deleted(store, without, fi
     assert total.split() == [f"{sum(before[path] for path in gone):,}", "bytes", "deleted"]
     assert all(any(path.is_relative_to(store.path / each) for each in expected) for path in gone)
     assert unused(store) == set()
-    assert is_whole(store)
+    assert is_good(store)
     assert (store.open("a").pooled() == pooled).all()
 
 
@@ -93,14 +93,14 @@ def test_a_dataset_that_comes_back_later_is_embedded_again(store, without, rando
     store.ingest("b", dict(list(random_proteins(30).items())[15:]))
     store.run(shard_bytes=8_000)
     assert store.rows() == rows
-    assert is_whole(store)
+    assert is_good(store)
 
 
 def test_a_dataset_is_used_until_its_folder_is_removed(store):
     store.datasets.remove("b")
     store.plan()  # the config has no b any more
     assert unused(store, delete=True) == set()
-    assert is_whole(store)
+    assert is_good(store)
 
 
 def test_a_planned_dataset_is_used_before_it_has_a_folder(store, random_proteins):
@@ -108,14 +108,14 @@ def test_a_planned_dataset_is_used_before_it_has_a_folder(store, random_proteins
     store.plan(shard_bytes=8_000)
     (job,) = set(store.jobs_of("c"))
     store.embed(job)
-    job_record_path(store.path, job).unlink()  # as if it was killed just before
+    job_record_path(store.path, job).unlink()  # as if the job was killed just before
     assert unused(store, delete=True) == set()
     store.embed_all()
     store.assemble("c")
-    assert is_whole(store)
+    assert is_good(store)
 
 
-def test_a_job_of_which_anything_is_used_is_kept_whole(small_store, random_proteins):
+def test_a_job_in_use_keeps_all_its_files(small_store, random_proteins):
     store = small_store()
     proteins = random_proteins(30)
     store.ingest("short", {name: sequence for name, sequence in proteins.items() if len(sequence) < 20})
@@ -130,7 +130,7 @@ def test_a_job_of_which_anything_is_used_is_kept_whole(small_store, random_prote
     assert unused(store, delete=True) == {"inputs/long"}
 
 
-def test_specs_that_no_plan_wants_any_more_go(store, random_proteins):
+def test_work_orders_outside_the_plan_are_unused(store, random_proteins):
     store.ingest("c", random_proteins(20, seed=5))
     store.plan(shard_bytes=8_000)
     (job,) = store.jobs_of("c")
@@ -140,7 +140,7 @@ def test_specs_that_no_plan_wants_any_more_go(store, random_proteins):
     assert not work_order_path(store.path, job).exists()
 
 
-def test_leftovers_go_wherever_they_are_and_other_hidden_files_stay(store):
+def test_leftovers_are_unused_in_every_folder_and_other_hidden_files_stay(store):
     left = {"shards/ab/.abcd.safetensors.0123abcd.tmp", "datasets/a/.index.parquet.99.tmp", "plan/.spill"}
     for name in (*left, "inputs/a/.nfs0001", "compiled/.x.tmp"):
         path = store.path / name
@@ -154,11 +154,11 @@ def test_leftovers_go_wherever_they_are_and_other_hidden_files_stay(store):
     assert (store.path / "compiled/.x.tmp").exists()
 
 
-def test_what_verify_set_aside_goes(store):
+def test_quarantined_files_are_unused(store):
     path = store.shard_files()[0]
     shutil.copy(path, path.with_name(f"{path.name}.damaged"))
     assert unused(store, delete=True) == {f"{path.relative_to(store.path)}.damaged"}
-    assert is_whole(store)
+    assert is_good(store)
 
 
 def test_nothing_is_deleted_or_listed_while_somebody_is_at_work(store, without, refused, files_in):
@@ -173,17 +173,17 @@ def test_nothing_is_deleted_or_listed_while_somebody_is_at_work(store, without, 
 def test_a_job_is_at_work_while_it_makes_shards(store, random_proteins, monkeypatch, refused):
     store.ingest("c", random_proteins(20, seed=5))
     store.plan(shard_bytes=8_000)
-    original, tries = ShardWriter.commit, []
+    original, part_exists = ShardWriter.commit, []
 
     def commit(self):
         with refused("at work"):
             unused(store, delete=True)
-        tries.append(self.part.exists())
+        part_exists.append(self.part.exists())
         original(self)
 
     monkeypatch.setattr(ShardWriter, "commit", commit)
     store.embed_all()
-    assert set(tries) == {True}
+    assert set(part_exists) == {True}
     assert unused(store) == set()
 
 
@@ -197,7 +197,7 @@ def test_a_job_is_at_work_while_it_makes_shards(store, random_proteins, monkeypa
         (lambda store: (store.path / "settings.json").unlink(), "settings.json: No such file"),
     ],
 )
-def test_where_it_is_not_certain_what_is_used_nothing_is_deleted(store, capsys, files_in, spoil, words):
+def test_nothing_is_deleted_while_it_is_unknown_what_is_in_use(store, capsys, files_in, spoil, words):
     store.datasets.remove("b")
     store.plan()
     spoil(store)
@@ -210,21 +210,21 @@ def test_where_it_is_not_certain_what_is_used_nothing_is_deleted(store, capsys, 
 
 @contextmanager
 def stop_after(n: int):
-    """Ends a deletion before it removes more than this."""
-    left = [n]
+    """Stops a deletion after n removals."""
+    remaining = [n]
 
-    def removing(path):
-        left[0] -= 1
-        if left[0] < 0:
+    def limited(path):
+        remaining[0] -= 1
+        if remaining[0] < 0:
             raise ZeroDivisionError
         remove(path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lengthwise.maintain.prune.remove", removing)
+        patch.setattr("lengthwise.maintain.prune.remove", limited)
         yield
 
 
-def test_wherever_a_deletion_is_stopped_the_store_is_whole_and_the_next_one_goes_on(store, without, files_in, tmp_path):
+def test_wherever_a_deletion_is_stopped_the_store_is_good_and_the_next_one_goes_on(store, without, files_in, tmp_path):
     without("b")
     everything = unused(store)
     complete = store.copy(tmp_path / "complete").path
@@ -234,6 +234,6 @@ def test_wherever_a_deletion_is_stopped_the_store_is_whole_and_the_next_one_goes
         stopped = store.copy(tmp_path / str(n)).path
         with stop_after(n), pytest.raises(ZeroDivisionError):
             prune(stopped, delete=True)
-        assert not any(checked.problems for checked in verify(stopped, quick=True))
+        assert not any(result.problems for result in verify(stopped, quick=True))
         prune(stopped, delete=True)
         assert {path.relative_to(stopped): path.read_bytes() for path in files_in(stopped)} == expected

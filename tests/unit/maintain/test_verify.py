@@ -1,4 +1,4 @@
-"""`python -m lengthwise verify`: whatever is damaged is named, and with --repair a run makes it again and nothing else."""
+"""`python -m lengthwise verify` names every damaged file; after --repair a run makes these again and no others."""
 
 import base64
 import hashlib
@@ -14,7 +14,7 @@ import pytest
 from lengthwise.__main__ import main
 from lengthwise.errors import LengthwiseError
 from lengthwise.maintain.cleanup import broken_job_records
-from lengthwise.maintain.verify import whole_shard
+from lengthwise.maintain.verify import check_shard_header
 from lengthwise.store.paths import job_record_path, metrics_path
 from lengthwise.store.settings import fingerprint
 from lengthwise.store.shard import Shard
@@ -44,7 +44,7 @@ def store(finished, tmp_path):
 
 @pytest.fixture
 def verify(store, capsys):
-    """Runs the command; gives its exit code, what is good, and what is wrong."""
+    """Runs the command; returns its exit code, the lines on stdout and the error lines."""
 
     def run(*flags: str) -> tuple[int, list[str], list[str]]:
         code = main(["verify", str(store.path), *flags])
@@ -68,7 +68,7 @@ def place_of(path, tensor: str, row: int = 0) -> int:
 
 
 def run_again(store) -> set[str]:
-    """What a plain run does then; returns the shards that it made."""
+    """Do what the next plain run does; returns the shards that it made."""
     for job_record in broken_job_records(store.path):
         job_record.unlink()
     made = [job_record["made"] for job_record in store.embed_all()]
@@ -78,7 +78,7 @@ def run_again(store) -> set[str]:
 
 
 @pytest.mark.parametrize("flags", [[], ["--full"], ["--quick"], ["--repair"]], ids=" ".join)
-def test_a_whole_store_is_good(verify, store, files_in, flags):
+def test_an_undamaged_store_is_good(verify, store, files_in, flags):
     before = files_in(store.path)
     assert verify(*flags) == (
         0,
@@ -103,7 +103,7 @@ def test_a_flipped_bit_names_the_sequence_and_the_records_that_read_it(verify, s
     ]
 
 
-def test_of_many_records_some_are_named_and_the_rest_counted(small_store, capsys):
+def test_five_records_of_a_damaged_sequence_are_named_and_the_rest_counted(small_store, capsys):
     store = small_store()
     store.ingest("a", {f"p{i}": "MKVLAAGIT" for i in range(8)})
     store.run()
@@ -144,13 +144,13 @@ def edit(**changes):
 
 
 def edit_settings(path, **changes) -> None:
-    """With the fingerprint that they then have."""
+    """Change settings and their fingerprint."""
     settings = json.loads(path.read_text()) | changes
     path.write_text(json.dumps(settings | {"fingerprint": fingerprint(settings)}))
 
 
 def place_in_lookup(path) -> int:
-    """Where it has the first record's row_start."""
+    """The byte of the first record's row_start."""
     rows = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     return path.read_bytes().index(rows["row_start"].chunk(0).buffers()[1].to_pybytes()[: 8 * len(rows)])
 
@@ -200,11 +200,11 @@ DAMAGES = {
     "metrics": ("metrics/**/*.parquet", cut_short, "damaged", "quick"),
     "metrics, in a page": ("metrics/**/*.parquet", lambda path: flip(path, 30), "damaged", "full"),
     "parity receipt": ("parity/*.json", cut_short, "damaged", "quick"),
-    "commit of other sizes": ("jobs/*.json", other_sizes, "other sizes", "quick"),
-    "commit": ("jobs/*.json", cut_short, "damaged", "quick"),
-    "commit gone": ("jobs/*.json", os.unlink, "missing", "quick"),
+    "job record of other sizes": ("jobs/*.json", other_sizes, "other sizes", "quick"),
+    "job record": ("jobs/*.json", cut_short, "damaged", "quick"),
+    "job record missing": ("jobs/*.json", os.unlink, "missing", "quick"),
     "index": ("datasets/one/index.parquet", cut_short, "damaged", "quick"),
-    "index gone": ("datasets/one/index.parquet", os.unlink, "missing", "quick"),
+    "index missing": ("datasets/one/index.parquet", os.unlink, "missing", "quick"),
     "lookup": ("datasets/one/lookup.arrow", cut_short, "damaged", "quick"),
     "lookup of other places": (
         "datasets/one/lookup.arrow",
@@ -213,7 +213,7 @@ DAMAGES = {
         "quick",
     ),
     "index of other records": ("datasets/one/index.parquet", drop_a_record, "other records", "quick"),
-    "index of other places": ("datasets/one/index.parquet", swap_two_places, "not those of its sequences", "quick"),
+    "index of other rows": ("datasets/one/index.parquet", swap_two_places, "not those of its sequences", "quick"),
     "index without places": ("datasets/one/index.parquet", without_places, "damaged", "quick"),
     "manifest": ("datasets/one/manifest.json", cut_short, "damaged", "quick"),
     "manifest of nothing": ("datasets/one/manifest.json", lambda path: path.write_text("{}"), "damaged", "quick"),
@@ -244,7 +244,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_damaged_is_named_and_a_run_after_repair_makes_it_again_alone(verify, store, damage, files_in):
+def test_damage_is_named_and_a_run_after_repair_makes_that_file_again_and_no_other(verify, store, damage, files_in):
     pattern, spoil, words, depth = DAMAGES[damage]
     rows, path = store.rows(), only(store, pattern)
     before = {file: file.read_bytes() for file in files_in(store.path)}
@@ -256,7 +256,7 @@ def test_what_is_damaged_is_named_and_a_run_after_repair_makes_it_again_alone(ve
     assert wrong
     assert all(words in line for line in wrong)
     if damage in ("manifest of other counts", "manifest of other shards"):
-        path = path.with_name("index.parquet")  # which is made again together with it
+        path = path.with_name("index.parquet")  # a run makes the two together
     assert any(str(path) in line or str(path.with_name("lookup.arrow")) in line for line in wrong)
     assert not path.exists()
     made = run_again(store)
@@ -267,7 +267,7 @@ def test_what_is_damaged_is_named_and_a_run_after_repair_makes_it_again_alone(ve
     assert {file.stem for file in changed if not {"datasets", "jobs"} & {*file.parts}} <= {path.stem}
 
 
-def test_the_same_of_many_files_is_said_of_ten_and_counted(verify, store, monkeypatch):
+def test_identical_messages_are_printed_ten_times_and_then_counted(verify, store, monkeypatch):
     monkeypatch.setattr("lengthwise.maintain.verify_command.MAX_IDENTICAL_MESSAGES", 2)
     for path in store.shard_files():
         path.unlink()
@@ -278,17 +278,17 @@ def test_the_same_of_many_files_is_said_of_ten_and_counted(verify, store, monkey
     assert re.fullmatch(r"lengthwise: error: and \d+ more files: the shard is missing; restore it.*", missing[-1])
 
 
-def test_what_was_taken_out_of_service_is_kept(verify, store):
+def test_quarantined_files_are_kept(verify, store):
     path = store.shard_files()[0]
     flip(path, place_of(path, "layer_2"))
     spoiled = path.read_bytes()
     code, said, _ = verify("--repair")
     assert code == 0
-    assert said[-2:] == [f"out of service: {path}.damaged", "run snakemake: it makes again what is gone"]
+    assert said[-2:] == [f"in quarantine: {path}.damaged", "run snakemake: it makes the missing files again"]
     assert path.with_name(f"{path.name}.damaged").read_bytes() == spoiled
 
 
-def test_lost_metrics_are_no_damage_and_are_said(verify, store):
+def test_missing_metrics_are_counted_and_are_no_damage(verify, store):
     only(store, "metrics/**/*.parquet").unlink()
     code, good, wrong = verify()
     assert (code, wrong) == (0, [])
@@ -325,7 +325,7 @@ def test_metrics_where_earlier_versions_had_them_are_checked_too(verify, store):
         (lambda store: edit(bytes=1)(store.path / "weights.json"), "is not the checkpoint"),
     ],
 )
-def test_what_no_run_can_mend_is_one_line_and_left_alone(verify, store, files_in, spoil, words):
+def test_problems_that_no_run_can_repair_are_one_line_and_left_alone(verify, store, files_in, spoil, words):
     spoil(store)
     before = files_in(store.path)
     code, _, wrong = verify("--repair")
@@ -335,8 +335,8 @@ def test_what_no_run_can_mend_is_one_line_and_left_alone(verify, store, files_in
     assert files_in(store.path) == before
 
 
-def test_a_failing_disk_is_one_line_and_no_crash(verify, store, monkeypatch):
-    """Through a memory map it would be a signal."""
+def test_a_failing_disk_is_reported_without_a_crash(verify, store, monkeypatch):
+    """Through a memory map a read error would end the process by a signal."""
     import numpy as np
 
     bad = store.shard_files()[0]
@@ -353,7 +353,7 @@ def test_a_failing_disk_is_one_line_and_no_crash(verify, store, monkeypatch):
     assert all(f"{bad}: cannot be read: [Errno 5] Input/output error" in line for line in wrong)
 
 
-def test_shards_that_cannot_be_opened_are_not_said_to_be_damaged(verify, store, monkeypatch, files_in):
+def test_shards_that_cannot_be_opened_are_not_quarantined(verify, store, monkeypatch, files_in):
     before, original = files_in(store.path), Shard.__init__
 
     def refuse(self, path):
@@ -372,7 +372,7 @@ def test_shards_that_cannot_be_opened_are_not_said_to_be_damaged(verify, store, 
 
 def test_a_store_may_have_more_shards_than_a_process_may_open_files(verify, store):
     limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert verify()[0] == 0  # whatever opens a file once has opened it
+    assert verify()[0] == 0  # files that are opened once are open now
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 6, hard))
     try:
         assert len(store.shard_files()) > 6
@@ -382,7 +382,7 @@ def test_a_store_may_have_more_shards_than_a_process_may_open_files(verify, stor
 
 
 def test_offsets_of_pooled_vectors_are_checked_too(small_store, random_proteins, capsys):
-    """No checksum covers them there, because they place no rows."""
+    """Without per-residue rows no checksum covers the offsets."""
     store = small_store(outputs=["mean"])
     store.ingest("a", random_proteins(10))
     store.run()
@@ -400,24 +400,24 @@ def test_no_single_flipped_bit_goes_unnoticed(small_store, random_proteins, ever
     store.ingest("a", random_proteins(3, longest=6))
     store.run()
     (path,) = store.shard_files()
-    whole = path.read_bytes()
+    content = path.read_bytes()
     shard = Shard(path)
-    text_ends = whole.index(b"  ", 8)
+    text_ends = content.index(b"  ", 8)
     first = min(tensor.start for tensor in shard.tensors.values())
-    harmless = whole.index(b'"format":"pt"')  # nobody reads it
+    harmless = content.index(b'"format":"pt"')  # no code reads it
     unnoticed = []
-    places = [*range(text_ends + 16), *range(text_ends + 16, first, 512), *range(first, len(whole), 7)]
-    places += range(shard.tensors["offsets"].start, len(whole))
+    places = [*range(text_ends + 16), *range(text_ends + 16, first, 512), *range(first, len(content), 7)]
+    places += range(shard.tensors["offsets"].start, len(content))
     flipped = path.with_name("flipped") / path.name
     flipped.parent.mkdir()
     for place in places:
         for bit in range(8) if every_bit else [place % 8]:
-            flipped.write_bytes(whole)
+            flipped.write_bytes(content)
             with open(flipped, "r+b") as file:
                 file.seek(place)
-                file.write(bytes([whole[place] ^ (1 << bit)]))
+                file.write(bytes([content[place] ^ (1 << bit)]))
             try:
-                noticed = whole_shard(flipped, store.settings).damaged() != []
+                noticed = check_shard_header(flipped, store.settings).damaged() != []
             except LengthwiseError:
                 noticed = True
             if not noticed and not harmless <= place < harmless + len(b'"format":"pt"'):
@@ -425,7 +425,7 @@ def test_no_single_flipped_bit_goes_unnoticed(small_store, random_proteins, ever
     assert unnoticed == []
 
 
-def test_a_commit_and_metrics_are_where_the_table_of_damages_looks(store):
+def test_the_table_of_damages_finds_the_job_record_and_the_metrics(store):
     job = store.jobs["job"].iloc[0]
     assert job_record_path(store.path, job) == only(store, "jobs/*.json")
     assert metrics_path(store.path, store.shard_files()[0].stem) in store.path.glob("metrics/**/*.parquet")
