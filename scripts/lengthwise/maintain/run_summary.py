@@ -1,4 +1,4 @@
-"""A run's last lines: what was done and where it is, or why it failed."""
+"""The run summary: the last lines of a run say what was made and where it is, or why the run failed."""
 
 import json
 import shlex
@@ -12,7 +12,7 @@ from lengthwise.system.text import count
 def success_lines_of(
     store: Path, datasets: list[str], job_records: list[str], since: float, seconds: float
 ) -> list[str]:
-    """What a finished run did, in five lines, and a warning of random weights as the last.
+    """Summarize a finished run.
 
     Parameters
     ----------
@@ -20,27 +20,31 @@ def success_lines_of(
         The store.
     datasets
         Names of the configured datasets.
-    commits
-        Paths of the commits of all jobs that they stand on.
+    job_records
+        Paths of the job records of the plan.
     since
-        When the run began, in seconds of the epoch.
+        Start of the run, seconds of the epoch.
     seconds
-        How long it took.
+        Duration of the run.
+
+    Returns
+    -------
+    The lines, with a warning about random weights as the last; none unless every dataset is complete.
     """
     paths = [store / "datasets" / name / "manifest.json" for name in datasets]
     if not all(path.exists() for path in paths):
-        return []  # something less than whole datasets was asked for
+        return []  # the run was asked for single files only
     manifests = [read_json(path) for path in paths]
     total = {key: sum(m[key] for m in manifests) for key in ("records", "accepted", "duplicate", "rejected")}
-    here = f"{store}/datasets/" + (datasets[0] if len(datasets) == 1 else "")
-    rejected = f"; why: {here}{'/' if len(datasets) == 1 else '*/'}rejected.tsv" if total["rejected"] else ""
+    folder = f"{store}/datasets/" + (datasets[0] if len(datasets) == 1 else "")
+    rejected = f"; why: {folder}{'/' if len(datasets) == 1 else '*/'}rejected.tsv" if total["rejected"] else ""
     first = json.dumps(f"{store}/datasets/{datasets[0]}", ensure_ascii=False)
     lines = [
         "",
         f"Records     {total['records']:,} = {total['accepted']:,} accepted + {total['duplicate']:,} duplicate"
         f" + {total['rejected']:,} rejected{rejected}",
-        f"Embeddings  {here}",
-        f"Time        {seconds:.0f} s; {_made(job_records, since)}",
+        f"Embeddings  {folder}",
+        f"Time        {seconds:.0f} s; {_embedded_text(job_records, since)}",
         *([f"Report      {page}"] if (page := store / "report" / "index.html").exists() else []),
         f"Next        python -c {shlex.quote(f'import lengthwise; print(lengthwise.open({first}).records)')}",
     ]
@@ -53,34 +57,33 @@ def success_lines_of(
 
 
 def forecast_lines_of(store: Path, since: float) -> list[str]:
-    """The forecast, if one was made since a time (seconds of the epoch)."""
-    made = store / "forecast" / "forecast.txt"
-    if not made.exists() or made.stat().st_mtime < since:
+    """The forecast's text, if the run that began at `since` (seconds of the epoch) made one."""
+    forecast = store / "forecast" / "forecast.txt"
+    if not forecast.exists() or forecast.stat().st_mtime < since:
         return []
-    return ["", *made.read_text(encoding="utf-8").splitlines()]
+    return ["", *forecast.read_text(encoding="utf-8").splitlines()]
 
 
 def failure_lines_of(store: Path, since: float) -> list[str]:
-    """The reasons that rules wrote into their logs since a time (seconds of the epoch)."""
+    """The reasons of failure in the logs since `since` (seconds of the epoch), and what to do next."""
     reasons = []
     for log in sorted((store / "logs").rglob("*.log")):
         if log.stat().st_mtime >= since:
             reasons += [line for line in log.read_text(errors="replace").splitlines() if line.startswith(FAILED)]
     if reasons:
-        return ["", *dict.fromkeys(reasons), "What is finished is kept: mend that, then run the same command again."]
+        return ["", *dict.fromkeys(reasons), "Finished work is kept: mend that, then run the same command again."]
     return [
         "",
         "The run stopped before its end; Snakemake's lines above say why.",
-        "What is finished is kept: run the same command again to go on.",
+        "Finished work is kept: run the same command again to go on.",
     ]
 
 
-def _made(job_records: list[str], since: float) -> str:
-    """What this run's jobs embedded, and how fast."""
-    made = [
-        read_json(Path(path)) for path in job_records if Path(path).exists() and Path(path).stat().st_mtime >= since
-    ]
-    residues, seconds = (sum(job_record[key] for job_record in made) for key in ("made_residues", "embed_seconds"))
+def _embedded_text(job_records: list[str], since: float) -> str:
+    """Residues that this run embedded, and their rate."""
+    paths = [path for path in map(Path, job_records) if path.exists() and path.stat().st_mtime >= since]
+    new = [read_json(path) for path in paths]
+    residues, seconds = (sum(job_record[key] for job_record in new) for key in ("made_residues", "embed_seconds"))
     if not residues:
         return "nothing was left to embed"
-    return f"{residues:,} residues embedded in {count(len(made), 'job')}, {residues / seconds:,.0f} residues/s"
+    return f"{residues:,} residues embedded in {count(len(new), 'job')}, {residues / seconds:,.0f} residues/s"

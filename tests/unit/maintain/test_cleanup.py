@@ -1,4 +1,4 @@
-"""What a run puts right before it plans, and who is at work meanwhile."""
+"""Cleanup before a run, and the locks that tell whether a run or a job works in the store."""
 
 import fcntl
 import os
@@ -14,17 +14,17 @@ from lengthwise.system.locks import alone, at_work
 
 @pytest.fixture
 def store(tmp_path):
-    """A store with something left in it."""
+    """A store with leftovers of killed processes."""
     (tmp_path / "shards/ab").mkdir(parents=True)
     (tmp_path / "shards/ab/.x.safetensors.0123abcd.tmp").write_bytes(b"x")
     (tmp_path / "plan/.spill/deep").mkdir(parents=True)
     (tmp_path / "running").mkdir()
-    (tmp_path / "running/job.json").write_text("{}")  # the last sign of life of a job that was killed
+    (tmp_path / "running/job.json").write_text("{}")  # the heartbeat of a killed job
     (tmp_path / "settings.json").write_text("{}")
     return tmp_path
 
 
-def test_leftovers_go_when_nobody_is_at_work(store):
+def test_leftovers_are_removed_when_nobody_is_at_work(store):
     assert len(leftovers(store)) == 3
     remove_leftovers(store)
     assert leftovers(store) == []
@@ -41,10 +41,10 @@ def test_leftovers_stay_while_somebody_is_at_work(store, refused):
         pass
 
 
-def test_leftovers_of_a_first_run_that_made_no_settings_go_too(store):
+def test_leftovers_of_a_first_run_without_settings_are_removed_too(store):
     (store / "settings.json").unlink()
     with at_work(store):
-        (store / "settings.json").write_text("{}")  # as the first run makes it: who was there before is seen still
+        (store / "settings.json").write_text("{}")  # by the first run: the lock taken before still counts
         remove_leftovers(store)
         (store / "settings.json").unlink()
         remove_leftovers(store)
@@ -53,12 +53,12 @@ def test_leftovers_of_a_first_run_that_made_no_settings_go_too(store):
     assert leftovers(store) == []
 
 
-def test_the_first_run_of_a_store_is_at_work_before_anything_is_there(tmp_path, refused):
+def test_the_first_run_of_a_store_is_at_work_before_its_folder_exists(tmp_path, refused):
     with at_work(tmp_path / "results/new"), refused("at work"), alone(tmp_path / "results/new"):
         pass
 
 
-def test_where_a_folder_cannot_be_locked_the_settings_tell(store, monkeypatch, refused):
+def test_where_a_folder_cannot_be_locked_the_settings_file_is(store, monkeypatch, refused):
     def flock_of_nfs(descriptor, how):
         if os.path.isdir(f"/proc/self/fd/{descriptor}") and how & fcntl.LOCK_EX:
             raise OSError(9, "Bad file descriptor")
@@ -76,7 +76,7 @@ def test_where_a_folder_cannot_be_locked_the_settings_tell(store, monkeypatch, r
 
 
 @pytest.mark.parametrize("ending", ["kill", "terminate"])
-def test_whoever_is_dead_is_not_at_work(store, refused, ending):
+def test_an_ended_process_is_not_at_work(store, refused, ending):
     program = """
         import sys, time
         from pathlib import Path
@@ -98,35 +98,35 @@ def test_whoever_is_dead_is_not_at_work(store, refused, ending):
         pass
 
 
-def test_who_comes_to_work_waits_until_deletion_is_done(store):
-    """In a thread: locks hold between descriptors."""
+def test_a_new_job_waits_until_a_deletion_is_done(store):
+    """A thread will do: locks belong to descriptors."""
     import threading
 
     arrived = threading.Event()
 
-    def come():
+    def start_work():
         with at_work(store):
             arrived.set()
 
     with alone(store):
-        thread = threading.Thread(target=come)
+        thread = threading.Thread(target=start_work)
         thread.start()
         assert not arrived.wait(0.2)
     assert arrived.wait(10)
     thread.join()
 
 
-def test_a_store_that_is_not_there_yet_has_nobody_and_nothing(tmp_path):
+def test_a_store_that_does_not_exist_yet_has_no_leftovers(tmp_path):
     remove_leftovers(tmp_path / "none")
     with at_work(tmp_path / "none"):
         pass
 
 
 def test_without_locks_nothing_is_removed_and_work_goes_on(store, monkeypatch, refused):
-    def none(*_):
+    def unsupported(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(fcntl, "flock", none)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     with at_work(store):
         remove_leftovers(store)
     assert len(leftovers(store)) == 3
@@ -134,7 +134,7 @@ def test_without_locks_nothing_is_removed_and_work_goes_on(store, monkeypatch, r
         pass
 
 
-def test_what_may_not_be_removed_stops_nobody(store, monkeypatch):
+def test_a_leftover_that_cannot_be_removed_is_ignored(store, monkeypatch):
     monkeypatch.setattr("lengthwise.maintain.cleanup.remove", lambda path: os.unlink("/proc/self/none"))
     remove_leftovers(store)
     assert len(leftovers(store)) == 3
