@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lengthwise.benchmark.contenders import reference
+from lengthwise.benchmark.peers import reference
 from lengthwise.benchmark.sequences import random_sequences
 from lengthwise.esm2 import checkpoint, model
 from lengthwise.esm2.batching import cut_batches

@@ -1,4 +1,4 @@
-"""`python -m lengthwise benchmark`: every engine that is installed, timed on the same sequences."""
+"""`python -m lengthwise benchmark`: time every installed engine on the same sequences."""
 
 import argparse
 import itertools
@@ -9,14 +9,14 @@ import torch
 
 from lengthwise.benchmark.measure import benchmark
 from lengthwise.benchmark.sequences import random_sequences, read_fasta
-from lengthwise.benchmark.tables import figure, markdown, write_table
+from lengthwise.benchmark.tables import markdown, write_figure, write_table
 from lengthwise.esm2.checkpoint import write_random
 from lengthwise.esm2.config import MODELS
 from lengthwise.esm2.devices import device_name, resolve_device, set_threads
 
 
 def run(given: argparse.Namespace) -> int:
-    """Print the table of each model, and write it and a figure to the folder `given.out`."""
+    """Print the table of each model, and write it as TSV with a figure to the folder `given.out`; returns the exit code."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = resolve_device(auto if given.device == "auto" else given.device)
     set_threads(given.threads)
@@ -38,5 +38,5 @@ def run(given: argparse.Namespace) -> int:
         )
         print(f"\n{title}\n\n{markdown(rows)}\n", flush=True)
         write_table(rows, given.out / f"{name}.tsv")
-        figure(rows, title, given.out / f"{name}.png")
+        write_figure(rows, title, given.out / f"{name}.png")
     return 0

@@ -1,34 +1,47 @@
-"""Benchmark: this engine beside others, on the same sequences in one run, interleaved.
-
-It needs torch, numpy, safetensors and fair-esm only; peers take part where they are installed, and so does the figure.
-"""
+"""The measurement: contenders take turns on parts of the same sequences, and their rows are compared with fair-esm's."""
 
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lengthwise.benchmark.contenders import Contender, Rows, contenders_of, reference
+from lengthwise.benchmark.contenders import Contender, contenders_of
+from lengthwise.benchmark.peers import Embed, Rows, reference
 from lengthwise.esm2 import checkpoint
-from lengthwise.esm2.config import ModelConfig
+from lengthwise.esm2.config import AUTO_BATCH_TOKENS, ModelConfig
 from lengthwise.esm2.devices import DTYPES
-from lengthwise.esm2.engine import AUTO_BATCH_TOKENS
 
-PRODUCT_SECONDS = 0.3  # of matrix products in each round
+MATMUL_SECONDS = 0.3  # of matrix products in each round
 
-SAMPLE = 24  # sequences whose rows are compared with fair-esm's, spread over the lengths
+COMPARED_SEQUENCES = 24  # spread over the lengths
+
+
+@dataclass
+class _Run:
+    """A contender whose model is loaded, and its measurements so far."""
+
+    engine: str
+    precision: str
+    embed: Embed
+    load_seconds: float  # with the warm-up
+    loaded_bytes: int  # that it keeps on a GPU between its turns
+    errors: dict[str, float]
+    seconds: list[float] = field(default_factory=list)  # of each round
+    peak_bytes: int | None = None
 
 
 def benchmark(
-    weights: Path, sequences: list[bytes], device: torch.device, rounds: int = 5, say: Callable[[str], None] = print
+    weights: Path, sequences: list[bytes], device: torch.device, rounds: int = 5, log: Callable[[str], None] = print
 ) -> list[dict]:
     """Time every engine on the same sequences.
 
-    The sequences are dealt into `rounds` hands of the same distribution of lengths; in each round every engine runs one
-    hand, one engine after the other, beside a measurement of the device's matrix products in the model's own shapes.
+    The sequences are dealt into `rounds` parts with the same distribution of lengths. In each round every engine embeds one
+    part, one engine after the other, so that a slow moment of the machine does not fall on one engine alone. Each round also
+    times plain matrix products in the shapes of the model's layers.
 
     Parameters
     ----------
@@ -39,77 +52,75 @@ def benchmark(
     device
         Where to run.
     rounds
-        Number of hands.
-    say
-        Takes a line of progress.
+        Number of rounds.
+    log
+        Takes lines of progress.
 
     Returns
     -------
-    A row for each engine and precision with `COLUMNS`: throughput without warm-up; the same with the model's load and
-    warm-up; floating-point operations per second as a share of the matrix products' in that precision; peak allocated
-    memory (CUDA); and, against fair-esm in float32 one sequence at a time, the largest and the root mean square error,
-    both over the RMS of the layer, and the smallest cosine of a residue.
+    A row for each engine and precision with the columns `lengthwise.benchmark.tables.COLUMNS`.
+
+    Raises
+    ------
+    LengthwiseError
+        The checkpoint cannot be read, or an installed engine does not take its weights.
     """
     config = checkpoint.read(weights)[0]
     sequences = sorted(sequences, key=len)
-    hands = [sequences[i::rounds] for i in range(rounds)]
+    compared = sequences[:: max(1, len(sequences) // COMPARED_SEQUENCES)]
+    expected = reference(weights, compared, device)
+    runs = [_load(contender, compared, expected, device) for contender in contenders_of(weights, config, device, log)]
+    matmul_rates: dict[str, list[float]] = {run.precision: [] for run in runs}  # FLOP/s
+    for number in range(rounds):
+        for precision, rates in matmul_rates.items():
+            rates.append(_matmul_rate(config, device, DTYPES[precision]))
+        for run in runs:
+            _time_round(run, sequences[number::rounds], device)
+        times = ", ".join(f"{run.engine} {run.precision} {run.seconds[-1]:.2f} s" for run in runs)
+        log(f"round {number + 1} of {rounds}: {times}")
     residues = sum(map(len, sequences))
     flops = sum(config.flops(len(sequence)) for sequence in sequences)
-    sample = sequences[:: max(1, len(sequences) // SAMPLE)]
-    expected = reference(weights, sample, device)
-    contenders = list(contenders_of(weights, config, device, say))
-    errors = {}
-    for number, contender in enumerate(contenders):
-        before = _allocated(device)
-        began = time.perf_counter()
-        contender.run = contender.load()
-        rows = contender.run(sample)  # and the warm-up
-        _synchronize(device)
-        contender.load_seconds = time.perf_counter() - began
-        contender.own_bytes = _allocated(device) - before
-        errors[number] = _errors(rows, expected)
-    products: dict[str, list[float]] = {contender.precision: [] for contender in contenders}
-    for number, hand in enumerate(hands, start=1):
-        for precision, rates in products.items():
-            rates.append(_product_rate(config, device, DTYPES[precision]))
-        for contender in contenders:
-            contender.seconds.append(_timed(contender, hand, device))
-        say(
-            f"round {number} of {rounds}: "
-            + ", ".join(f"{c.engine} {c.precision} {c.seconds[-1]:.2f} s" for c in contenders)
-        )
-    first = next(c for c in contenders if c.engine == "fair-esm extract.py")
+    extract = next(run for run in runs if run.engine == "fair-esm extract.py")
     return [
         {
-            "engine": c.engine,
-            "precision": c.precision,
-            "residues_per_second": residues / sum(c.seconds),
-            "times_extract": statistics.median(a / b for a, b in zip(first.seconds, c.seconds, strict=True)),
-            "end_to_end_residues_per_second": residues / (sum(c.seconds) + c.load_seconds),
-            "share_of_matmul": flops / sum(c.seconds) / statistics.median(products[c.precision]),
-            "peak_bytes": c.peak_bytes,
-            **errors[number],
+            "engine": run.engine,
+            "precision": run.precision,
+            "residues_per_second": residues / sum(run.seconds),
+            "times_extract": statistics.median(a / b for a, b in zip(extract.seconds, run.seconds, strict=True)),
+            "end_to_end_residues_per_second": residues / (sum(run.seconds) + run.load_seconds),
+            "share_of_matmul": flops / sum(run.seconds) / statistics.median(matmul_rates[run.precision]),
+            "peak_bytes": run.peak_bytes,
+            **run.errors,
         }
-        for number, c in enumerate(contenders)
+        for run in runs
     ]
 
 
-def _timed(contender: Contender, hand: list[bytes], device: torch.device) -> float:
+def _load(contender: Contender, compared: list[bytes], expected: Rows, device: torch.device) -> _Run:
+    before_bytes = _allocated_bytes(device)
+    began = time.perf_counter()
+    embed = contender.load()
+    rows = embed(compared)  # also the warm-up
+    _synchronize(device)
+    seconds, loaded_bytes = time.perf_counter() - began, _allocated_bytes(device) - before_bytes
+    return _Run(contender.engine, contender.precision, embed, seconds, loaded_bytes, _errors(rows, expected))
+
+
+def _time_round(run: _Run, sequences: list[bytes], device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     _synchronize(device)
-    before = _allocated(device)  # the other engines' weights among it
+    before_bytes = _allocated_bytes(device)  # includes the weights of the other engines
     began = time.perf_counter()
-    contender.run(hand)
+    run.embed(sequences)
     _synchronize(device)
-    seconds = time.perf_counter() - began
+    run.seconds.append(time.perf_counter() - began)
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) - before + contender.own_bytes
-        contender.peak_bytes = max(contender.peak_bytes or 0, peak)
-    return seconds
+        peak_bytes = torch.cuda.max_memory_allocated(device) - before_bytes + run.loaded_bytes
+        run.peak_bytes = max(run.peak_bytes or 0, peak_bytes)
 
 
-def _allocated(device: torch.device) -> int:
+def _allocated_bytes(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
@@ -119,7 +130,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 @torch.inference_mode()
-def _product_rate(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> float:
+def _matmul_rate(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of plain matrix products in the shapes of one layer."""
     d, tokens = config.embed_dim, AUTO_BATCH_TOKENS[device.type]
     shapes = [(d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)]
@@ -127,26 +138,27 @@ def _product_rate(config: ModelConfig, device: torch.device, dtype: torch.dtype)
         (torch.randn(tokens, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype))
         for k, n in shapes
     ]
-    operations = sum(2 * tokens * k * n for k, n in shapes)
-    done, began = -1, 0.0
-    while done < 1 or time.perf_counter() - began < PRODUCT_SECONDS:
+    flops = sum(2 * tokens * k * n for k, n in shapes)
+    passes, began = -1, 0.0  # pass 0 is the warm-up
+    while passes < 1 or time.perf_counter() - began < MATMUL_SECONDS:
         for x, weight in pairs:
             x @ weight.T
         _synchronize(device)
-        done += 1
-        if done == 0:  # the first is the warm-up
+        passes += 1
+        if passes == 0:
             began = time.perf_counter()
-    return done * operations / (time.perf_counter() - began)
+    return passes * flops / (time.perf_counter() - began)
 
 
 def _errors(rows: Rows, expected: Rows) -> dict[str, float]:
-    if any(len(row) != len(other) for row, other in zip(rows, expected, strict=True)):  # means
+    """Errors against fair-esm's rows, as shares of their root mean square, and the smallest cosine of a row."""
+    if any(len(row) != len(other) for row, other in zip(rows, expected, strict=True)):  # means, [1, D]
         expected = [other.mean(0, keepdims=True) for other in expected]
     ours, theirs = (np.concatenate(part).astype(np.float64) for part in (rows, expected))
     rms = np.sqrt(np.mean(theirs**2))
-    lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
     return {
         "max_error": float(np.abs(ours - theirs).max() / rms),
         "rms_error": float(np.sqrt(np.mean((ours - theirs) ** 2)) / rms),
-        "min_cosine": float(((ours * theirs).sum(1) / lengths).min()),
+        "min_cosine": float(((ours * theirs).sum(1) / norms).min()),
     }

@@ -9,15 +9,15 @@ from lengthwise.ingest.normalize import normalize
 
 
 def read_fasta(path: Path) -> list[bytes]:
-    """Normalised sequences of a FASTA file, rejected ones left out; by fair-esm's own reader, which is always there."""
+    """Normalised sequences of a FASTA file without rejected ones. fair-esm reads the file: it is always installed here."""
     from esm.data import FastaBatchedDataset
 
-    found = (normalize(sequence.encode()) for sequence in FastaBatchedDataset.from_file(path).sequence_strs)
-    return [sequence for sequence, _, reason in found if not reason]
+    normalized = (normalize(sequence.encode()) for sequence in FastaBatchedDataset.from_file(path).sequence_strs)
+    return [sequence for sequence, _, reason in normalized if not reason]
 
 
 def random_sequences(length: int, residues: int, seed: int = 0) -> list[bytes]:
-    """Random proteins of one length, so many residues in all."""
+    """Random proteins of one length, about `residues` residues in total and one protein at least."""
     letters = np.frombuffer(RESIDUES[:20], np.uint8)
     rng = np.random.Generator(np.random.PCG64(seed))
     return [rng.choice(letters, length).tobytes() for _ in range(max(1, residues // length))]

@@ -1,0 +1,158 @@
+"""The other engines: fair-esm, transformers and esm-cpp, each with the same weights."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lengthwise.errors import LengthwiseError
+from lengthwise.esm2 import checkpoint
+from lengthwise.esm2.batching import cut_batches
+from lengthwise.esm2.config import AUTO_BATCH_TOKENS, ModelConfig
+from lengthwise.esm2.devices import DTYPES
+from lengthwise.esm2.tokens import PAD, tokenize
+
+EXTRACT_TOKENS = 4_096  # extract.py's --toks_per_batch
+
+Rows = list[np.ndarray]  # the last layer of each sequence, [L, D]; its mean [1, D] where only means are computed
+
+Embed = Callable[[list[bytes]], Rows]  # embeds sequences that are sorted by length, shortest first
+
+
+@torch.inference_mode()
+def reference(weights: Path, sequences: list[bytes], device: torch.device) -> Rows:
+    """The last layer of fair-esm's own model in float32, one sequence at a time: [L, D] of each."""
+    model = checkpoint.reference_model(weights).to(device)
+    rows = []
+    for sequence in sequences:
+        tokens = torch.from_numpy(tokenize(sequence)).long()[None].to(device)  # [1, L + 2]
+        result = model(tokens, repr_layers=[model.num_layers])["representations"][model.num_layers]  # [1, L + 2, D]
+        rows.append(result[0, 1:-1].cpu().numpy())
+    return rows
+
+
+def load_extract_loop(weights: Path, device: torch.device) -> Embed:
+    """The loop of fair-esm's scripts/extract.py with its default options, without writing files."""
+    from esm.data import FastaBatchedDataset
+
+    model = checkpoint.reference_model(weights).to(device)
+    convert, layer = model.alphabet.get_batch_converter(), model.num_layers
+
+    @torch.no_grad()
+    def embed(sequences: list[bytes]) -> Rows:
+        dataset = FastaBatchedDataset([str(i) for i in range(len(sequences))], [s.decode() for s in sequences])
+        batches = dataset.get_batch_indices(EXTRACT_TOKENS, extra_toks_per_seq=1)
+        loader = torch.utils.data.DataLoader(dataset, collate_fn=convert, batch_sampler=batches)
+        rows: dict[int, np.ndarray] = {}
+        for labels, strings, tokens in loader:
+            result = model(tokens.to(device, non_blocking=True), repr_layers=[layer], return_contacts=False)
+            hidden = result["representations"][layer].to("cpu")  # [N, L + 2, D]
+            for i, label in enumerate(labels):
+                rows[int(label)] = hidden[i, 1 : len(strings[i]) + 1].clone().numpy()
+        return [rows[i] for i in range(len(sequences))]
+
+    return embed
+
+
+def load_transformers(weights: Path, config: ModelConfig, device: torch.device, precision: str) -> Embed:
+    """Hugging Face's EsmModel with padded batches of this engine's number of tokens."""
+    from transformers import EsmModel
+
+    model = EsmModel(_hugging_face_config(config), add_pooling_layer=False)
+    missing = model.load_state_dict(_hugging_face_tensors(weights), strict=False).missing_keys
+    if wanted := [name for name in missing if not name.startswith(("embeddings.position", "contact_head"))]:
+        raise LengthwiseError(
+            f"benchmark: the installed transformers has another name for the weights {wanted[0]}; install another version"
+        )
+    model = model.eval().to(device, DTYPES[precision])
+
+    @torch.inference_mode()
+    def embed(sequences: list[bytes]) -> Rows:
+        rows: Rows = []
+        for start, stop in cut_batches(np.array([len(s) for s in sequences]), AUTO_BATCH_TOKENS[device.type]):
+            batch = [torch.from_numpy(tokenize(sequence)).long() for sequence in sequences[start:stop]]
+            tokens = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=PAD).to(device)
+            hidden = model(tokens, attention_mask=(tokens != PAD).long()).last_hidden_state  # [N, L + 2, D]
+            hidden = hidden.half().cpu() if precision != "float32" else hidden.cpu()
+            rows += [hidden[i, 1 : len(sequences[start + i]) + 1].numpy() for i in range(stop - start)]
+        return rows
+
+    return embed
+
+
+def load_esm_cpp(weights: Path, config: ModelConfig) -> Embed:
+    """esm-cpp's packed scheduler. It returns logits alone, so the first call, whose rows are compared, reads hidden states."""
+    import esm_cpp
+    from safetensors.torch import save_file
+
+    state = checkpoint.read(weights)[1]
+    tensors = {f"esm.{name}": tensor for name, tensor in _hugging_face_tensors(weights).items()}
+    tensors |= {
+        name: tensor for name, tensor in state.items() if name.startswith("lm_head.") and name != "lm_head.weight"
+    }
+    tensors["lm_head.decoder.weight"] = state["lm_head.weight"]
+    with tempfile.TemporaryDirectory() as folder:
+        _hugging_face_config(config).save_pretrained(folder)
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, Path(folder) / "model.safetensors")
+        model = esm_cpp.Model.load_from_safetensors(str(Path(folder) / "model.safetensors"))
+    is_first_call = True
+
+    def embed(sequences: list[bytes]) -> Rows:
+        nonlocal is_first_call
+        tokens = [tokenize(sequence).astype(np.int32) for sequence in sequences]
+        if not is_first_call:
+            model.forward_scheduled(tokens)
+            return []
+        is_first_call = False
+        return [model.forward_with_hidden_states(each)[1][-1][1:-1] for each in tokens]
+
+    return embed
+
+
+def _hugging_face_tensors(weights: Path) -> dict[str, torch.Tensor]:
+    """The encoder of a fair-esm checkpoint under Hugging Face's names."""
+    parts = {
+        "self_attn_layer_norm": "attention.LayerNorm",
+        "self_attn.q_proj": "attention.self.query",
+        "self_attn.k_proj": "attention.self.key",
+        "self_attn.v_proj": "attention.self.value",
+        "self_attn.out_proj": "attention.output.dense",
+        "self_attn.rot_emb": "attention.self.rotary_embeddings",
+        "final_layer_norm": "LayerNorm",
+        "fc1": "intermediate.dense",
+        "fc2": "output.dense",
+    }
+    renamed = {}
+    for name, tensor in checkpoint.read(weights)[1].items():
+        if name.startswith("layers."):
+            _, number, rest = name.split(".", 2)
+            part, kind = rest.rsplit(".", 1)
+            renamed[f"encoder.layer.{number}.{parts[part]}.{kind}"] = tensor
+        elif name.startswith("emb_layer_norm_after"):
+            renamed[f"encoder.{name}"] = tensor
+        elif name == "embed_tokens.weight":
+            renamed["embeddings.word_embeddings.weight"] = tensor
+    return renamed
+
+
+def _hugging_face_config(config: ModelConfig) -> Any:
+    from transformers import EsmConfig
+
+    return EsmConfig(
+        vocab_size=config.vocabulary_size,
+        hidden_size=config.embed_dim,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.attention_heads,
+        intermediate_size=4 * config.embed_dim,
+        position_embedding_type="rotary",
+        token_dropout=True,
+        emb_layer_norm_before=False,
+        pad_token_id=PAD,
+        mask_token_id=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        attn_implementation="sdpa",
+    )
