@@ -1,10 +1,11 @@
-"""Figures of the report: what happened in production, and what the scaling study found.
+"""Figures of the report: production batches and the scaling study. Their captions are in page.html and workflow/report/.
 
-Each function returns a plot, or the reason why there is none.
+Each function returns a plot, or a sentence where there is nothing to draw.
 """
 
 from collections.abc import Callable
 from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import matplotlib
 import numpy as np
@@ -21,9 +22,13 @@ from lengthwise.report.svg import BLUE, CARD, GREEN, INK, LINE, ORANGE, PURPLE, 
 from lengthwise.report.tables import SHARES
 from lengthwise.system.text import count
 
-MAX_POINTS = 1_500  # of a figure: more make the page heavy and no clearer
+P = ParamSpec("P")
 
-LOG_FROM = 12.0  # largest over smallest value from which on a linear axis hides the small ones
+T = TypeVar("T")
+
+MAX_POINTS = 1_500  # drawn in a figure; more make the page heavy
+
+LOG_FROM = 12.0  # largest over smallest value above which an axis is logarithmic
 
 LENGTH = "Sequence length (residues)"
 
@@ -37,19 +42,19 @@ SHARE_WORDS = {
     "computing": ("computing", BLUE),
     "wait_read": ("waiting for sequences", ORANGE),
     "wait_write": ("waiting for the disk", VERMILION),
-    "other": ("", LINE),  # what it is depends on the device
+    "other": ("", LINE),  # named by the caller: it depends on the device
 }
 
 
-def styled(draw: Callable) -> Callable:
-    """A function that draws in the report's style."""
+def styled(draw: Callable[P, T]) -> Callable[P, T]:
+    """Decorator: draw in the report's style."""
 
     @wraps(draw)
-    def within(*arguments, **named):
+    def draw_styled(*arguments: P.args, **named: P.kwargs) -> T:
         with matplotlib.rc_context(STYLE):
             return draw(*arguments, **named)
 
-    return within
+    return draw_styled
 
 
 @styled
@@ -65,9 +70,9 @@ def production(batches: pd.DataFrame, bins: pd.DataFrame, quantity: str, label: 
     quantity
         The column to draw.
     label
-        What the vertical axis says.
+        Label of the vertical axis.
     medians
-        Without them points alone, where a line would say nothing.
+        Draw medians and quartiles; without them, points alone.
     """
     batches = batches[["group", "mean_length", "n_sequences", quantity]].dropna(subset=[quantity])
     bins = bins.dropna(subset=[f"{quantity}_median"])
@@ -77,8 +82,7 @@ def production(batches: pd.DataFrame, bins: pd.DataFrame, quantity: str, label: 
     for number, (group, here) in enumerate(bins.groupby("group")):
         color = GROUP_COLORS[number % len(GROUP_COLORS)]
         points = shown[shown["group"] == group]
-        few = len(points) <= 200  # many dots shade into a cloud, few should be seen
-        size, alpha = (14, 0.55) if few else (8, 0.25)
+        size, alpha = (14, 0.55) if len(points) <= 200 else (8, 0.25)
         named = None if medians else group
         drawn = plot.axes.scatter(
             points["mean_length"], points[quantity], s=size, color=color, alpha=alpha, lw=0, label=named
@@ -114,7 +118,7 @@ def production(batches: pd.DataFrame, bins: pd.DataFrame, quantity: str, label: 
 
 @styled
 def time_shares(devices: pd.DataFrame, rest: str) -> Plot:
-    """What the devices did with their time, one bar for each; `rest` says what is neither computing nor waiting."""
+    """Shares of each device's time, a bar for each; `rest` names what is neither computing nor waiting."""
     names = [f"{row.device},\n{row.precision}" for row in devices.itertuples()]
     plot = Plot("Share of the batches' time (%)", size=(4.4, 1.9 + 0.55 * len(names)))
     start = np.zeros(len(names))
@@ -156,28 +160,28 @@ def scaling_throughput(study: pd.DataFrame) -> Plot | str:
     return plot
 
 
-def _laws(
+def _draw_fits(
     plot: Plot, study: pd.DataFrame, found: list[Fit], quantity: str, config: ModelConfig, factor: int = 1
 ) -> None:
-    """A line for the law of each engine, as far as its points go."""
+    """A line for the fit of each engine, over the lengths that were measured."""
     for engine, (name, color, _) in ENGINES.items():
-        law = choose(found, quantity, engine, study["precision"].iloc[0])
-        if law and law.determined:
+        fit = choose(found, quantity, engine, study["precision"].iloc[0])
+        if fit and fit.determined:
             points = study.loc[(study["engine"] == engine) & ~study["gradients"], "length"]
             lengths = np.geomspace(points.min(), points.max(), 60)
-            values = [factor * law.at(config, length) for length in lengths]
+            values = [factor * fit.at(config, length) for length in lengths]
             plot.axes.plot(lengths, values, color=color, lw=1.2, label=f"{name}, law")
 
 
 @styled
 def scaling_memory(study: pd.DataFrame, found: list[Fit], config: ModelConfig, measure: str) -> Plot | str:
-    """Memory that one sequence adds against its length, both engines, and the laws fitted to it."""
+    """Memory that one sequence adds against its length, both engines, with fits."""
     study = study[study["batch_tokens"].isna() & (study["peak_bytes"] > 0)]
     if not len(study):
         return "Memory was not measured in the scaling study on this device."
     plot = Plot(LENGTH, f"Added {measure}")
     _engines(plot, study, "peak_bytes", "measured", "")
-    _laws(plot, study, found, "memory", config)
+    _draw_fits(plot, study, found, "memory", config)
     _finish(plot, study, "peak_bytes", log=True)
     for length in (50, 500):
         _mark(plot, length, f"{length} residues")
@@ -187,13 +191,13 @@ def scaling_memory(study: pd.DataFrame, found: list[Fit], config: ModelConfig, m
 
 @styled
 def scaling_time(study: pd.DataFrame, found: list[Fit], config: ModelConfig) -> Plot | str:
-    """Time of a pass of one sequence against its length, both engines, with the laws, and where attention costs as much."""
+    """Time of a pass of one sequence against its length, both engines, with fits."""
     study = study[study["batch_tokens"].isna() & study["wall_ms"].notna()]
     if not len(study):
         return "The scaling study had no time for a single point."
     plot = Plot(LENGTH, "Time of one protein (ms)")
     _engines(plot, study, "wall_ms", "measured", "")
-    _laws(plot, study, found, "time", config, factor=1000)
+    _draw_fits(plot, study, found, "time", config, factor=1000)
     _finish(plot, study, "wall_ms", log=True)
     _mark(plot, 6 * config.embed_dim - 2, "L = 6 d - 2")
     plot.legend(columns=2)
@@ -231,7 +235,7 @@ def half_precision(study: pd.DataFrame) -> Plot | str:
 
 @styled
 def copies(study: pd.DataFrame) -> Plot | str:
-    """Time of the copies as a share of the pass that they go with."""
+    """Time of the copies as a share of their pass, in full batches."""
     study = study[study["copy_out_ms"].notna()]
     if not len(study):
         return "The CPU computes where the sequences already are: nothing is copied, so there is no time to measure."
@@ -251,19 +255,19 @@ def copies(study: pd.DataFrame) -> Plot | str:
 
 @styled
 def embedding_map(projection: Projection) -> Plot:
-    """Records on the two widest directions of their vectors: coloured by length on the left, by dataset on the right."""
+    """Records on two principal components, coloured by length on the left and by dataset on the right."""
     records = projection.records
     plot = Plot(size=(8.8, 3.7))
     grid = plot.figure.add_gridspec(1, 2)
     plot.axes.set_subplotspec(grid[0])
     left, right = plot.axes, plot.figure.add_subplot(grid[1])
-    says = [f"{row.id}: {row.length:,} residues, {row.dataset}" for row in records.itertuples()]
+    hover_texts = [f"{row.id}: {row.length:,} residues, {row.dataset}" for row in records.itertuples()]
     tones = LinearSegmentedColormap.from_list("lengths", ["#56b4e9", "#0072b2", "#cc79a7", "#d55e00"])
     norm = matplotlib.colors.LogNorm(records["length"].min(), max(records["length"].max(), records["length"].min() + 1))
     drawn = left.scatter(
         records["pc1"], records["pc2"], s=9, c=records["length"], cmap=tones, norm=norm, lw=0, alpha=0.8
     )
-    plot.explain(drawn, says)
+    plot.explain(drawn, hover_texts)
     bar = plot.figure.colorbar(drawn, ax=left, label="Length (residues)", format=lambda value, _: f"{value:,.0f}")
     bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
@@ -274,13 +278,13 @@ def embedding_map(projection: Projection) -> Plot:
         drawn = right.scatter(
             records["pc1"][here], records["pc2"][here], s=9, color=color, lw=0, alpha=0.6, label=dataset
         )
-        plot.explain(drawn, [text for text, inside in zip(says, here, strict=True) if inside])
+        plot.explain(drawn, [text for text, inside in zip(hover_texts, here, strict=True) if inside])
     rest = ~records["dataset"].isin(frequent)
     if rest.any():
         drawn = right.scatter(
             records["pc1"][rest], records["pc2"][rest], s=9, color=SOFT, lw=0, alpha=0.6, label="others"
         )
-        plot.explain(drawn, [text for text, inside in zip(says, rest, strict=True) if inside])
+        plot.explain(drawn, [text for text, inside in zip(hover_texts, rest, strict=True) if inside])
     for axes in (left, right):
         axes.set_xlabel(f"First component ({projection.shares[0]:.0%} of the variance)")
         axes.set_ylabel(f"Second ({projection.shares[1]:.0%})")
@@ -290,7 +294,7 @@ def embedding_map(projection: Projection) -> Plot:
 
 @styled
 def note(text: str) -> Plot:
-    """A line of text in place of a figure that has nothing to show."""
+    """A sentence in place of a figure."""
     plot = Plot(size=(5.8, 0.9))
     plot.axes.set_axis_off()
     plot.axes.text(0.5, 0.5, text, ha="center", va="center", wrap=True, transform=plot.axes.transAxes, color=INK)
@@ -308,7 +312,7 @@ def bytes_text(count: float) -> str:
 
 
 def _mark(plot: Plot, length: int, words: str) -> None:
-    """A dotted line at a length of the axis, with what it is, where rising curves are not."""
+    """A dotted line at a length, with its label in the corner that rising curves leave free."""
     low, high = plot.axes.get_xlim()
     if not low <= length <= high:
         return
@@ -328,7 +332,7 @@ def _line(plot: Plot, rows: pd.DataFrame, quantity: str, label: str, color: str,
         return
     rows, text = rows.sort_values("length"), _text(quantity)
     values = rows[quantity].astype(float)
-    face = CARD if style == "--" else color  # hollow beside dashes, which a marker hides in the legend
+    face = CARD if style == "--" else color  # hollow markers leave the dash visible in the legend
     (line,) = plot.axes.plot(
         rows["length"], values, color=color, ls=style, marker=marker, ms=4.5, mfc=face, label=label
     )
@@ -358,7 +362,7 @@ def _scale_lengths(axes: Axes, lengths: pd.Series) -> None:
     low, high = float(lengths.min()), float(lengths.max())
     axes.set_xscale("log")
     axes.set_xlim(low / 1.25, high * 1.25)
-    if lengths.nunique() <= 3:  # a scale between so few says nothing
+    if lengths.nunique() <= 3:  # ticks at the lengths themselves
         axes.xaxis.set_major_locator(FixedLocator(sorted(lengths.unique())))
         axes.xaxis.set_minor_locator(NullLocator())
     else:

@@ -1,4 +1,4 @@
-"""A first look at the embeddings: pooled vectors of some records, on their two widest directions."""
+"""The map of embeddings: pooled vectors of a sample of records on their first two principal components."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,27 +12,27 @@ from lengthwise.store.shard import Shard
 
 MAX_RECORDS = 2_000
 
-POOLED = ("mean", "bos")  # the first of them that is stored
+POOLED = ("mean", "bos")  # the first that is stored is used
 
 
 @dataclass(frozen=True)
 class Projection:
-    """Records with `dataset`, `id`, `length`, `pc1`, `pc2`, and what share of the variance the two explain."""
+    """Records with `dataset`, `id`, `length`, `pc1`, `pc2`, and the share of variance of each component."""
 
     records: pd.DataFrame
     shares: tuple[float, float]
-    of: str  # which vectors, in words
+    of: str  # the vectors, in words
 
 
 def project(store: Path, settings: dict, manifests: dict[str, Path]) -> tuple[Projection | None, str]:
-    """The principal components of pooled vectors; or None, and why there is nothing to show.
+    """Project pooled vectors of a sample; returns (projection, ""), or (None, reason).
 
     Parameters
     ----------
     store, settings
         The store and its settings.
     manifests
-        {dataset: its manifest}; the index lies beside it. At most `MAX_RECORDS` accepted records are taken, the same every time.
+        {dataset: path of its manifest}. The sample has at most `MAX_RECORDS` accepted records, the same in every run.
     """
     if settings["random_weights"]:
         return None, "A map of embeddings is left out: with random weights it would mean nothing."
@@ -63,7 +63,7 @@ def principal_components(vectors: np.ndarray) -> tuple[np.ndarray, tuple[float, 
 
 
 def _sample(manifests: dict[str, Path]) -> pd.DataFrame:
-    """Accepted records of all datasets, chosen by their digests, so that it is no matter which file came first."""
+    """Accepted records in the order of their digests' hashes, so that the order of files does not matter."""
     database = duckdb.connect()
     database.register(
         "datasets",

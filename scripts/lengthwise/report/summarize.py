@@ -1,4 +1,4 @@
-"""Report: batch metrics, ledgers and the scaling study, as tables, figures and one page."""
+"""Summarize: write the report's tables, figures and page. Captions of figures are in page.html."""
 
 from collections import Counter
 from pathlib import Path
@@ -28,7 +28,7 @@ FIGURES = ("throughput", "memory", "time", "fill", *STUDY_FIGURES, "map")
 
 STUDY_OFF = "The scaling study is off; with scaling: true in the config, the next run measures it."
 
-SHOWN = 25  # rows of a long table: the files have them all
+SHOWN = 25  # rows of a table on the page; its file has all rows
 
 SLOWEST = 10
 
@@ -39,7 +39,7 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
     Parameters
     ----------
     store
-        The store; every job of `jobs_tsv` is committed in it.
+        The store, with a job record for every job of `jobs_tsv`.
     jobs_tsv
         The table that `lengthwise.plan.planner.plan` wrote.
     datasets
@@ -59,7 +59,7 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
     Raises
     ------
     LengthwiseError
-        A job is not committed.
+        A job has no job record: it is not finished.
     """
     settings = require(store)
     job_records = _read_job_records(store, jobs_tsv)
@@ -68,7 +68,7 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
     metrics = read_encoded(present)
     tables.write({"metrics": metrics}, out)
     batches = tables.batches(metrics, job_records)
-    del metrics  # of millions of batches it is large
+    del metrics  # large where there are millions of batches
     bins, jobs, devices = tables.bin_by_length(batches), tables.jobs(job_records, batches), tables.devices(batches)
     study = read_scaling(scaling) if scaling else no_study()
     found = fit_all(study)
@@ -197,7 +197,7 @@ def _figures(
 def _study_figures(study: pd.DataFrame, found: list[Fit], settings: dict) -> dict[str, Plot | str]:
     """Plots of the scaling study, or why there is none."""
     config = shape_of(settings)
-    # The store's own precision, but for the figure that compares them.
+    # The store's own precision, except in the figure that compares precisions.
     own = study[study["precision"] == settings["precision"]]
     plain, added = own[~own["gradients"]], " or ".join(measures_in_words(study[study["peak_bytes"].notna()]))
     return {
@@ -211,14 +211,14 @@ def _study_figures(study: pd.DataFrame, found: list[Fit], settings: dict) -> dic
 
 
 def _rest(batches: pd.DataFrame) -> str:
-    """What of the time was neither computing nor waiting: only a GPU is copied to, only a CPU has cores without a batch."""
+    """Name of the time without computing or waiting: copies on a GPU, idle cores on a CPU."""
     on_cpu = batches["gpu_busy"].isna()
     what = "idle cores" if on_cpu.all() else "copies, idle cores" if on_cpu.any() else "copies"
     return f"{what}, and the rest"
 
 
 def _with_measure(table: pd.DataFrame) -> pd.DataFrame:
-    """Groups that say how memory was measured, where measures differ."""
+    """Add the measure of memory to `group`, where measures differ."""
     if table["memory_measure"].nunique() < 2:
         return table
     measure = table["memory_measure"].astype(object).map(MEASURES).fillna("not measured")
@@ -226,12 +226,12 @@ def _with_measure(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _parity(store: Path) -> list[dict]:
-    """The receipts of comparisons with fair-esm, one for each device and versions."""
+    """The parity receipts: comparisons with fair-esm, one for each device and set of versions."""
     return [read_json(path, "device", "versions", "parity") for path in sorted((store / "parity").glob("*.json"))]
 
 
 def _versions(job_records: list[dict]) -> dict[str, str]:
-    """The versions that made this store's shards; more than one where jobs differ."""
+    """{package: versions of the jobs}; several where jobs differ."""
     found: dict[str, dict[str, None]] = {"report": {f"lengthwise {__version__}": None}}
     for job_record in job_records:
         for name, version in job_record["versions"].items():

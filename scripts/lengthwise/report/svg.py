@@ -1,9 +1,10 @@
-"""Figures as files for papers, and as SVG elements for a page: its colours, its letters, values on hover."""
+"""Figures as SVG and PNG files, and as SVG elements of the page with its colours, its fonts and values on hover."""
 
 import re
 from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -18,12 +19,12 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072b2", "#d55e00", "#009e73", "#cc79
 
 INK, SOFT, LINE, CARD = "#1b1f24", "#59636e", "#d8dee4", "#ffffff"
 
-# What the page calls them: a dark one has lighter ones.
+# CSS variables of page.html, whose dark mode has lighter colours.
 VARIABLES = {BLUE: "blue", VERMILION: "vermilion", GREEN: "green", PURPLE: "purple", ORANGE: "orange"}
 
 VARIABLES |= {INK: "ink", SOFT: "soft", LINE: "line", CARD: "card"}
 
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib's rc parameters
     "font.size": 9.5,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -38,11 +39,11 @@ STYLE = {
     "grid.color": LINE,
     "legend.frameon": False,
     "legend.fontsize": 9,
-    "legend.handlelength": 2.8,  # a dash shows beside the marker
+    "legend.handlelength": 2.8,  # long enough to show a dash beside the marker
     "legend.columnspacing": 1.0,
     "lines.linewidth": 1.8,
     "svg.hashsalt": "lengthwise",
-    "text.parse_math": False,  # a device's name is no formula
+    "text.parse_math": False,  # a device's name may contain $
 }
 
 _SVG = "http://www.w3.org/2000/svg"
@@ -53,7 +54,7 @@ ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 
 
 class Plot:
-    """A figure with one pair of axes, whose points can say what they are."""
+    """A figure with one pair of axes and hover texts for its points. Captions are in page.html and workflow/report/."""
 
     def __init__(self, x_label: str = "", y_label: str = "", size: tuple[float, float] = (4.4, 3.5)):
         self.figure = Figure(figsize=size, layout="constrained")
@@ -61,12 +62,13 @@ class Plot:
         self.axes.set_xlabel(x_label)
         self.axes.set_ylabel(y_label)
         self.axes.set_axisbelow(True)
-        self.says: dict[str, list[str]] = {}
+        self.hover_texts: dict[str, list[str]] = {}
 
-    def explain(self, artist: Artist, says: Iterable[str]) -> None:
-        """What each point of a drawn line, scatter or bar says on hover, in their order."""
-        artist.set_gid(f"points{len(self.says)}")
-        self.says[artist.get_gid()] = list(says)
+    def explain(self, artist: Artist, texts: Iterable[str]) -> None:
+        """Set the hover text of each point of a line, scatter or bar, in the order of drawing."""
+        name = f"points{len(self.hover_texts)}"
+        artist.set_gid(name)
+        self.hover_texts[name] = list(texts)
 
     def legend(self, columns: int = 1) -> None:
         self.figure.legend(*self.axes.get_legend_handles_labels(), loc="outside upper left", ncols=columns)
@@ -78,24 +80,24 @@ def save(plot: Plot, out: Path, name: str) -> str:
     empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with atomic(out / f"{name}.png") as part:
         plot.figure.savefig(part, format="png", dpi=200)
-    plot.figure.set_layout_engine("none")  # what it has arranged stays
+    plot.figure.set_layout_engine("none")  # keep the arrangement of the first drawing
     with matplotlib.rc_context(STYLE | {"svg.fonttype": "path"}), atomic(out / f"{name}.svg") as part:
-        plot.figure.savefig(part, format="svg", metadata=empty)  # the same letters everywhere, with no font to fetch
+        plot.figure.savefig(part, format="svg", metadata=empty)  # letters as outlines need no font
     buffer = StringIO()
     with matplotlib.rc_context(STYLE | {"svg.fonttype": "none", "svg.hashsalt": name}):
         plot.figure.savefig(buffer, format="svg", metadata=empty, transparent=True)
-    return _for_page(buffer.getvalue(), plot.says)
+    return _for_page(buffer.getvalue(), plot.hover_texts)
 
 
-def _for_page(text: str, says: dict[str, list[str]]) -> str:
-    """An SVG element with titles on its points, in the page's colours."""
+def _for_page(text: str, hover_texts: dict[str, list[str]]) -> str:
+    """Turn an SVG file into an element of the page: hover texts, CSS variables for colours, no fixed size."""
     root = ElementTree.fromstring(text)
     for group in root.iter(f"{{{_SVG}}}g"):
-        name = group.attrib.pop("id", "")  # several figures of a page would share it
-        if name in says:
+        name = group.attrib.pop("id", "")  # ids would repeat on a page of several figures
+        if name in hover_texts:
             points = list(group.iter(f"{{{_SVG}}}use")) or [group]
-            for point, what in zip(points, says[name], strict=True):
-                ElementTree.SubElement(point, f"{{{_SVG}}}title").text = what
+            for point, hover_text in zip(points, hover_texts[name], strict=True):
+                ElementTree.SubElement(point, f"{{{_SVG}}}title").text = hover_text
     for size in ("width", "height"):
         del root.attrib[size]
     text = ElementTree.tostring(root, encoding="unicode")

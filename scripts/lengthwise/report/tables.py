@@ -1,4 +1,4 @@
-"""Tables of the report: what the batches, jobs and devices of a store did, for pages and for people who plot themselves."""
+"""Tables of the report: batches, bins of length, jobs, devices and datasets, as TSV and Parquet."""
 
 from pathlib import Path
 
@@ -12,16 +12,16 @@ from lengthwise.esm2.config import AUTO_BATCH_TOKENS, MOST_AT_ONCE
 from lengthwise.store.metrics import TEXTS
 from lengthwise.system.files import atomic
 
-# Bounds of the bins of lengths: 1, 2, 3, 4, 6, 8, 12, 16, 24, ... Engine batches do not cross the powers of two.
+# Bounds of the bins of lengths: 1, 2, 3, 4, 6, 8, 12, 16, 24, ... Batches do not cross powers of two.
 BOUNDS = np.unique(np.outer(2 ** np.arange(20), (1.0, 1.5)).astype(int))
 
 QUANTITIES = ("residues_per_second", "peak_bytes", "fill")
 
-SLOW = 1.2  # times the usual: a batch that took less is no news
+SLOW = 1.2  # times the median; faster batches are not listed as slow
 
 SHARES = ("computing", "wait_read", "wait_write", "other")
 
-# What every column of every table means; written beside them as columns.tsv.
+# The meaning of every column, written to columns.tsv.
 COLUMNS = {
     "metrics": {
         "job": "the job that made the batch",
@@ -112,8 +112,8 @@ COLUMNS = {
         "term": "fixed; tokens (of the batch); squares (tokens times the sequence's tokens); products and attention (FLOPs)",
         "coefficient": "what is added for each unit of the term; 0 where it was not seen",
         "unit": "of the coefficient",
-        "r_squared": "share of the measurements' variance that the law explains",
-        "largest_relative_residual": "largest distance of a point from the law, as a share of the measurement",
+        "r_squared": "share of the measurements' variance that the fit explains",
+        "largest_relative_residual": "largest distance of a point from the fit, as a share of the measurement",
         "n_points": "points of the study that were fitted",
     },
     "scaling": {
@@ -161,7 +161,7 @@ def write(tables: dict[str, pd.DataFrame | pa.Table], out: Path) -> None:
 
 
 def write_columns(out: Path) -> None:
-    """Write columns.tsv, which says what the tables' columns mean."""
+    """Write columns.tsv: the meaning of each table's columns."""
     meanings = [(name, column, text) for name, columns in COLUMNS.items() for column, text in columns.items()]
     columns = pd.DataFrame(meanings, columns=["table", "column", "meaning"])
     _write_tsv(pa.Table.from_pandas(columns, preserve_index=False), out / "columns.tsv")
@@ -173,16 +173,16 @@ def write_parquet(table: pd.DataFrame, path: Path) -> None:
 
 def _write_parquet(table: pa.Table, path: Path) -> None:
     encoded = any(pa.types.is_dictionary(kind) for kind in table.schema.types)
-    with atomic(path) as part:  # without its schema a dictionary of texts reads back as texts
+    with atomic(path) as part:  # a stored schema would make texts read back as dictionaries
         pq.write_table(table, part, compression="zstd", store_schema=not encoded)
 
 
 def batches(metrics: pa.Table, job_records: list[dict]) -> pd.DataFrame:
-    """Metrics with what figures and tables need of them besides.
+    """Metrics with derived columns, one row per batch.
 
-    Added are `residues_per_second`; `peak_bytes` and `memory_measure`; `group`, the device and precision in words;
-    `most_tokens`, what the job allowed a batch, and `fill`, what of it the batch held; and `busy_ms`, the time that the
-    whole device would have computed for the batch.
+    Added are `residues_per_second`; `peak_bytes` and `memory_measure`; `group` (device and precision as text); `most_tokens`
+    (the job's limit for a batch) and `fill` (tokens over that limit); and `busy_ms`, the computing time of the batch
+    expressed in time of the whole device.
     """
     table = metrics.drop_columns("peak_reserved_bytes").to_pandas()  # null becomes NaN, texts are categories
     for name in TEXTS:
@@ -195,22 +195,24 @@ def batches(metrics: pa.Table, job_records: list[dict]) -> pd.DataFrame:
     groups = table.groupby(["device", "precision"], observed=True)
     names = [f"{device}, {precision}" for device, precision in groups.size().index]
     table["group"] = pd.Categorical.from_codes(groups.ngroup(), names)
-    # None of a job that found all shards made.
-    table["most_tokens"] = _of_jobs(
+    # None for a job whose shards were all there before.
+    table["most_tokens"] = _job_values(
         table["job"], {job_record["job"]: job_record.get("batch_tokens") for job_record in job_records}
     )
     table["fill"] = table["n_tokens"] / table["most_tokens"]
-    threads = _of_jobs(table["job"], {job_record["job"]: job_record["threads"] for job_record in job_records}).fillna(1)
-    # A CPU gives each core a batch of its own, and to a long sequence all of them; a GPU's clock is the whole GPU's.
-    of_a_batch = (threads // threads.clip(upper=MOST_AT_ONCE)).where(
+    threads = _job_values(
+        table["job"], {job_record["job"]: job_record["threads"] for job_record in job_records}
+    ).fillna(1)
+    # On a CPU a batch takes one core, or all cores if it is a long sequence; on a GPU it takes the whole device.
+    batch_threads = (threads // threads.clip(upper=MOST_AT_ONCE)).where(
         table["n_tokens"] <= AUTO_BATCH_TOKENS["cpu"], threads
     )
-    table["busy_ms"] = table["device_ms"] * (of_a_batch / threads).where(table["gpu_busy"].isna(), 1)
+    table["busy_ms"] = table["device_ms"] * (batch_threads / threads).where(table["gpu_busy"].isna(), 1)
     return table
 
 
-def _of_jobs(job: pd.Series, values: dict) -> pd.Series:
-    """The number of each row's job; NaN where it has none."""
+def _job_values(job: pd.Series, values: dict) -> pd.Series:
+    """{job: number} spread over the rows; NaN where a job has none."""
     numbers = pd.to_numeric(pd.Series([values.get(name) for name in job.cat.categories], dtype=object), errors="coerce")
     return pd.Series(numbers.to_numpy(float)[job.cat.codes], index=job.index)
 
@@ -235,10 +237,10 @@ def bin_by_length(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def jobs(job_records: list[dict], table: pd.DataFrame) -> pd.DataFrame:
-    """One row per job; its rate counts the shards that it made itself, which is what its time went to."""
+    """One row per job; its rate counts only the shards that it made itself."""
     by_shard = table.groupby("shard", observed=True).agg(residues=("n_residues", "sum"), splits=("oom_splits", "sum"))
     residues, splits = by_shard["residues"].to_dict(), by_shard["splits"].to_dict()
-    used = _use(table, "job").set_index("job")
+    used = _time_shares(table, "job").set_index("job")
     rows = []
     for job_record in job_records:
         made, seconds = job_record["made"], job_record["embed_seconds"]
@@ -257,14 +259,14 @@ def jobs(job_records: list[dict], table: pd.DataFrame) -> pd.DataFrame:
 
 def devices(table: pd.DataFrame) -> pd.DataFrame:
     """One row for each device and precision that batches ran on."""
-    used = _use(table, ["device", "precision"])
+    used = _time_shares(table, ["device", "precision"])
     used["residues_per_second"] = used["residues"] / (used.pop("wall_ms") / 1000)
     kinds = {"device": object, "precision": object, "residues": int, "oom_splits": int}
     return used[list(COLUMNS["devices"])].astype(kinds)
 
 
 def datasets(ledger: list[dict]) -> pd.DataFrame:
-    """The ledger, one row for each dataset and reason of rejection."""
+    """Counts of records, one row for each dataset and reason of rejection."""
     names = [name for name in COLUMNS["datasets"] if name not in ("reason", "rejected_for_it")]
     rows = [
         {name: row[name] for name in names} | {"reason": reason, "rejected_for_it": number}
@@ -275,9 +277,9 @@ def datasets(ledger: list[dict]) -> pd.DataFrame:
 
 
 def slowest(table: pd.DataFrame, bins: pd.DataFrame, most: int) -> pd.DataFrame:
-    """The batches that lost most time against the median rate of their device and bin of lengths, of those `SLOW` times it.
+    """The batches that lost the most time against the median rate of their device and bin, if `SLOW` times slower or more.
 
-    Added are `usual_ms`, what the batch would have taken at that rate, and `times`, how many times that it took.
+    Added are `usual_ms`, the time at that rate, and `times`, the batch's time over it.
     """
     bin_of = BOUNDS[np.searchsorted(BOUNDS, table["mean_length"], side="right") - 1]
     usual = bins[["group", "length_from", "residues_per_second_median"]].drop_duplicates(["group", "length_from"])
@@ -289,8 +291,8 @@ def slowest(table: pd.DataFrame, bins: pd.DataFrame, most: int) -> pd.DataFrame:
     return found.assign(times=found["wall_ms"] / found["usual_ms"])
 
 
-def _use(table: pd.DataFrame, keys: str | list[str]) -> pd.DataFrame:
-    """What the device did with the time of the batches, for each of these; the host's waits count where the device idled."""
+def _time_shares(table: pd.DataFrame, keys: str | list[str]) -> pd.DataFrame:
+    """Sums and shares of time for each value of `keys`; waits count only while the device idled."""
     sums = {"wall_ms": "sum", "busy_ms": "sum", "wait_read_ms": "sum", "wait_write_ms": "sum", "oom_splits": "sum"}
     used = table.groupby(keys, sort=True, observed=True).agg(
         jobs=("job", "nunique"),
@@ -308,5 +310,5 @@ def _use(table: pd.DataFrame, keys: str | list[str]) -> pd.DataFrame:
 
 def _write_tsv(table: pa.Table, path: Path) -> None:
     with atomic(path) as part:
-        # pandas would take a minute per million rows
+        # DuckDB, because pandas takes a minute per million rows
         duckdb.from_arrow(table).write_csv(str(part), sep="\t", header=True)

@@ -1,4 +1,4 @@
-"""Words that several parts of the report use."""
+"""Names of the measures of memory, for the page and the figures."""
 
 import pandas as pd
 
@@ -6,5 +6,5 @@ MEASURES = {"allocated": "allocated GPU memory", "resident": "resident memory"}
 
 
 def measures_in_words(rows: pd.DataFrame) -> list[str]:
-    """How memory was measured, in words."""
+    """The measures of memory in a table, in words."""
     return [MEASURES[name] for name in sorted(rows["memory_measure"].dropna().unique())]

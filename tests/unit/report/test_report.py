@@ -1,3 +1,5 @@
+"""The report: its tables, figures and page agree with the metrics, job records and study of a store."""
+
 import json
 import re
 import time
@@ -279,7 +281,7 @@ def test_every_column_of_every_table_is_explained_in_tsv_and_parquet(whole):
     assert {path.stem for path in out.glob("*.parquet")} == set(MEANINGS)
 
 
-def test_every_point_of_a_figure_says_what_it_is(whole):
+def test_every_point_of_a_figure_has_a_hover_text(whole):
     _, page = whole
     fast = page[page.index('aria-label="How fast') :]
     said = re.findall("<title>([^<]+)</title>", fast[: fast.index("</figure>")])
@@ -371,7 +373,7 @@ def test_two_devices_keep_their_own_rates_and_measures(store):
     assert set(bins.loc[bins["device"] == GPU, "peak_bytes_median"]) == {9e9}
 
 
-def test_memory_that_was_not_measured_is_said_and_not_drawn(store):
+def test_memory_that_was_not_measured_is_a_sentence_instead_of_a_figure(store):
     store.study = study(peaks=False)
     _, page = store.job({"s0": batches_of("s0", 9, peak_rss_bytes=None)}).dataset("a").summarize()
     text = Page(page).text
@@ -383,7 +385,7 @@ def test_memory_that_was_not_measured_is_said_and_not_drawn(store):
     assert bins["n_batches"].sum() == 9
 
 
-def test_a_store_whose_shards_were_all_taken_over_has_a_report(store):
+def test_a_store_whose_shards_have_no_metrics_has_a_report(store):
     facts, page = store.job({"s0": None, "s1": None}, made=[]).dataset("a").summarize()
     assert (facts["batches"], facts["missing_metrics"], facts["rates"]) == (0, 2, [])
     text = Page(page).text
@@ -391,7 +393,7 @@ def test_a_store_whose_shards_were_all_taken_over_has_a_report(store):
     assert "taken over" in text
 
 
-@pytest.mark.parametrize("batch_tokens", [None, "auto"])  # auto: what commits said in the first version
+@pytest.mark.parametrize("batch_tokens", [None, "auto"])  # auto: from job records of the first version
 def test_a_job_that_found_its_shards_made_has_no_fill_of_batches(store, batch_tokens):
     store.job({"s0": batches_of("s0", 10)}).job({"s1": batches_of("s1", 10)}, made=[], batch_tokens=batch_tokens)
     facts, _ = store.dataset("a").summarize()
@@ -417,13 +419,13 @@ def test_a_job_that_made_part_of_its_shards_is_rated_by_that_part(store):
     assert f'<td class="number">{made / 2.0:,.0f}</td>' in page
 
 
-def test_where_the_study_ended_is_said_with_the_reason(store):
+def test_the_page_says_where_the_study_ended_and_why(store):
     _, page = store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
     reason = "fair-esm, float32, without gradients, batches of 2,000 tokens: from 1,000 residues on (out of memory)"
     assert reason in Page(page).text
 
 
-def test_the_questions_are_answered_with_what_was_measured(store):
+def test_captions_answer_their_questions_with_measurements(store):
     _, page = store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
     text = Page(page).text
     assert "From 50 to 500 residues Lengthwise goes from 780 kB to 7.53 MB, 10 times as much" in text
@@ -438,7 +440,7 @@ def test_the_questions_are_answered_with_what_was_measured(store):
     assert pd.read_csv(store.folder / "report" / "scaling.tsv", sep="\t")["copy_out_ms"].isna().all()
 
 
-def test_a_law_beyond_its_points_is_called_extrapolated(store):
+def test_a_fit_beyond_its_points_is_called_extrapolated(store):
     store.study = study()[lambda rows: rows["length"] < 600]
     _, page = store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
     assert (
@@ -447,7 +449,7 @@ def test_a_law_beyond_its_points_is_called_extrapolated(store):
     )
 
 
-def test_a_law_of_scattered_points_is_not_stated(store, monkeypatch):
+def test_a_fit_of_scattered_points_is_not_stated(store, monkeypatch):
     rows = study()
     rows["wall_ms"] *= np.where(np.arange(len(rows)) % 2, 20, 1)
     store.study = rows.assign(memory_measure="allocated")  # of which no point is too small to count
@@ -459,7 +461,7 @@ def test_a_law_of_scattered_points_is_not_stated(store, monkeypatch):
     text = Page(page).text
     assert "Lengthwise: not determined, too few or too scattered points." in text
     assert "at 958" not in text
-    assert labels.count("Lengthwise, law") == 1  # of memory, which does not scatter
+    assert labels.count("Lengthwise, law") == 1  # the fit of memory, which does not scatter
 
 
 def test_the_fill_of_batches_is_tokens_over_tokens_allowed(store):
@@ -563,7 +565,7 @@ def test_parity_receipts_are_shown(store):
     assert f"{CPU} torch 2.0 1 70 not kept within 3.0e-06" in Page(store.summarize()[1]).text
 
 
-def test_a_job_without_commit_is_an_error(store):
+def test_a_job_without_a_job_record_is_an_error(store):
     store.job({"s0": batches_of("s0", 4)}).dataset("a")
     job_record_path(store.folder, "job0").unlink()
     with pytest.raises(LengthwiseError, match="job0"):

@@ -1,3 +1,5 @@
+"""The scaling study measures what its columns say, within its time and memory."""
+
 from dataclasses import replace
 
 import pandas as pd

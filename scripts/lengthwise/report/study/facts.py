@@ -1,12 +1,12 @@
-"""What the page says of the scaling study."""
+"""Facts about the scaling study for the page."""
 
 import pandas as pd
 
+from lengthwise.esm2.config import MEMORY_MARGIN
 from lengthwise.report import figures
 from lengthwise.report.study.fits import (
-    LEAST_POINTS,
-    LEAST_R_SQUARED,
-    MEMORY_MARGIN,
+    MIN_POINTS,
+    MIN_R_SQUARED,
     Fit,
     choose,
     crossing,
@@ -23,11 +23,11 @@ STATUS_WORDS = {
     "out_of_memory": "out of memory",
 }
 
-SHORT, LONG = 50, 500  # the lengths of the first question
+SHORT, LONG = 50, 500  # residues, for the ratio of memory
 
 
 def study_facts(study: pd.DataFrame, found: list[Fit], settings: dict) -> dict:
-    """What the page says of the scaling study."""
+    """The values that page.html prints about the study, under the name `study`."""
     sized, config, precision = study[study["peak_bytes"].notna()], shape_of(settings), settings["precision"]
     itemsize = 4 if precision == "float32" else 2
     row = study.iloc[0] if len(study) else None
@@ -37,7 +37,7 @@ def study_facts(study: pd.DataFrame, found: list[Fit], settings: dict) -> dict:
     reach = {}
     if device_bytes is not None:
         free = MEMORY_MARGIN * device_bytes - config.parameters * itemsize
-        reach = {engine: longest(law, free) for engine, law in sizes.items() if law}
+        reach = {engine: longest(fit, free) for engine, fit in sizes.items() if fit}
     table = longest_table(device_bytes, itemsize)
     clocks, warmth = study["clock_mhz"].dropna(), study["temperature_c"].dropna()
     return {
@@ -49,10 +49,10 @@ def study_facts(study: pd.DataFrame, found: list[Fit], settings: dict) -> dict:
         "copies": _copies(study),
         "stops": _stops(study),
         "laws": found,
-        "least_points": LEAST_POINTS,
-        "least_r_squared": LEAST_R_SQUARED,
+        "least_points": MIN_POINTS,
+        "least_r_squared": MIN_R_SQUARED,
         "equal_by_formula": 6 * config.embed_dim - 2,
-        "equal": {engine: (crossing(law, config), law.up_to) for engine, law in times.items() if law},
+        "equal": {engine: (crossing(fit, config), fit.up_to) for engine, fit in times.items() if fit},
         "reach": reach,
         "longest": {"columns": list(table.columns[1:]), "rows": table.to_dict("records")},
         "clock": _range(clocks),
@@ -61,12 +61,12 @@ def study_facts(study: pd.DataFrame, found: list[Fit], settings: dict) -> dict:
 
 
 def _range(values: pd.Series) -> str:
-    """From the least to the most, or the one where they read alike; empty if there is none."""
+    """Lowest to highest value as text; one number where they print alike, empty where there is none."""
     return " to ".join(dict.fromkeys(f"{value:,.0f}" for value in (values.min(), values.max()))) if len(values) else ""
 
 
 def _ratios(sized: pd.DataFrame) -> list[dict]:
-    """What the memory of one sequence does between the two lengths, for each engine and mode."""
+    """Memory of one sequence at `LONG` over `SHORT` residues, for each engine and mode."""
     single = sized[sized["batch_tokens"].isna()].set_index(["engine", "gradients", "length"])["peak_bytes"]
     ratios = []
     for engine in (LENGTHWISE, FAIR_ESM):

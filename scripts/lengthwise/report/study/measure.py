@@ -1,8 +1,8 @@
-"""Scaling: controlled forward passes on the user's device, for the laws that production metrics cannot show.
+"""The measurements of the scaling study: forward passes at controlled lengths.
 
-Production packs batches, so that its memory is flat in sequence length on purpose. Here every batch holds sequences of
-one length, and this engine runs beside fair-esm's own forward pass, with and without gradients, in every precision that the
-device has instructions for.
+Production batches have about equal numbers of tokens, so their memory hardly shows the length. Here a batch holds sequences
+of one length. This engine and fair-esm's are measured with and without gradients, in every precision that the device
+has instructions for.
 """
 
 import ctypes
@@ -42,7 +42,7 @@ log = logging.getLogger("lengthwise")
 
 LENGTHS = (50, 100, 200, 350, 500, 700, 1000, 1500, 2500, 4000, 8000)
 
-# Tokens of full batches. On the CPU half of production's, so that the study takes seconds and not minutes.
+# Tokens of full batches. On a CPU half of production's, which keeps the study short.
 BATCH_TOKENS = {"cpu": (1_024,), "cuda": (4_096, AUTO_BATCH_TOKENS["cuda"])}
 
 SECONDS = {"cpu": 30.0, "cuda": 180.0}
@@ -51,7 +51,7 @@ MAX_REPEATS = 5
 
 SEED = 0
 
-# The twenty standard amino acids: alphabet.RESIDUES goes on with X, B, U, Z and O.
+# RESIDUES goes on with X, B, U, Z and O.
 STANDARD_RESIDUES = np.frombuffer(RESIDUES[:20], np.uint8)
 
 
@@ -67,7 +67,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of ascending length that share an engine, a mode and a rule for the size of the batch."""
+    """Points of ascending length with the same engine, precision, gradients and batch size."""
 
     engine: str
     precision: str
@@ -76,7 +76,7 @@ class Series:
 
     @property
     def points(self) -> list[tuple[int, int]]:
-        """(length, sequences of the batch); in a full batch at least two."""
+        """(length, number of sequences); a full batch has at least two."""
         if self.batch_tokens is None:
             return [(length, 1) for length in LENGTHS]
         return [(length, n) for length in LENGTHS if (n := round(self.batch_tokens / (length + 2))) > 1]
@@ -84,7 +84,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Point:
-    """A point that was measured at least once."""
+    """A measured point: its row, and what repeats its forward pass."""
 
     row: dict
     forward: Callable[[], Tensor]
@@ -138,7 +138,8 @@ def scaling(
     probe = Probe(place)
     fixed = {"device": device_name(place), "device_bytes": probe.device_bytes(), "memory_measure": probe.memory_measure}
     rows: list[dict] = []
-    left, plan = SECONDS[place.type] if seconds == "auto" else seconds, _plan(place, precision)
+    left = SECONDS[place.type] if isinstance(seconds, str) else seconds
+    plan = _plan(place, precision)
     shares_left = sum(share * len(sizes) for *_, sizes, share in plan)
     for engine, kind, gradients, sizes, share in plan:
         loaded = _load(engine, weights, place, kind, gradients)
@@ -162,28 +163,28 @@ def scaling(
 
 
 class Probe:
-    """Runs a forward pass on a device and says what it took."""
+    """Measures time and memory of a forward pass on a device."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.meter = MemoryMeter(device)
-        # glibc keeps freed memory for later, which would hide the growth: it must be given back before each pass.
+        # glibc keeps freed memory, which would hide growth, so it is returned before each pass.
         self.trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if self.meter.resident else None
         resident = "resident" if self.trim else None
         self.memory_measure = "allocated" if device.type == "cuda" else resident
 
     def seconds(self, forward: Callable[[], object]) -> float:
-        """Host time of one forward pass, to the end of the device's work."""
+        """Seconds of one forward pass until the device has finished."""
         self._synchronize()
         started = time.perf_counter()
-        kept = forward()  # alive until the clock stops: freeing it is not part of the pass
+        kept = forward()  # freed after the clock stops
         self._synchronize()
         elapsed = time.perf_counter() - started
         del kept
         return elapsed
 
     def peak_bytes(self, forward: Callable[[], object]) -> int | None:
-        """Growth of memory during one forward pass."""
+        """Growth of memory during one forward pass; None where memory cannot be measured."""
         if self.memory_measure is None:
             forward()
             return None
@@ -193,10 +194,11 @@ class Probe:
             before = self.meter.used()
             kept = forward()
         del kept
-        return (peaks.allocated if peaks.resident is None else peaks.resident) - before
+        peak = peaks.allocated if peaks.resident is None else peaks.resident
+        return None if peak is None or before is None else peak - before
 
     def copies(self, tokens: Tensor, forward: Callable[[], Tensor]) -> dict[str, float]:
-        """Milliseconds of the copies to and from the device, between pinned memory; nothing where there are none."""
+        """Milliseconds of the copies to and from the device with pinned memory; empty on a CPU."""
         if self.device.type == "cpu":
             return {}
         tokens, rows = tokens.to(torch.uint8), forward().half()
@@ -212,11 +214,11 @@ class Probe:
         }
 
     def available_bytes(self) -> int | None:
-        """Memory that a pass may still take; None on CUDA, whose allocator refuses cleanly."""
+        """Free memory; None on CUDA, whose allocator fails without harm."""
         return None if self.device.type == "cuda" else host_available()
 
     def device_bytes(self) -> int:
-        """All the memory that the device has."""
+        """Total memory of the device."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_properties(self.device).total_memory
         return host_total()
@@ -227,10 +229,10 @@ class Probe:
 
 
 def _plan(device: torch.device, own: str) -> list[tuple[str, str, bool, tuple[int | None, ...], int]]:
-    """(engine, precision, gradients, sizes of batches, share of the time for each of these)."""
+    """(engine, precision, gradients, batch_tokens of each series, share of the time per series)."""
     served = [name for name, dtype in DTYPES.items() if device.type == "cuda" or onednn_serves(dtype)]
     full, single = BATCH_TOKENS[device.type], (None,)
-    # What a series does not need goes to the next ones: those that most questions ask for are last. A CPU has less time.
+    # Time that a series leaves goes to later ones, so the most used series are last. A CPU has less time.
     others = full if device.type == "cpu" else full + single
     runs = [(kind, False, others, 1) for kind in served if kind != own]
     runs += [(own, True, single, 1), (own, False, full + single, 2)]
@@ -238,11 +240,11 @@ def _plan(device: torch.device, own: str) -> list[tuple[str, str, bool, tuple[in
 
 
 def _load(engine: str, weights: Path, device: torch.device, precision: str, gradients: bool) -> Loaded | None:
-    """An engine on the device, warm; None where its weights do not fit there."""
+    """Load an engine and warm it up; None where its weights do not fit on the device."""
     load = {LENGTHWISE: _load_lengthwise, FAIR_ESM: _load_fair_esm}[engine]
     try:
         loaded = load(weights, device, DTYPES[precision], gradients)
-        with torch.no_grad():  # libraries set up workspaces that are no part of any point
+        with torch.no_grad():  # libraries allocate workspaces now, so no point counts them
             loaded.forward(_random_tokens(np.random.Generator(np.random.PCG64(SEED)), 1, LENGTHS[0]).to(device))
         return loaded
     except RuntimeError as error:
@@ -253,13 +255,13 @@ def _load(engine: str, weights: Path, device: torch.device, precision: str, grad
 
 def _load_lengthwise(weights: Path, device: torch.device, dtype: torch.dtype, gradients: bool) -> Loaded:
     model = checkpoint.load_model(weights, device, dtype, pack=not gradients).requires_grad_(gradients)
-    packed = [module.packed for module in model.modules() if getattr(module, "packed", None) is not None]
+    packed: list[Tensor] = [each for module in model.modules() if (each := getattr(module, "packed", None)) is not None]
 
     def forward(tokens: Tensor) -> Tensor:
         packing = Packing.of([tokens.shape[1]] * tokens.shape[0]).to(device)
         return model(tokens.flatten(), packing, (model.config.num_layers,))[model.config.num_layers]  # [T, D]
 
-    return Loaded(_bytes(model) + sum(tensor.numel() * dtype.itemsize for tensor in packed), forward)
+    return Loaded(_model_bytes(model) + sum(int(tensor.numel()) * dtype.itemsize for tensor in packed), forward)
 
 
 def _load_fair_esm(weights: Path, device: torch.device, dtype: torch.dtype, gradients: bool) -> Loaded:
@@ -268,10 +270,10 @@ def _load_fair_esm(weights: Path, device: torch.device, dtype: torch.dtype, grad
     def forward(tokens: Tensor) -> Tensor:
         return model(tokens, repr_layers=[model.num_layers])["representations"][model.num_layers]  # [N, L + 2, D]
 
-    return Loaded(_bytes(model), forward)
+    return Loaded(_model_bytes(model), forward)
 
 
-def _bytes(model: nn.Module) -> int:
+def _model_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
@@ -281,7 +283,7 @@ def _measure_series(series: Series, loaded: Loaded, config: ModelConfig, probe: 
     ends = time.perf_counter() + budget
     rows: list[dict] = []
     measured: list[Point] = []
-    # The best rate of a pass so far (one hiccup must not end a series), and the memory of the point before.
+    # The best rate so far, because one slow pass must not end a series; the memory of the last point.
     seconds_per_flop, bytes_per_square = np.inf, 0.0
     for length, n in series.points:
         row = _row(series, config, length, n)
@@ -302,14 +304,13 @@ def _measure_series(series: Series, loaded: Loaded, config: ModelConfig, probe: 
             if not is_out_of_memory(error):
                 raise
             row["status"] = OUT_OF_MEMORY
-        if row["status"] == OUT_OF_MEMORY:  # outside of the handler, whose traceback keeps the tensors alive
+        if row["status"] == OUT_OF_MEMORY:  # outside the handler: its traceback keeps tensors alive
             _release(probe.device)
             break
         seconds_per_flop = min(seconds_per_flop, measured[-1].seconds[0] / flops)
         bytes_per_square = (row["peak_bytes"] or 0) / square
-    for _ in range(
-        MAX_REPEATS - 1
-    ):  # a slow moment of the machine falls on one repeat of each length, not on all of one
+    # In rounds over the lengths, so that a slow moment of the machine does not hit one length alone.
+    for _ in range(MAX_REPEATS - 1):
         for point in measured:
             if point.seconds[0] < ends - time.perf_counter():
                 point.seconds.append(probe.seconds(point.forward))
@@ -325,7 +326,7 @@ def _measure_series(series: Series, loaded: Loaded, config: ModelConfig, probe: 
 
 
 def _row(series: Series, config: ModelConfig, length: int, n: int) -> dict:
-    """What is known of a point before it is measured."""
+    """The row of a point that is not measured yet."""
     flops, attention = n * config.flops(length), n * config.attention_flops(length)
     return {
         "engine": series.engine,
@@ -343,11 +344,10 @@ def _row(series: Series, config: ModelConfig, length: int, n: int) -> dict:
 
 
 def _measure_point(series: Series, loaded: Loaded, row: dict, tokens: Tensor, probe: Probe) -> Point:
-    """Memory, which is the warm-up for this shape too, the copies, and a first time."""
+    """Measure memory, which also warms up this shape, then copies and the first time."""
 
     def forward() -> Tensor:
-        # Not inference_mode: fair-esm keeps its rotary tables from call to call, and those of inference_mode would be
-        # refused where gradients are wanted.
+        # Not inference_mode: fair-esm caches rotary tables, and autograd refuses inference tensors.
         with torch.set_grad_enabled(series.gradients):
             return loaded.forward(tokens)
 

@@ -1,4 +1,4 @@
-"""The scaling study's table: its columns and words, for those who read it and need no torch."""
+"""The columns and status words of scaling.tsv, without torch."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ LENGTHWISE, FAIR_ESM = "lengthwise", "fair-esm"
 
 OK, SKIPPED_TIME, SKIPPED_MEMORY, OUT_OF_MEMORY = "ok", "skipped_time", "skipped_memory", "out_of_memory"
 
-# What does not exist is null: every column that a skipped point has no value for is of a nullable type.
+# Nullable types where a skipped point has no value.
 COLUMNS = {
     "engine": "string",
     "precision": "string",
@@ -36,7 +36,7 @@ COLUMNS = {
     "status": "string",
 }
 
-SERIES = ["engine", "precision", "gradients", "batch_tokens"]  # the columns that tell series apart
+SERIES = ["engine", "precision", "gradients", "batch_tokens"]  # the key of a series
 
 
 def no_study() -> pd.DataFrame:
@@ -45,9 +45,9 @@ def no_study() -> pd.DataFrame:
 
 
 def read_scaling(table: Path) -> pd.DataFrame:
-    """The table that `scaling` wrote; what an earlier version did not write is null."""
-    found = pd.read_csv(table, sep="\t")
-    if "batch_tokens" not in found:
-        full = found["n_sequences"] > 1
-        found.loc[full, "batch_tokens"] = found.loc[full, "n_tokens"].max()
-    return found.reindex(columns=list(COLUMNS)).astype(COLUMNS)
+    """Read scaling.tsv; columns that an earlier version did not write are null."""
+    study = pd.read_csv(table, sep="\t")
+    if "batch_tokens" not in study:
+        full = study["n_sequences"] > 1
+        study.loc[full, "batch_tokens"] = study.loc[full, "n_tokens"].max()
+    return study.reindex(columns=list(COLUMNS)).astype(COLUMNS)

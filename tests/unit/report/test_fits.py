@@ -1,3 +1,5 @@
+"""Fits of the scaling study, from measurements that follow known formulas."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +15,7 @@ LENGTHS = (50, 100, 200, 500, 1000, 2000)
 
 
 def study(noise=0.0):
-    """Measurements that follow known laws: 10 kB a token, 80 bytes a pair, 2 and 5 ns a thousand operations."""
+    """Measurements that follow known formulas: 10 kB a token, 80 bytes a pair, 2 and 5 ns a thousand operations."""
     rng, rows = np.random.default_rng(0), []
     for engine in (LENGTHWISE, FAIR_ESM):
         for n in (1, 8):
@@ -39,7 +41,7 @@ def study(noise=0.0):
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
 
 
-def test_the_laws_that_made_the_measurements_are_found():
+def test_the_formulas_behind_the_measurements_are_found():
     found = fits.fit_all(study())
     memory = fits.choose(found, "memory", FAIR_ESM, "float32")
     assert memory.coefficients == pytest.approx({"fixed": 1e6, "tokens": 1e4, "squares": 80}, rel=1e-4)
@@ -50,14 +52,14 @@ def test_the_laws_that_made_the_measurements_are_found():
     assert time.largest_residual < 1e-6
 
 
-def test_noise_shows_in_the_residuals_and_hardly_in_the_laws():
+def test_noise_shows_in_the_residuals_and_hardly_in_the_coefficients():
     memory = fits.choose(fits.fit_all(study(noise=0.05)), "memory", FAIR_ESM, "float32")
     assert memory.coefficients["squares"] == pytest.approx(80, rel=0.15)
     assert 0.03 < memory.largest_residual < 0.3
     assert 0.9 < memory.r_squared < 1
 
 
-def test_a_law_says_what_was_measured():
+def test_a_fit_predicts_the_measurements():
     rows, found = study(), fits.fit_all(study())
     row = rows[(rows["engine"] == FAIR_ESM) & (rows["length"] == 500) & (rows["n_sequences"] == 8)].iloc[0]
     assert fits.choose(found, "memory", FAIR_ESM, "float32").at(SHAPE, 500, 8) == pytest.approx(
@@ -70,33 +72,37 @@ def test_a_law_says_what_was_measured():
 
 def test_a_term_is_never_negative():
     x = np.array([1.0, 2, 3, 4, 5])
-    coefficients, _, largest = fits.fit({"fixed": np.ones(5), "tokens": x, "squares": x**2}, 7 * x - 0.2 * x**2 + 0.01)
+    coefficients, _, largest = fits.least_squares(
+        {"fixed": np.ones(5), "tokens": x, "squares": x**2}, 7 * x - 0.2 * x**2 + 0.01
+    )
     assert min(coefficients.values()) >= 0
     assert largest > 0
-    assert fits.fit({"fixed": np.ones(5), "tokens": x}, 3 * x)[0] == pytest.approx({"fixed": 0, "tokens": 3}, abs=1e-9)
+    assert fits.least_squares({"fixed": np.ones(5), "tokens": x}, 3 * x)[0] == pytest.approx(
+        {"fixed": 0, "tokens": 3}, abs=1e-9
+    )
 
 
-def test_attention_costs_as_much_as_the_products_where_the_law_says():
-    law = fits.choose(fits.fit_all(study()), "time", LENGTHWISE, "float32")
-    length, low, high = fits.crossing(law, SHAPE)
+def test_at_the_crossing_attention_takes_as_long_as_the_products():
+    fit = fits.choose(fits.fit_all(study()), "time", LENGTHWISE, "float32")
+    length, low, high = fits.crossing(fit, SHAPE)
     assert [low, length, high] == pytest.approx([6 * 320 * 2 / 5 - 2] * 3, rel=1e-5)
     attention = SHAPE.attention_flops(length)
     products = SHAPE.flops(length) - attention
     assert 2e-12 * products == pytest.approx(5e-12 * attention, rel=1e-5)
 
 
-def test_a_length_that_one_point_decides_is_not_stated():
+def test_a_crossing_that_one_point_decides_is_none():
     noisy = fits.choose(fits.fit_all(study(noise=0.02)), "time", LENGTHWISE, "float32")
     length, low, high = fits.crossing(noisy, SHAPE)
     assert low < length < high < 1.2 * low
     rows = study()
     rows.loc[(rows["engine"] == LENGTHWISE) & (rows["length"] == rows["length"].max()), "wall_ms"] *= 3
-    law = fits.choose(fits.fit_all(rows), "time", LENGTHWISE, "float32")
-    assert fits.crossing(replace(law, r_squared=1.0, without_one=()), SHAPE) is not None
-    assert fits.crossing(replace(law, r_squared=1.0), SHAPE) is None
+    fit = fits.choose(fits.fit_all(rows), "time", LENGTHWISE, "float32")
+    assert fits.crossing(replace(fit, r_squared=1.0, without_one=()), SHAPE) is not None
+    assert fits.crossing(replace(fit, r_squared=1.0), SHAPE) is None
 
 
-def test_a_law_that_its_points_do_not_determine_is_not_read():
+def test_an_undetermined_fit_is_not_extrapolated():
     good = fits.choose(fits.fit_all(study()), "time", LENGTHWISE, "float32")
     assert (good.determined, good.up_to) == (True, 2000)
     unseen = good.coefficients | {"products": 0.0}
@@ -105,9 +111,7 @@ def test_a_law_that_its_points_do_not_determine_is_not_read():
     memory = fits.choose(fits.fit_all(study()), "memory", FAIR_ESM, "float32")
     assert fits.longest(memory, 1e9) > 2000
     assert fits.longest(replace(memory, r_squared=0.6), 1e9) is None
-    assert replace(
-        good, coefficients=good.coefficients | {"fixed": 0.0}
-    ).determined  # nothing fixed is something to say
+    assert replace(good, coefficients=good.coefficients | {"fixed": 0.0}).determined  # a fixed term of 0 is a result
 
 
 def test_operations_of_both_parts_are_equal_at_six_widths():
@@ -116,9 +120,9 @@ def test_operations_of_both_parts_are_equal_at_six_widths():
 
 def test_the_longest_sequence_fits_and_one_more_residue_does_not():
     for engine in (LENGTHWISE, FAIR_ESM):
-        law = fits.choose(fits.fit_all(study()), "memory", engine, "float32")
-        length = fits.longest(law, 1e9)
-        assert law.at(SHAPE, length) <= 1e9 < law.at(SHAPE, length + 1)
+        fit = fits.choose(fits.fit_all(study()), "memory", engine, "float32")
+        length = fits.longest(fit, 1e9)
+        assert fit.at(SHAPE, length) <= 1e9 < fit.at(SHAPE, length + 1)
 
 
 def test_the_longest_by_the_formula_grows_with_the_card_and_is_none_where_weights_do_not_fit():
@@ -133,7 +137,7 @@ def test_the_longest_by_the_formula_grows_with_the_card_and_is_none_where_weight
     assert 0.9 * 16e9 - config.bytes_per_token(2, 2 * 1280) < needed <= 0.9 * 16e9
 
 
-def test_too_few_points_make_no_law():
+def test_too_few_points_make_no_fit():
     assert fits.fit_all(study().head(2)) == []
     alike = study()[lambda rows: rows["n_tokens"].between(400, 1100)]  # batches of about the same size
     assert len(alike) > 4
