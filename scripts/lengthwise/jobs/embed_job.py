@@ -25,7 +25,7 @@ from lengthwise.plan.work_orders import PlannedShard, read_work_order
 from lengthwise.store.paths import shard_path
 from lengthwise.store.settings import require as require_settings
 from lengthwise.store.settings import shape_of
-from lengthwise.store.shard import Shard, is_made
+from lengthwise.store.shard import Shard, is_complete
 from lengthwise.store.weights import require_unchanged
 from lengthwise.system.files import write_json, writing
 from lengthwise.system.text import count
@@ -84,7 +84,7 @@ def embed_job(
         raise LengthwiseError(
             f"{work_order}: was restored without sequences that no input has; run snakemake --forcerun plan"
         )
-    todo = [s for s in shards if not is_made(shard_path(store, s.name), s.digests, settings["fingerprint"])]
+    todo = [s for s in shards if not is_complete(shard_path(store, s.name), s.digests, settings["fingerprint"])]
     lengths = np.concatenate([shard.lengths for shard in todo]) if todo else np.empty(0, np.int64)
     progress = Progress(job, int(lengths.sum()))
     with Heartbeat(store, job, device_name(device), progress.state):  # until the commit is there

@@ -1,5 +1,6 @@
-"""A store: the files of one model and one set of settings, and what each of them holds.
+"""A store: the files of one model and one set of settings, and their formats.
 
-In: arrays, settings, paths. Out: shards, lookups, manifests, metrics, each written whole or not at all and read with care.
-May import: `ingest` and `esm2` (the shapes of models, statuses, addresses of weights; never torch), `system`.
+In: arrays, settings, paths. Out: shards, lookups, manifests, metrics. Each file is written atomically and checked when read.
+A shard is committed by a rename: `shard_writer.ShardWriter.commit`.
+May import: `ingest` and `esm2` (shapes of models, statuses, addresses of weights; never torch), `system`.
 """

@@ -1,4 +1,8 @@
-"""The layout of a shard: its tensors, their places in the file, its header."""
+"""The layout of a shard: its tensors, their offsets in the file, and its header.
+
+A shard is a safetensors file: 8 bytes with the length of the header, the header as JSON, the tensors one after the other. The
+header is padded so that the tensors begin at a multiple of 4,096 bytes.
+"""
 
 import hashlib
 import json
@@ -7,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -14,30 +19,32 @@ from lengthwise.errors import LengthwiseError
 
 _DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U32": np.uint32, "U8": np.uint8}
 
-_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+_DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
-# What to do about a shard that is not what it should be: a run notices that it is gone.
+# Advice in the error of a damaged shard: the next run notices that the shard is missing.
 REMAKE = "remove it and run snakemake: it will be made again"
 
 DATA_PREFIXES = ("layer_", "mean_", "bos_")
 
-_ALIGNMENT = 4096
+_ALIGNMENT_BYTES = 4096
 
-_MAX_HEADER = 1 << 20
+_MAX_HEADER_BYTES = 1 << 20
+
+_LENGTH_BYTES = 8  # the length of the header, little-endian, before the header
 
 
 def shard_name(fingerprint: str, digests: Iterable[bytes]) -> str:
-    """32 hex digits of sha256(settings fingerprint + digests in order)."""
+    """The name of a shard: the first 32 hex digits of sha256(settings fingerprint + digests in order)."""
     return hashlib.sha256(fingerprint.encode() + b"".join(digests)).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor's place in a file."""
+    """Type, shape and position of one tensor of a shard."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
-    start: int  # byte in the file
+    start: int  # offset in the file, in bytes
 
     @property
     def nbytes(self) -> int:
@@ -45,90 +52,147 @@ class Tensor:
 
 
 def layout(lengths: np.ndarray, settings: dict) -> tuple[bytes, dict[str, Tensor]]:
-    """The header of a shard, padded so that the data begin at a multiple of 4,096, and the places of its tensors."""
-    n, rows, d = len(lengths), int(lengths.sum()), settings["embed_dim"]
-    planned: list[tuple[str, np.dtype, tuple[int, ...]]] = []
+    """Compute the header of a shard and the positions of its tensors.
+
+    Parameters
+    ----------
+    lengths
+        [n] residues of each sequence, in the shard's order.
+    settings
+        The store's settings.
+
+    Returns
+    -------
+    The bytes before the first tensor, a multiple of 4,096; and the tensors by name, in the file's order.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", "fingerprint": settings["fingerprint"]}}
+    planned, data_bytes = _planned_tensors(len(lengths), int(lengths.sum()), settings), 0
+    for name, (dtype, shape) in planned.items():
+        tensor_bytes = math.prod(shape) * dtype.itemsize
+        entries[name] = {
+            "dtype": _DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [data_bytes, data_bytes + tensor_bytes],
+        }
+        data_bytes += tensor_bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % _ALIGNMENT_BYTES)
+    header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    tensors = {
+        name: Tensor(dtype, shape, len(header) + entries[name]["data_offsets"][0])
+        for name, (dtype, shape) in planned.items()
+    }
+    return header, tensors
+
+
+def _planned_tensors(n: int, residues: int, settings: dict) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Type and shape of each tensor of a shard of `n` sequences, in the file's order."""
+    width = settings["embed_dim"]
+    planned: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
     for output in ("residue", "mean", "bos"):
         if output in settings["outputs"]:
             for layer in sorted(settings["layers"]):
                 if output == "residue":
-                    planned.append((f"layer_{layer}", np.dtype(settings["storage_dtype"]), (rows, d)))
+                    planned[f"layer_{layer}"] = np.dtype(settings["storage_dtype"]), (residues, width)
                 else:
-                    planned.append((f"{output}_{layer}", np.dtype(np.float32), (n, d)))
-    planned += [
-        ("offsets", np.dtype(np.int64), (n + 1,)),
-        ("crc32c", np.dtype(np.uint32), (n,)),
-        ("digests", np.dtype(np.uint8), (n, 24)),
-        ("status", np.dtype(np.uint8), (n,)),
-    ]
-    entries, place = {"__metadata__": {"format": "pt", "fingerprint": settings["fingerprint"]}}, 0
-    for name, dtype, shape in planned:
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [place, place + size]}
-        place += size
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    tensors = {
-        name: Tensor(dtype, shape, 8 + len(text) + entries[name]["data_offsets"][0]) for name, dtype, shape in planned
-    }
-    return len(text).to_bytes(8, "little") + text, tensors
+                    planned[f"{output}_{layer}"] = np.dtype(np.float32), (n, width)
+    planned["offsets"] = np.dtype(np.int64), (n + 1,)
+    planned["crc32c"] = np.dtype(np.uint32), (n,)
+    planned["digests"] = np.dtype(np.uint8), (n, 24)
+    planned["status"] = np.dtype(np.uint8), (n,)
+    return planned
 
 
 def is_laid_out(tensors: dict[str, Tensor], lengths: np.ndarray, settings: dict) -> bool:
-    """Whether tensors, in the order of a file, are those of `layout`: where each of them begins follows from that."""
-    expected = layout(lengths, settings)[1]
-    return [*map(_kind, tensors.items())] == [*map(_kind, expected.items())]
+    """Whether the tensors of a file, in its order, have the names, types and shapes that `layout` gives them."""
+    planned = _planned_tensors(len(lengths), int(lengths.sum()), settings)
+    found = [(name, (tensor.dtype, tensor.shape)) for name, tensor in tensors.items()]
+    return found == list(planned.items())
 
 
-def _kind(named: tuple[str, Tensor]) -> tuple:
-    name, tensor = named
-    return name, tensor.dtype, tensor.shape
+def read_header(path: Path, file: BinaryIO, file_bytes: int) -> tuple[dict, dict[str, Tensor]]:
+    """Read the header of a shard and check it against the file's size and the shard's own offsets.
 
+    Parameters
+    ----------
+    path
+        The file's name, for errors.
+    file, file_bytes
+        The file, open at its start, and its size.
 
-def read_header(path: Path, file, size: int) -> tuple[dict, dict[str, Tensor]]:
-    """The metadata and the places of the tensors, if they are what `layout` might have made, and so are the offsets."""
+    Returns
+    -------
+    The metadata, and the tensors by name in the file's order.
 
-    def refuse(what: str) -> LengthwiseError:
-        return LengthwiseError(f"{path}: damaged shard: {what}; {REMAKE}")
-
-    length = int.from_bytes(file.read(8), "little")
-    if not 0 < length <= min(_MAX_HEADER, size - 8):
-        raise refuse(f"its header claims {length:,} bytes in a file of {size:,}")
+    Raises
+    ------
+    LengthwiseError
+        The header is damaged, or does not fit the file.
+    """
     try:
-        text = file.read(length)
-        entries = json.loads(text, object_pairs_hook=_unique, parse_float=_no_number, parse_constant=_no_number)
-        metadata = dict(entries.pop("__metadata__", {}))
-        tensors, expected = {}, 0
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            start, stop = entry["data_offsets"]
-            tensor = Tensor(np.dtype(_DTYPES[entry["dtype"]]), tuple(map(index, entry["shape"])), 8 + length + start)
-            if start != expected or stop - start != tensor.nbytes or min(tensor.shape, default=0) < 0:
-                raise refuse(f"the place of {name} in it is wrong")
-            tensors[name], expected = tensor, stop
-        if size != 8 + length + expected:
-            raise refuse(f"it has {size:,} bytes and should have {8 + length + expected:,}")
-        if missing := {"offsets", "crc32c", "digests", "status"} - tensors.keys():
-            raise refuse(f"it has no {sorted(missing)[0]}")
-        n = math.prod(tensors["status"].shape)
-        if tensors["offsets"].dtype != np.int64 or tensors["offsets"].shape != (n + 1,):
-            raise refuse(f"offsets is not for {n} sequences")
-        file.seek(tensors["offsets"].start)
-        offsets = np.frombuffer(file.read(tensors["offsets"].nbytes), np.int64)
+        metadata, tensors = _parse_header(file, file_bytes)
+        _check_shapes(tensors, _read_offsets(file, tensors))
+    except _DamagedError as error:
+        raise LengthwiseError(f"{path}: damaged shard: {error}; {REMAKE}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, MemoryError) as error:
-        raise refuse(f"its header is unreadable ({error})") from error
-    if offsets[0] != 0 or (offsets[1:] <= offsets[:-1]).any():
-        raise refuse("its offsets do not ascend from 0")
-    if wrong := [name for name, tensor in tensors.items() if not _fits(name, tensor, n, int(offsets[-1]))]:
-        raise refuse(f"{wrong[0]} is not for {n} sequences of {offsets[-1]:,} residues")
-    if len({tensor.shape[1] for name, tensor in tensors.items() if name.startswith(DATA_PREFIXES)}) > 1:
-        raise refuse("its vectors are not of one width")
+        raise LengthwiseError(f"{path}: damaged shard: its header is unreadable ({error}); {REMAKE}") from error
     return metadata, tensors
 
 
-def _fits(name: str, tensor: Tensor, n: int, residues: int) -> bool:
-    """Whether a tensor has the type and, but for its width, the shape that its name asks for."""
+class _DamagedError(Exception):
+    """What is wrong with a shard, in a few words."""
+
+
+def _parse_header(file: BinaryIO, file_bytes: int) -> tuple[dict, dict[str, Tensor]]:
+    """The metadata and the tensors, which follow one another without a gap up to the end of the file."""
+    header_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+    if not 0 < header_bytes <= min(_MAX_HEADER_BYTES, file_bytes - _LENGTH_BYTES):
+        raise _DamagedError(f"its header claims {header_bytes:,} bytes in a file of {file_bytes:,}")
+    text = file.read(header_bytes)
+    entries = json.loads(
+        text, object_pairs_hook=_without_repeats, parse_float=_refuse_number, parse_constant=_refuse_number
+    )
+    metadata = dict(entries.pop("__metadata__", {}))
+    tensors: dict[str, Tensor] = {}
+    data_start, expected = _LENGTH_BYTES + header_bytes, 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        tensor = Tensor(np.dtype(_DTYPES[entry["dtype"]]), tuple(map(index, entry["shape"])), data_start + start)
+        if start != expected or stop - start != tensor.nbytes or min(tensor.shape, default=0) < 0:
+            raise _DamagedError(f"the position of {name} is wrong")
+        tensors[name], expected = tensor, stop
+    if file_bytes != data_start + expected:
+        raise _DamagedError(f"it has {file_bytes:,} bytes and should have {data_start + expected:,}")
+    return metadata, tensors
+
+
+def _read_offsets(file: BinaryIO, tensors: dict[str, Tensor]) -> np.ndarray:
+    """The first row of each sequence and the number of rows [n + 1], which ascend from 0."""
+    if missing := {"offsets", "crc32c", "digests", "status"} - tensors.keys():
+        raise _DamagedError(f"it has no {sorted(missing)[0]}")
+    tensor, n = tensors["offsets"], math.prod(tensors["status"].shape)
+    if tensor.dtype != np.int64 or tensor.shape != (n + 1,):
+        raise _DamagedError(f"offsets is not for {n} sequences")
+    file.seek(tensor.start)
+    offsets = np.frombuffer(file.read(tensor.nbytes), np.int64)
+    if offsets[0] != 0 or (offsets[1:] <= offsets[:-1]).any():
+        raise _DamagedError("its offsets do not ascend from 0")
+    return offsets
+
+
+def _check_shapes(tensors: dict[str, Tensor], offsets: np.ndarray) -> None:
+    n, residues = len(offsets) - 1, int(offsets[-1])
+    for name, tensor in tensors.items():
+        if not _has_expected_shape(name, tensor, n, residues):
+            raise _DamagedError(f"{name} is not for {n} sequences of {residues:,} residues")
+    if len({tensor.shape[1] for name, tensor in tensors.items() if name.startswith(DATA_PREFIXES)}) > 1:
+        raise _DamagedError("its vectors have different widths")
+
+
+def _has_expected_shape(name: str, tensor: Tensor, n: int, residues: int) -> bool:
+    """Whether a tensor has the type and, apart from its width, the shape that its name stands for."""
     width = tensor.shape[-1:]
-    kinds = {
+    expected = {
         "layer": ({"F16", "F32"}, (residues, *width)),
         "mean": ({"F32"}, (n, *width)),
         "bos": ({"F32"}, (n, *width)),
@@ -136,15 +200,16 @@ def _fits(name: str, tensor: Tensor, n: int, residues: int) -> bool:
         "digests": ({"U8"}, (n, 24)),
         "status": ({"U8"}, (n,)),
     }
-    dtypes, shape = kinds.get(name.split("_")[0], ({_NAMES[tensor.dtype]}, tensor.shape))
-    return _NAMES[tensor.dtype] in dtypes and tensor.shape == shape
+    dtype_name = _DTYPE_NAMES[tensor.dtype]
+    dtypes, shape = expected.get(name.split("_")[0], ({dtype_name}, tensor.shape))
+    return dtype_name in dtypes and tensor.shape == shape
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict:
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("a key occurs twice")
     return dict(pairs)
 
 
-def _no_number(text: str):
-    raise ValueError(f"{text} is no whole number")
+def _refuse_number(text: str) -> None:
+    raise ValueError(f"{text} is not a whole number")

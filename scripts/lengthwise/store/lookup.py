@@ -1,9 +1,11 @@
-"""Index: which rows of which shard are a record's, in microseconds, whatever the number of records.
+"""The index of a dataset: find the shard and rows of a record by its id in microseconds.
 
-`index.parquet` holds all that is known of every record. Beside it `lookup.arrow` (Arrow IPC, uncompressed, so that it is
-memory-mapped without a copy) holds what reading needs of those that are not rejected, in the file's order: `id`, `record_no`,
-`shard`, `sequence_no`, `row_start`, `length`, `digest`; and, as a table of its own in the last two columns, `hash`, ascending,
-with the `place` of the record that has it. A hash is the first eight bytes of the id's MD5 as a little-endian number.
+`index.parquet` has a row for every record. `lookup.arrow` beside it serves reading. It is an uncompressed Arrow IPC file, so that
+it can be memory-mapped. Its rows are the records that are not rejected, in the FASTA file's order: `id`, `record_no`, `shard`,
+`sequence_no`, `row_start`, `length`, `digest`. The row number is the record's place.
+
+The last two columns, `hash` and `place`, are a separate table to search by id: `hash` ascends, `place` is the record with that
+hash. A hash is the first eight bytes of the id's MD5, little-endian.
 """
 
 import hashlib
@@ -22,9 +24,10 @@ from lengthwise.system.files import atomic
 if TYPE_CHECKING:
     import duckdb
     import pandas as pd
+
 LOOKUP = "lookup.arrow"
 
-# Of a dataset's files; raised when an older Lengthwise could not read them.
+# The version of a dataset's files. Raise it when an older Lengthwise cannot read them.
 SCHEMA = 1
 
 _UNREADABLE = (OSError, ValueError, KeyError, pa.ArrowException)
@@ -39,7 +42,7 @@ _COLUMNS = {
     "digest": pa.binary(24),
 }
 
-_LOOKUP = pa.schema(
+_LOOKUP_SCHEMA = pa.schema(
     [
         *((name, pa.dictionary(pa.int32(), kind) if name == "shard" else kind) for name, kind in _COLUMNS.items()),
         ("hash", pa.uint64()),
@@ -47,10 +50,10 @@ _LOOKUP = pa.schema(
     ]
 )
 
-_REJECTED = "SELECT reason FROM records WHERE id = $asked AND status = 'rejected' LIMIT 1"
+_REJECTION_QUERY = "SELECT reason FROM records WHERE id = $asked AND status = 'rejected' LIMIT 1"
 
-# Ids that are most like one that is asked for: a part of it between bars is its accession, perhaps with a version, or name.
-_NEAR = r"""
+# The ids most similar to an unknown id. Parts between bars (`sp|P69905|HBA_HUMAN`) match alone, with or without a version.
+_SIMILAR_QUERY = r"""
     WITH asked AS (SELECT lower($asked) AS whole, regexp_replace(lower($asked), '\.[0-9]+$', '') AS short)
     SELECT id FROM (
         SELECT id, record_no, CASE
@@ -64,14 +67,17 @@ _NEAR = r"""
 
 
 def write_lookup(index: Path) -> None:
-    """Write `lookup.arrow` beside an index; its size goes into the lookup, so that another index's is not taken for it."""
-    table = _lookup(index).replace_schema_metadata({"index_bytes": str(index.stat().st_size)})
+    """Write `lookup.arrow` beside an index.
+
+    The lookup records the size of the index, so that the lookup of another index is not used.
+    """
+    table = _build_lookup(index).replace_schema_metadata({"index_bytes": str(index.stat().st_size)})
     with atomic(index.with_name(LOOKUP)) as part, pa.ipc.new_file(part, table.schema) as file:
         file.write_table(table)
 
 
-def _lookup(index: Path) -> pa.Table:
-    """What `lookup.arrow` holds of an index: about 100 bytes a record, and half as much again while it is made."""
+def _build_lookup(index: Path) -> pa.Table:
+    """The table in `lookup.arrow`: about 100 bytes per record, 150 while it is built."""
     import duckdb
     import pyarrow.parquet as pq
 
@@ -87,32 +93,40 @@ def _lookup(index: Path) -> pa.Table:
                 column = rows[name].cast(kind)
                 columns[name].append(column.dictionary_encode() if name == "shard" else column)
             database.register("ids", pa.table({"id": columns["id"][-1]}))
-            found = database.sql(f"SELECT (md5_number(id) & {2**64 - 1})::UBIGINT AS hash FROM ids")
-            hashes.append(found.fetchnumpy()["hash"])
-    whole = {name: _one(pa.chunked_array(columns.pop(name), _LOOKUP.field(name).type)) for name in _COLUMNS}
-    hashed = np.concatenate(hashes)
-    place = np.argsort(hashed, kind="stable")
-    return pa.table({**whole, "hash": hashed[place], "place": place}, _LOOKUP)
+            batch_hashes = database.sql(f"SELECT (md5_number(id) & {2**64 - 1})::UBIGINT AS hash FROM ids")
+            hashes.append(batch_hashes.fetchnumpy()["hash"])
+    records = {
+        name: _one_chunk(pa.chunked_array(columns.pop(name), _LOOKUP_SCHEMA.field(name).type)) for name in _COLUMNS
+    }
+    all_hashes = np.concatenate(hashes)
+    place = np.argsort(all_hashes, kind="stable")
+    return pa.table({**records, "hash": all_hashes[place], "place": place}, _LOOKUP_SCHEMA)
 
 
-def _one(column: pa.ChunkedArray) -> pa.Array:
-    """A column in one piece; without a copy if it is."""
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one chunk, without a copy if it has one."""
     return column.chunk(0) if column.num_chunks == 1 else column.unify_dictionaries().combine_chunks()
 
 
-def _array(column: pa.Array, dtype: type, per_row: int = 1) -> np.ndarray:
-    """A column over its own memory; Arrow's `to_numpy` would import pandas."""
+def _as_numpy(column: pa.Array, dtype: type, per_row: int = 1) -> np.ndarray:
+    """A column as a numpy array without a copy. (Arrow's `to_numpy` imports pandas.)"""
     return np.frombuffer(column.buffers()[1] or b"", dtype, len(column) * per_row)
 
 
 def hash_id(record_id: str) -> np.uint64:
-    """The hash that `lookup.arrow` has for an id."""
+    """The hash of an id in `lookup.arrow`."""
     digest = hashlib.md5(record_id.encode("utf-8", "surrogatepass"), usedforsecurity=False).digest()
     return np.uint64(int.from_bytes(digest[:8], "little"))
 
 
 def read_pages(path: Path) -> int:
-    """Read every page of a table and compare it with its checksum, if it has one; returns the number of rows."""
+    """Read a whole Parquet file and check the pages that have a checksum. Returns the number of rows.
+
+    Raises
+    ------
+    OSError
+        A page does not match its checksum, or the disk cannot read it.
+    """
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -120,44 +134,54 @@ def read_pages(path: Path) -> int:
 
 
 class Index:
-    """What a finished dataset knows of its records. A `place` counts those that are not rejected, from 0.
+    """The records of a finished dataset. A `place` is a record's number among those that are not rejected, from 0.
 
     Parameters
     ----------
     folder
         The dataset's folder.
     readable
-        How many records are not rejected.
+        The number of records that are not rejected, from the manifest.
+
+    Attributes
+    ----------
+    shard_names
+        The names of the dataset's shards.
+    shard, sequence_no, row_start, length, record_no
+        [N] by place: the record's shard (an index into `shard_names`), the number of its sequence in the shard, its first row,
+        its residues, its number in the FASTA file.
+    digest
+        [N, 24] uint8 by place.
 
     Raises
     ------
     LengthwiseError
-        A file of it is missing or damaged.
+        The index or the lookup is missing or damaged.
     """
 
     def __init__(self, folder: Path, readable: int):
         self.path = folder / "index.parquet"
         try:
             self.bytes = self.path.stat().st_size
-            self._table = _mapped(folder / LOOKUP, self.bytes)
-            if self._table is None:  # the store was made before there was one, or it is another index's
-                self._table = _lookup(self.path)
-            columns = {name: _one(self._table[name]) for name in _LOOKUP.names}
+            self._table = _map_lookup(folder / LOOKUP, self.bytes)
+            if self._table is None:  # a store of an earlier version has none
+                self._table = _build_lookup(self.path)
+            columns = {name: _one_chunk(self._table[name]) for name in _LOOKUP_SCHEMA.names}
             names = columns["shard"].dictionary
             names.validate(full=True)
             self.shard_names: list[str] = names.to_pylist()
-            self.shard = _array(columns["shard"].indices, np.int32)
-            self.record_no, self.row_start = (_array(columns[name], np.int64) for name in ("record_no", "row_start"))
-            self.sequence_no, self.length = (_array(columns[name], np.int32) for name in ("sequence_no", "length"))
-            self.digest = _array(columns["digest"], np.uint8, 24).reshape(-1, 24)
-            self._hash, self._place = _array(columns["hash"], np.uint64), _array(columns["place"], np.int64)
+            self.shard = _as_numpy(columns["shard"].indices, np.int32)
+            self.record_no, self.row_start = (_as_numpy(columns[name], np.int64) for name in ("record_no", "row_start"))
+            self.sequence_no, self.length = (_as_numpy(columns[name], np.int32) for name in ("sequence_no", "length"))
+            self.digest = _as_numpy(columns["digest"], np.uint8, 24).reshape(-1, 24)
+            self._hash, self._place = _as_numpy(columns["hash"], np.uint64), _as_numpy(columns["place"], np.int64)
             _, ends, text = columns["id"].buffers()
             self._ends, self._text = np.frombuffer(ends or bytes(8), np.int64), memoryview(text or b"")
         except _UNREADABLE as error:
             raise self.damaged() from error
         if len(self) != readable:
             raise LengthwiseError(
-                f"{self.path}: has {len(self):,} records that are not rejected, and the manifest says {readable:,}; "
+                f"{self.path}: has {len(self):,} records that are not rejected; the manifest says {readable:,}; "
                 "remove it and run snakemake again"
             )
 
@@ -165,21 +189,22 @@ class Index:
         return len(self.length)
 
     def id(self, place: int) -> str:
+        """The id of the record at a place."""
         return str(self._text[self._ends.item(place) : self._ends.item(place + 1)], "utf-8", "replace")
 
     def find(self, record_id: str) -> Iterator[int]:
-        """The places of the records with this id, the first first; only repeats of one sequence share an id."""
+        """The places of the records with this id, ascending. Records with one id all have the same sequence."""
         wanted = hash_id(record_id)
-        at = int(self._hash.searchsorted(wanted))
-        while at < len(self) and self._hash[at] == wanted:
-            place = self._place.item(at)
-            if 0 <= place < len(self) and self.id(place) == record_id:  # and not only its hash
+        row = int(self._hash.searchsorted(wanted))
+        while row < len(self) and self._hash[row] == wanted:
+            place = self._place.item(row)
+            if 0 <= place < len(self) and self.id(place) == record_id:  # different ids may share a hash
                 yield place
-            at += 1
+            row += 1
 
     @cached_property
     def frame(self) -> "pd.DataFrame":
-        """Every record, in the file's order."""
+        """All records, rejected ones too, in the FASTA file's order."""
         import pandas as pd
 
         self._require_unchanged()
@@ -189,12 +214,12 @@ class Index:
             raise self.damaged() from error
 
     def check(self) -> int:
-        """Read the whole index, and compare the lookup with it; returns the number of records.
+        """Read the whole index and compare the lookup with it. Returns the number of records.
 
         Raises
         ------
         LengthwiseError
-            One of them is damaged.
+            The index or the lookup is damaged.
         """
         try:
             records = read_pages(self.path)
@@ -204,35 +229,41 @@ class Index:
         return records
 
     def check_lookup(self) -> None:
-        """Compare the lookup with an index that is whole.
+        """Build the lookup from the index again and compare.
 
         Raises
         ------
         LengthwiseError
-            It is damaged.
+            The lookup is damaged.
         """
         try:
-            same = _lookup(self.path).equals(self._table)
+            same = _build_lookup(self.path).equals(self._table)
         except _UNREADABLE as error:
             raise self.damaged() from error
         if not same:
             raise LengthwiseError(f"{self.path.with_name(LOOKUP)}: damaged; remove it and run snakemake again")
 
     def where(self, condition: str) -> np.ndarray:
-        """Whether a SQL condition over the columns of `frame` holds for the record at each place.
+        """Evaluate a SQL condition over the columns of `frame`.
+
+        Returns
+        -------
+        [N] bool by place: whether the condition holds.
 
         Raises
         ------
         LengthwiseError
-            It is no condition over these columns, or is after something else than these records.
+            It is not a condition over these columns, or it reads anything other than these records.
         """
         import duckdb
 
-        records = self._sealed().view("records")
+        records = self._sandboxed_database().view("records")
         try:
             chosen = records.project(f"record_no, ({condition}\n) AS chosen")
             if chosen.columns != ["record_no", "chosen"] or chosen.types[1] != "BOOLEAN":
-                raise LengthwiseError(f"where({condition!r}): is no condition; one is: length < 512 AND id LIKE 'sp|%'")
+                raise LengthwiseError(
+                    f"where({condition!r}): is not a condition; write one such as: length < 512 AND id LIKE 'sp|%'"
+                )
             numbers = chosen.filter("chosen").project("record_no").fetchnumpy()["record_no"]
         except duckdb.Error as error:
             what = str(error).splitlines()[0]
@@ -242,22 +273,24 @@ class Index:
         return np.isin(self.record_no, numbers)
 
     def explain(self, record_id: str) -> str:
-        """Why there is nothing to read under this id: the reason of its rejection, or which ids are near it."""
+        """Why there is no embedding under this id: the reason of its rejection, or similar ids."""
         import duckdb
 
         asked = {"asked": record_id.encode("utf-8", "replace").decode()}
-        database = self._sealed()
+        database = self._sandboxed_database()
         try:
-            rejected, near = (database.execute(query, asked).fetchall() for query in (_REJECTED, _NEAR))
+            rejected, similar = (
+                database.execute(query, asked).fetchall() for query in (_REJECTION_QUERY, _SIMILAR_QUERY)
+            )
         except duckdb.Error as error:
             raise self.damaged() from error
         if rejected:
             return f"{record_id!r} was rejected: {rejected[0][0]}"
-        names = list(dict.fromkeys(name for (name,) in near))[:3]
+        names = list(dict.fromkeys(name for (name,) in similar))[:3]
         return f"no record {record_id!r}" + (f"; near it: {', '.join(names)}" if names else "")
 
-    def _sealed(self) -> "duckdb.DuckDBPyConnection":
-        """A database of these records, as the view `records`, that can reach nothing else."""
+    def _sandboxed_database(self) -> "duckdb.DuckDBPyConnection":
+        """A database with the view `records` and no access to other files, the network or Python variables."""
         import duckdb
 
         self._require_unchanged()
@@ -273,19 +306,20 @@ class Index:
 
     def _require_unchanged(self) -> None:
         if not self.path.exists() or self.path.stat().st_size != self.bytes:
-            raise LengthwiseError(f"{self.path}: is gone, or another since it was opened; open the dataset again")
+            raise LengthwiseError(f"{self.path}: was removed or replaced after it was opened; open the dataset again")
 
     def damaged(self) -> LengthwiseError:
+        """The error of a damaged index or lookup."""
         return LengthwiseError(f"{self.path}: missing or damaged, or {LOOKUP} is; remove both and run snakemake again")
 
 
-def _mapped(path: Path, index_bytes: int) -> pa.Table | None:
-    """The lookup of an index of this size, memory-mapped; None where there is none."""
+def _map_lookup(path: Path, index_bytes: int) -> pa.Table | None:
+    """The lookup of an index of this size, memory-mapped; None if it does not exist or belongs to another index."""
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except FileNotFoundError:
         return None
     table.validate()
-    if not table.schema.equals(_LOOKUP):
-        raise ValueError("other columns")
+    if not table.schema.equals(_LOOKUP_SCHEMA):
+        raise ValueError("unexpected columns")
     return table if table.schema.metadata == {b"index_bytes": b"%d" % index_bytes} else None

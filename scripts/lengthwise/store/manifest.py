@@ -1,14 +1,14 @@
-"""Manifest: what says that a dataset is complete, read back only if everything in it is of its type."""
+"""The manifest of a dataset. A dataset is complete if and only if it has one. Reading checks the type of every value."""
 
 import re
 from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.store.lookup import SCHEMA
-from lengthwise.store.settings import fault
+from lengthwise.store.settings import find_fault
 from lengthwise.system.files import read_json
 
-_KINDS = {
+_TYPES = {
     "schema": int,
     "model": str,
     "random_weights": bool,
@@ -21,42 +21,45 @@ _KINDS = {
     "shards": dict,
 }
 
-_NAME = re.compile("[0-9a-f]{16}|[0-9a-f]{32}")
+# Names become paths, so nothing else may pass.
+_SHARD_OR_JOB_NAME = re.compile("[0-9a-f]{16}|[0-9a-f]{32}")
 
 
 class NewerError(LengthwiseError):
-    """A later version wrote it."""
+    """A newer Lengthwise wrote this file."""
 
 
 def read_manifest(path: Path) -> dict:
-    """A dataset's manifest, whose names of shards and jobs may become paths.
+    """Read a dataset's manifest.
 
     Raises
     ------
+    FileNotFoundError
+        There is no manifest: the dataset is not complete.
     NewerError
-        It was written by a newer Lengthwise.
+        A newer Lengthwise wrote it.
     LengthwiseError
         It is damaged.
     """
-    manifest = read_json(path, *_KINDS)
+    manifest = read_json(path, *_TYPES)
     if type(manifest["schema"]) is int and manifest["schema"] > SCHEMA:
         raise NewerError(f"{path}: written by a newer Lengthwise (schema {manifest['schema']}); update this one")
-    if what := _fault(manifest):
+    if what := _find_fault(manifest):
         raise LengthwiseError(f"{path}: damaged ({what}); remove it and run snakemake again")
     return manifest
 
 
-def _fault(manifest: dict) -> str:
-    """What is wrong with a manifest, in a few words; nothing if it is whole."""
-    for key, kind in _KINDS.items():
-        if type(manifest[key]) is not kind or (kind is int and manifest[key] < 0):
+def _find_fault(manifest: dict) -> str:
+    """What is wrong with a manifest, in a few words; empty if nothing is."""
+    for key, expected in _TYPES.items():
+        if type(manifest[key]) is not expected or (expected is int and manifest[key] < 0):
             return f"{key} is {str(manifest[key])[:40]!r}"
     sizes, checksums = manifest["shards"], manifest.get("checksums", {})  # earlier versions had no checksums
-    if not all(_NAME.fullmatch(name) and type(size) is int and size > 0 for name, size in sizes.items()):
-        return "shards are no names with their bytes"
-    if not all(isinstance(job, str) and _NAME.fullmatch(job) for job in manifest["jobs"]):
-        return "jobs are no names"
+    if not all(_SHARD_OR_JOB_NAME.fullmatch(name) and type(size) is int and size > 0 for name, size in sizes.items()):
+        return "shards are not names with sizes in bytes"
+    if not all(isinstance(job, str) and _SHARD_OR_JOB_NAME.fullmatch(job) for job in manifest["jobs"]):
+        return "jobs are not names"
     if not isinstance(checksums, dict) or (checksums and checksums.keys() != sizes.keys()):
-        return "its checksums are not for its shards"
-    wrong = fault(manifest["settings"])
-    return f"settings: {wrong}" if wrong else ""
+        return "checksums and shards do not match"
+    settings_fault = find_fault(manifest["settings"])
+    return f"settings: {settings_fault}" if settings_fault else ""

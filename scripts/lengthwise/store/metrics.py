@@ -1,4 +1,4 @@
-"""Batch metrics: one row for each forward pass of production, and what is read back from them."""
+"""Batch metrics: a Parquet file per shard with a row for each forward pass."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,11 +10,12 @@ from pyarrow.dataset import ParquetFileFormat, dataset
 
 from lengthwise.system.files import atomic, writing
 
-# wall_ms is the host's time since the job's previous batch was finished, so that a job's rows add up to its time without
-# the model's load; on a CPU, which computes several batches at once, a batch's share of it. device_ms is the time of the
-# forward pass and pooling by the device's own clock (on a CPU by its core's), gpu_busy its share of wall_ms, wait_read_ms the
-# wait for the batch to be tokenised, wait_write_ms the wait for earlier batches to be written. What a device does not have is
-# null.
+# wall_ms: host time since the job's previous batch finished. On a CPU, where several batches run at once, the batch's share of
+#   it. The rows of a job add up to its time without the model's load.
+# device_ms: time of the forward pass and pooling by the device's clock; on a CPU by the core's.
+# gpu_busy: device_ms / wall_ms.
+# wait_read_ms, wait_write_ms: waiting for the batch's tokens; waiting for earlier batches to be written.
+# A value that a device does not have is null.
 METRICS = pa.schema(
     [
         ("job", pa.string()),
@@ -40,9 +41,9 @@ METRICS = pa.schema(
     ]
 )
 
+# The columns of text, dictionary-encoded in memory: millions of rows have few distinct values.
 TEXTS = ("job", "shard", "device", "precision")
 
-# As METRICS with texts once each: millions of rows name few jobs and fewer devices.
 _ENCODED = pa.schema(
     [(field.name, pa.dictionary(pa.int32(), pa.string()) if field.name in TEXTS else field.type) for field in METRICS]
 )
@@ -55,13 +56,13 @@ def write_metrics(path: Path, rows: list[dict]) -> None:
 
 
 def read_metrics(paths: Iterable[Path]) -> pd.DataFrame:
-    """The rows of many shards, in one frame with nullable integers."""
+    """The rows of many shards as a frame. Missing values stay null, also in integer columns."""
     return read_encoded(paths).cast(METRICS).to_pandas(types_mapper=pd.ArrowDtype)
 
 
 def read_encoded(paths: Iterable[Path]) -> pa.Table:
-    """The rows of many shards, `TEXTS` as dictionaries."""
-    paths = [str(path) for path in paths]
-    form = ParquetFileFormat(dictionary_columns=set(TEXTS))
-    table = dataset(paths, _ENCODED, format=form).to_table() if paths else _ENCODED.empty_table()
+    """The rows of many shards as an Arrow table, with the columns `TEXTS` dictionary-encoded."""
+    files = [str(path) for path in paths]
+    file_format = ParquetFileFormat(dictionary_columns=set(TEXTS))
+    table = dataset(files, _ENCODED, format=file_format).to_table() if files else _ENCODED.empty_table()
     return table.unify_dictionaries()

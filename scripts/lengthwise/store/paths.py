@@ -1,25 +1,27 @@
-"""Names and places: of stores, datasets, and the files of a store."""
+"""Names of stores and datasets, and paths of the files in a store."""
 
 import re
 from pathlib import Path
 
-_COMPRESSION = re.compile(r"\.(gz|bgz|zst)$", re.IGNORECASE)
+_COMPRESSION_ENDING = re.compile(r"\.(gz|bgz|zst)$", re.IGNORECASE)
 
-_FASTA = re.compile(r"\.(fasta|fas|fa|faa|fsa|mpfa|pep|seq)$", re.IGNORECASE)
+_FASTA_ENDING = re.compile(r"\.(fasta|fas|fa|faa|fsa|mpfa|pep|seq)$", re.IGNORECASE)
 
 
 def store_name(model: str) -> str:
-    """The name of a model's store: its own, or the file stem of a checkpoint given by path."""
+    """The name of a model's store: the model's name, or the file stem of a checkpoint given by path."""
     return dataset_name(Path(model).stem) if model.endswith(".pt") else model
 
 
 def dataset_name(path: str | Path) -> str:
-    """The file's stem without compression and FASTA endings, other characters than ``A-Za-z0-9._-`` made ``_``.
+    """The name of a file's dataset: its stem without compression and FASTA endings.
+
+    Characters other than ``A-Za-z0-9._-`` become ``_``.
 
     >>> dataset_name("in/My proteins.fasta.gz")
     'My_proteins'
     """
-    stem = _FASTA.sub("", _COMPRESSION.sub("", Path(path).name))
+    stem = _FASTA_ENDING.sub("", _COMPRESSION_ENDING.sub("", Path(path).name))
     return re.sub(r"[^A-Za-z0-9._-]", "_", stem).lstrip(".-") or "_"
 
 
@@ -32,7 +34,7 @@ def metrics_path(store: Path, shard: str) -> Path:
 
 
 def find_metrics(store: Path, shard: str) -> Path | None:
-    """A shard's metrics, if there are any; earlier versions had all of them in one folder."""
+    """The file of a shard's metrics, or None. Earlier versions kept all metrics in one folder."""
     path = metrics_path(store, shard)
     return next((found for found in (path, path.parent.parent / path.name) if found.exists()), None)
 

@@ -1,4 +1,7 @@
-"""A store's settings: what makes two embeddings comparable, resolved once and then guarded."""
+"""A store's settings: what makes two embeddings comparable.
+
+The first run resolves `auto` and writes settings.json. Every later run compares its config with them.
+"""
 
 import hashlib
 import json
@@ -8,22 +11,17 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.config import MODELS, ModelConfig
 from lengthwise.system.files import read_json, sha256, stamp, write_json
 
-
-def shape_of(settings: dict) -> ModelConfig:
-    """The shape of a store's model."""
-    return ModelConfig(settings["num_layers"], settings["embed_dim"], settings["attention_heads"])
-
-
 SCHEMA = 1
 
-# Raised when the engine's numbers change by more than rounding: stores of different numerics do not mix.
+# Raise it when the engine's numbers change by more than rounding. Embeddings of different numerics must not mix.
 NUMERICS = 1
 
+# The settings in the fingerprint. A config that changes one of them does not fit the store.
 COMPARABLE = ("weights_sha256", "layers", "precision", "storage_dtype", "outputs", "numerics")
 
 OUTPUTS = ("residue", "mean", "bos")
 
-_KINDS = {
+_TYPES = {
     "schema": int,
     "model": str,
     "weights_sha256": str,
@@ -41,13 +39,18 @@ _KINDS = {
 }
 
 
+def shape_of(settings: dict) -> ModelConfig:
+    """The shape of a store's model."""
+    return ModelConfig(settings["num_layers"], settings["embed_dim"], settings["attention_heads"])
+
+
 def resolve_layers(layers: list[int], num_layers: int) -> list[int]:
-    """Absolute layer indices, each once, in the order given.
+    """Absolute layer indices without repeats, in the given order. Negative indices count from the last layer.
 
     Raises
     ------
     LengthwiseError
-        A layer that the model does not have.
+        The model does not have one of the layers.
     """
     for layer in layers:
         if not -num_layers - 1 <= layer <= num_layers:
@@ -67,7 +70,7 @@ def make(config: dict, weights: dict, auto_device: str) -> dict:
     weights
         The receipt of `lengthwise.esm2.download.fetch`.
     auto_device
-        What `device: auto` means, see `lengthwise.system.gpus.auto_device`.
+        The device that `device: auto` stands for, see `lengthwise.system.gpus.auto_device`.
     """
     device = config["device"] if config["device"] != "auto" else auto_device
     precision = config["precision"]
@@ -92,17 +95,17 @@ def make(config: dict, weights: dict, auto_device: str) -> dict:
 
 
 def fingerprint(settings: dict) -> str:
-    """SHA-256, in hex, of what makes two embeddings comparable."""
+    """SHA-256, in hex, of the settings in `COMPARABLE`. The order of layers has no influence."""
     comparable = {key: settings[key] for key in COMPARABLE} | {"layers": sorted(settings["layers"])}
     return hashlib.sha256(json.dumps(comparable, sort_keys=True).encode()).hexdigest()
 
 
-def fault(settings: dict) -> str:
-    """What is wrong with settings that a file has, in a few words; nothing if they are whole."""
+def find_fault(settings: dict) -> str:
+    """What is wrong with settings read from a file, in a few words; empty if nothing is."""
     try:
         if settings["fingerprint"] != fingerprint(settings):
             return "edited by hand"
-        wrong = [key for key, kind in _KINDS.items() if type(settings[key]) is not kind]
+        wrong = [key for key, expected in _TYPES.items() if type(settings[key]) is not expected]
     except (KeyError, TypeError) as error:
         return f"damaged ({error})"
     if not wrong and not (
@@ -113,31 +116,42 @@ def fault(settings: dict) -> str:
 
 
 def load(store: Path) -> dict | None:
-    """A store's settings, or None where there is no store yet; every manifest has a copy, should settings.json be gone.
+    """A store's settings, or None if there is no store yet. If settings.json is gone, the copy in a manifest.
 
     Raises
     ------
     LengthwiseError
-        The file is damaged or of a newer version, or gone with all its copies.
+        The file is damaged or of a newer version; or settings.json and all copies are gone.
     """
-    path, store = Path(store) / "settings.json", Path(store)
-    if not path.exists():
-        path = next(iter(sorted(store.glob("datasets/*/manifest.json"))), None)
-        if path is None:
-            if any(store.glob("jobs/*.json")):
-                raise LengthwiseError(f"{store}/settings.json is gone; put it back, or use another 'results'")
-            return None
-    settings = read_json(path)
-    settings = settings if path.name == "settings.json" else settings.get("settings")
-    if isinstance(settings, dict) and type(settings.get("schema")) is int and settings["schema"] > SCHEMA:
+    store = Path(store)
+    path = store / "settings.json"
+    settings: object
+    if path.exists():
+        settings = read_json(path)
+    elif manifests := sorted(store.glob("datasets/*/manifest.json")):
+        path = manifests[0]
+        settings = read_json(path).get("settings")
+    elif any(store.glob("jobs/*.json")):
+        raise LengthwiseError(f"{store}/settings.json is gone; put it back, or use another 'results'")
+    else:
+        return None
+    if not isinstance(settings, dict):
+        raise LengthwiseError(f"{path}: damaged (settings is not an object); restore it, or use another 'results'")
+    if type(settings.get("schema")) is int and settings["schema"] > SCHEMA:
         raise LengthwiseError(f"{path}: written by a newer Lengthwise (schema {settings['schema']}); update this one")
-    if what := fault(settings):
-        raise LengthwiseError(f"{path}: {what}; restore it, or use another 'results'")
+    if fault := find_fault(settings):
+        raise LengthwiseError(f"{path}: {fault}; restore it, or use another 'results'")
     return settings
 
 
 def require(store: Path) -> dict:
-    """A store's settings, which must be there by now."""
+    """A store's settings.
+
+    Raises
+    ------
+    LengthwiseError
+        There are none, or they are damaged or of a newer version.
+    """
     settings = load(store)
     if settings is None:
         raise LengthwiseError(f"{store}/settings.json is gone; run snakemake --forcerun fetch_model")
@@ -145,7 +159,13 @@ def require(store: Path) -> dict:
 
 
 def expected(store: Path, config: dict, auto_device: str) -> dict:
-    """A store's settings, or what they will be: of a named model without its weights."""
+    """A store's settings; of a new store, the settings that a run will write, without reading the weights.
+
+    Parameters
+    ----------
+    store, config, auto_device
+        As for `create_or_check`. The config names a known model.
+    """
     if stored := load(store):
         return stored
     shape = MODELS[config["model"]]
@@ -154,20 +174,31 @@ def expected(store: Path, config: dict, auto_device: str) -> dict:
 
 
 def device_of(store: Path, asked: str) -> str:
-    """The config's `device`; auto means what the store was made for."""
+    """The device to use for the config's `device`; `auto` stands for the store's."""
     return require(store)["device"] if asked == "auto" else asked
 
 
 def guard(store: Path, config: dict, weights: dict | None = None) -> dict | None:
-    """Refuse a config that does not fit an existing store; the store's settings, or None where there is no store yet.
+    """Refuse a config that does not fit an existing store.
 
-    Cheap enough to run whenever the Snakefile is parsed: a checkpoint given by path is hashed again only when its size or
-    time changed since it was recorded.
+    Runs whenever the Snakefile is parsed, so it must be cheap: it hashes a checkpoint given by path only if the file's size or
+    times differ from the receipt.
+
+    Parameters
+    ----------
+    store, config
+        The store's folder and the checked config.
+    weights
+        The receipt of `lengthwise.esm2.download.fetch`, once the weights are there.
+
+    Returns
+    -------
+    The store's settings, or None if there is no store yet.
 
     Raises
     ------
     LengthwiseError
-        With the difference and the ways out.
+        The config differs in a setting of `COMPARABLE`; the error names all differences.
     """
     stored = load(store)
     if stored is None:
@@ -182,28 +213,45 @@ def guard(store: Path, config: dict, weights: dict | None = None) -> dict | None
     elif config["model"].endswith(".pt"):
         asked["weights_sha256"] = _current_sha256(store, config["model"])
     differences = [
-        f"{key} is {_shown(stored[key])} there and {_shown(asked[key])} in the config"
+        f"{key} is {_format_value(stored[key])} there and {_format_value(asked[key])} in the config"
         for key in COMPARABLE
-        if stored[key] != asked[key]  # of layers the order too: the first is the one that reading gives
+        if stored[key] != asked[key]  # the order of layers counts: readers get the first by default
     ]
     if differences:
         raise LengthwiseError(
-            f"the store {store} holds embeddings that these settings would not match: {'; '.join(differences)}. "
-            "Set the config back, or give another 'results' (or 'model')"
+            f"the config does not fit the embeddings in the store {store}: {'; '.join(differences)}. "
+            "Set the config back, or use another 'results' (or 'model')"
         )
     return stored
 
 
 def create_or_check(store: Path, config: dict, weights: dict, auto_device: str) -> dict:
-    """The store's settings, written if they are not there, and compared with the config and the weights if they are."""
-    stored = guard(store, config, weights)
-    stored = stored or make(config, weights, auto_device)
+    """Compare the config and the weights with the store's settings; write settings.json if it does not exist.
+
+    Parameters
+    ----------
+    store, config
+        The store's folder and the checked config.
+    weights, auto_device
+        As for `make`.
+
+    Returns
+    -------
+    The store's settings.
+
+    Raises
+    ------
+    LengthwiseError
+        As for `guard`.
+    """
+    settings = guard(store, config, weights) or make(config, weights, auto_device)
     if not (Path(store) / "settings.json").exists():
-        write_json(Path(store) / "settings.json", stored)
-    return stored
+        write_json(Path(store) / "settings.json", settings)
+    return settings
 
 
 def _current_sha256(store: Path, model: str) -> str:
+    """The SHA-256 of a checkpoint given by path: the receipt's if the file did not change."""
     path = Path(store) / "weights.json"
     receipt = read_json(path, "sha256") if path.exists() else {}
     if stamp(Path(model)).items() <= receipt.items():
@@ -211,7 +259,7 @@ def _current_sha256(store: Path, model: str) -> str:
     return sha256(Path(model))
 
 
-def _shown(value) -> str:
+def _format_value(value: object) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(str, value)) + "]"
     return str(value)[:12] + "..." if len(str(value)) == 64 else str(value)

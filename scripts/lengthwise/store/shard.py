@@ -1,4 +1,4 @@
-"""Reading a shard: memory-mapped arrays, and checksums."""
+"""Reading a shard: memory-mapped arrays and checksums."""
 
 import ctypes
 import itertools
@@ -16,7 +16,7 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.status import Status
 from lengthwise.store.layout import DATA_PREFIXES, REMAKE, read_header
 
-# A map without a file descriptor of its own, so that a process can hold more of them than it may open files.
+# From Python 3.13 on a map needs no file descriptor, so a process can hold more maps than open files.
 _NO_DESCRIPTOR = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
 _mincore = ctypes.CDLL(None).mincore
@@ -27,20 +27,32 @@ _READ_BYTES = 16 << 20
 
 
 class Shard:
-    """One shard, opened for reading; arrays are memory-mapped copy-on-write.
+    """One shard, opened for reading. Its arrays are memory-mapped copy-on-write.
+
+    Parameters
+    ----------
+    path
+        The shard's file.
+
+    Attributes
+    ----------
+    metadata
+        The header's metadata; `fingerprint` is that of the store's settings.
+    tensors
+        Type, shape and position of each tensor, in the file's order.
 
     Raises
     ------
     LengthwiseError
-        The file is missing, truncated or no shard.
+        The file is missing, truncated or not a shard.
     """
 
     def __init__(self, path: Path):
         self.path = Path(path)
         try:
             with open(self.path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                self.metadata, self.tensors = read_header(self.path, file, size)
+                file_bytes = os.fstat(file.fileno()).st_size
+                self.metadata, self.tensors = read_header(self.path, file, file_bytes)
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY, **_NO_DESCRIPTOR)
         except FileNotFoundError as error:
             raise LengthwiseError(
@@ -50,43 +62,44 @@ class Shard:
             raise LengthwiseError(f"{self.path}: cannot be read: {error.strerror}") from error
         self._arrays: dict[str, np.ndarray] = {}
         self._address: int = np.frombuffer(self._map, np.uint8).ctypes.data
-        tail = self.tensors["offsets"].start
-        self._will_need(tail, size - tail)
+        tables_start = self.tensors["offsets"].start
+        self._read_ahead(tables_start, file_bytes - tables_start)
 
     def unmap(self) -> None:
-        """Let go of the file, of which a process may have but so many: `read` and `damaged` open it themselves."""
+        """Close the map, to free its file descriptor. `read` and `damaged` still work: they open the file themselves."""
         self._map.close()
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """A tensor as an array over the file, without a copy; writing to it does not reach the file."""
+        """A tensor as an array over the map, without a copy. Writing to it does not change the file."""
         if name not in self._arrays:
             tensor = self.tensors[name]
             self._arrays[name] = np.ndarray(tensor.shape, tensor.dtype, self._map, tensor.start)
         return self._arrays[name]
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Some rows of a tensor, and the device begins to read just these.
+        """Rows `start` to `stop` of a tensor. The disk begins to read exactly these rows.
 
-        A page fault alone reads as far around its page as the device's readahead goes, which may be megabytes.
+        Without this call a page fault reads the device's whole readahead window, which can be megabytes.
         """
         array = self[name]
         row_bytes = array.strides[0]
-        self._will_need(self.tensors[name].start + start * row_bytes, (stop - start) * row_bytes)
+        self._read_ahead(self.tensors[name].start + start * row_bytes, (stop - start) * row_bytes)
         return array[start:stop]
 
-    def _will_need(self, start: int, size: int) -> None:
-        """Begin to read these bytes of the file, if the last of them is not in memory yet.
+    def _read_ahead(self, start: int, n_bytes: int) -> None:
+        """Let the kernel begin to read these bytes of the file, unless the last of them is in memory.
 
-        To advise of the 900 kB of a protein takes 10 to 20 microseconds even where they are; to ask for one page, one.
+        Asking for one page (`mincore`) takes 1 us, the advice (`madvise`) 10 to 20 us.
         """
         before = start % mmap.PAGESIZE
-        last = (before + size - 1) // mmap.PAGESIZE * mmap.PAGESIZE
-        found = ctypes.c_ubyte()
-        if _mincore(self._address + start - before + last, 1, ctypes.byref(found)) or not found.value & 1:
-            self._map.madvise(mmap.MADV_WILLNEED, start - before, before + size)
+        last_page = (before + n_bytes - 1) // mmap.PAGESIZE * mmap.PAGESIZE
+        in_memory = ctypes.c_ubyte()
+        failed = _mincore(self._address + start - before + last_page, 1, ctypes.byref(in_memory))
+        if failed or not in_memory.value & 1:
+            self._map.madvise(mmap.MADV_WILLNEED, start - before, before + n_bytes)
 
     def holds(self, number: int, digest: bytes, start: int, length: int) -> bool:
-        """Whether the sequence of this number is the one of this digest, good, and has these rows."""
+        """Whether sequence `number` has this digest, status good, and the `length` rows from `start`."""
         offsets = self["offsets"]
         return (
             0 <= number < len(offsets) - 1
@@ -97,13 +110,13 @@ class Shard:
         )
 
     def holds_all(self, numbers: np.ndarray, digests: np.ndarray) -> bool:
-        """Whether the sequences of these numbers are those of these digests [n, 24], and good."""
+        """Whether the sequences `numbers` [n] have these digests [n, 24] and status good."""
         if not len(numbers) or numbers.min() < 0 or numbers.max() >= len(self["status"]):
             return not len(numbers)
         return np.array_equal(self["digests"][numbers], digests) and (self["status"][numbers] == Status.GOOD).all()
 
     def is_intact(self, number: int) -> bool:
-        """Whether all that is stored of a sequence, as the map has it, has its checksum."""
+        """Whether everything stored of a sequence, as the map shows it, matches its checksum."""
         crc = google_crc32c.value(self["digests"][number].tobytes() + self["status"][number].tobytes())
         start, stop = self["offsets"][number : number + 2].tolist()
         for name in self.data_names:
@@ -113,73 +126,73 @@ class Shard:
 
     @property
     def data_names(self) -> list[str]:
-        """The tensors that crc32c covers, in its order."""
+        """Names of the tensors that `crc32c` covers, in its order."""
         return [name for name in self.tensors if name.startswith(DATA_PREFIXES)]
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor read into memory.
+        """A copy of a tensor in memory. Unlike the map, it reports a disk error as an exception.
 
         Raises
         ------
         LengthwiseError
-            The disk does not give it; through a map that would be the end of the process.
+            The disk cannot read it.
         """
-        (tensor,) = self._read(name, [(0, self.tensors[name].shape[0])])
+        (tensor,) = self._read_parts(name, [(0, self.tensors[name].shape[0])])
         return tensor
 
     def damaged(self) -> list[int]:
-        """Numbers of the sequences whose bytes, as the disk has them, do not have their checksum.
+        """Numbers of the sequences whose bytes on the disk do not match their checksum.
 
         Raises
         ------
         LengthwiseError
-            The disk does not give them.
+            The disk cannot read them.
         """
         with open(self.path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what memory remembers of it proves nothing
+            # Drop cached pages, so that the check reads the disk.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         offsets, digests, status = self.read("offsets"), self.read("digests"), self.read("status")
         crc = [google_crc32c.value(digests[i].tobytes() + status[i].tobytes()) for i in range(len(status))]
         for name in self.data_names:
             bounds = offsets if name.startswith("layer_") else np.arange(len(offsets))
             row_bytes = self.tensors[name].nbytes // self.tensors[name].shape[0]
-            cuts = _cuts(bounds, _READ_BYTES // max(row_bytes, 1))
+            cuts = _cut_sequences(bounds, _READ_BYTES // max(row_bytes, 1))
             parts = [(bounds[start], bounds[stop]) for start, stop in itertools.pairwise(cuts)]
-            for (start, stop), rows in zip(itertools.pairwise(cuts), self._read(name, parts), strict=True):
+            for (start, stop), rows in zip(itertools.pairwise(cuts), self._read_parts(name, parts), strict=True):
                 for i in range(start, stop):
                     crc[i] = google_crc32c.extend(
                         crc[i], rows[bounds[i] - bounds[start] : bounds[i + 1] - bounds[start]]
                     )
         return np.flatnonzero(np.array(crc, np.uint32) != self.read("crc32c")).tolist()
 
-    def _read(self, name: str, parts: list[tuple[int, int]]) -> Iterator[np.ndarray]:
-        """The rows of a tensor from `first` to `last`, for each of these."""
+    def _read_parts(self, name: str, parts: list[tuple[int, int]]) -> Iterator[np.ndarray]:
+        """Rows `start` to `stop` of a tensor, for each pair of `parts`."""
         tensor = self.tensors[name]
         width = tensor.shape[1:]
         per_row = math.prod(width)
         try:
             with open(self.path, "rb") as file:
-                for first, last in parts:
-                    file.seek(tensor.start + int(first) * per_row * tensor.dtype.itemsize)
-                    yield np.fromfile(file, tensor.dtype, int(last - first) * per_row).reshape(
-                        int(last - first), *width
-                    )
+                for start, stop in parts:
+                    file.seek(tensor.start + int(start) * per_row * tensor.dtype.itemsize)
+                    n_rows = int(stop - start)
+                    yield np.fromfile(file, tensor.dtype, n_rows * per_row).reshape(n_rows, *width)
         except (OSError, ValueError) as error:
             raise LengthwiseError(f"{self.path}: cannot be read: {error}; {REMAKE}") from error
 
 
-def _cuts(bounds: np.ndarray, rows: int) -> list[int]:
-    """Where to cut consecutive sequences into runs of about so many rows, or of one sequence that has more."""
+def _cut_sequences(bounds: np.ndarray, max_rows: int) -> list[int]:
+    """Cut consecutive sequences into runs of at most `max_rows` rows; a longer sequence is a run of its own."""
     cuts = [0]
     while cuts[-1] < len(bounds) - 1:
-        stop = int(np.searchsorted(bounds, bounds[cuts[-1]] + rows, side="right")) - 1
+        stop = int(np.searchsorted(bounds, bounds[cuts[-1]] + max_rows, side="right")) - 1
         cuts.append(max(stop, cuts[-1] + 1))
     return cuts
 
 
-def is_made(path: Path, digests: list[bytes], fingerprint: str) -> bool:
-    """Whether a whole shard of these sequences and settings is there.
+def is_complete(path: Path, digests: list[bytes], fingerprint: str) -> bool:
+    """Whether an undamaged shard of these sequences and settings is at `path`.
 
-    What is there but damaged is made again, and so is a shard of nothing but sequences that no device's memory held.
+    False also if none of its sequences fitted the device's memory: another device may have more.
     """
     if not path.exists():
         return False

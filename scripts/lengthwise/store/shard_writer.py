@@ -1,4 +1,4 @@
-"""Writing a shard in place; the rename at its end is its commit."""
+"""Writing a shard under a temporary name; the rename at the end is its commit."""
 
 import os
 import shutil
@@ -10,23 +10,41 @@ import numpy as np
 from lengthwise.errors import LengthwiseError
 from lengthwise.store.layout import layout
 from lengthwise.store.paths import shard_path
-from lengthwise.store.shard import is_made
+from lengthwise.store.shard import is_complete
 from lengthwise.system.files import claim, discard, fsync_folder, outlive_others, reserve, writing
 
-# What is written goes to the disk behind the work, so that the commit has little left to wait for.
+# After so many bytes the kernel begins to write them to the disk, so that the fsync in `commit` is short.
 FLUSH_BYTES = 16 << 20
 
 
 class ShardWriter:
-    """Writes one shard in place, rows as batches finish, and commits it by a rename.
+    """Writes one shard, rows as batches finish, and commits it by a rename.
 
-    Use as a context manager; `commit` makes the shard, leaving without it makes nothing. A second writer of the same shard
-    waits for the first, and then finds `already_there`; with `wait` false it raises BlockingIOError.
+    Use as a context manager. `commit` makes the shard; leaving the block without it removes the temporary file.
+    A second writer of the same shard waits for the first and then finds `already_there`.
+
+    Parameters
+    ----------
+    store, shard
+        The store's folder and the shard's name.
+    digests, lengths
+        The [n] digests and residues of the sequences, in the shard's order.
+    settings
+        The store's settings.
+    wait
+        Whether to wait for another writer of this shard.
+
+    Attributes
+    ----------
+    already_there
+        A complete shard exists. There is nothing to write.
 
     Raises
     ------
+    BlockingIOError
+        Another process writes this shard, and `wait` is false.
     LengthwiseError
-        The disk has no room for the shard, or refuses a write.
+        The disk has no room for the shard, or a write fails.
     """
 
     def __init__(
@@ -35,9 +53,9 @@ class ShardWriter:
         self.path = shard_path(store, shard)
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.descriptor = None
+        self._is_open = False
         outlive_others(self.path, wait)
-        self.already_there = is_made(self.path, digests, settings["fingerprint"])
+        self.already_there = is_complete(self.path, digests, settings["fingerprint"])
         if self.already_there:
             return
         header, self.tensors = layout(lengths, settings)
@@ -45,27 +63,28 @@ class ShardWriter:
         self.crc32c = np.zeros(len(lengths), np.uint32)
         self.status = np.zeros(len(lengths), np.uint8)
         self.digests = digests
-        self.size = max(tensor.start + tensor.nbytes for tensor in self.tensors.values())
-        self.unflushed = 0
+        self.file_bytes = max(tensor.start + tensor.nbytes for tensor in self.tensors.values())
+        self._unflushed_bytes = 0
         with writing(self.path):
-            self.part, self.descriptor = claim(self.path)
+            self.part, self._descriptor = claim(self.path)
+        self._is_open = True
         try:
-            self._reserve()
+            self._reserve_space()
             with writing(self.path):
-                _pwrite_all(self.descriptor, np.frombuffer(header, np.uint8), 0)
+                _write_at(self._descriptor, np.frombuffer(header, np.uint8), 0)
         except BaseException:
             self.abandon()
             raise
 
-    def _reserve(self) -> None:
-        """A full disk shows now, not after an hour of work."""
-        free = shutil.disk_usage(self.path.parent).free
+    def _reserve_space(self) -> None:
+        """Reserve the file's bytes now: a full disk fails here, before any computing."""
+        free_bytes = shutil.disk_usage(self.path.parent).free
         try:
-            reserve(self.descriptor, self.size, free)
+            reserve(self._descriptor, self.file_bytes, free_bytes)
         except OSError as error:
             raise LengthwiseError(
-                f"{self.path.parent}: cannot reserve {self.size:,} bytes for a shard, {free:,} are free: {error.strerror}; "
-                "free some space and run again"
+                f"{self.path.parent}: cannot reserve {self.file_bytes:,} bytes for a shard, {free_bytes:,} are free: "
+                f"{error.strerror}; free some space and run again"
             ) from error
 
     def write(self, first: int, arrays: dict[str, np.ndarray], lengths: list[int], status: np.ndarray) -> None:
@@ -76,64 +95,80 @@ class ShardWriter:
         first
             Number of the batch's first sequence in the shard.
         arrays
-            ``layer_<n>`` [rows, D], ``mean_<n>`` and ``bos_<n>`` [n, D], in the shard's types.
+            ``layer_<n>`` [R, D], ``mean_<n>`` and ``bos_<n>`` [n, D], in the shard's types.
         lengths
             Residues of each sequence of the batch.
         status
             [n] uint8, see `lengthwise.esm2.status`.
+
+        Raises
+        ------
+        LengthwiseError
+            A write fails.
         """
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         crc = [google_crc32c.value(self.digests[first + i] + bytes([status[i]])) for i in range(len(lengths))]
-        for name in self.tensors:  # in the order that crc32c is defined by
+        for name in self.tensors:  # in the order that defines crc32c
             if name not in arrays:
                 continue
             array, tensor = np.ascontiguousarray(arrays[name]), self.tensors[name]
             by_residue = name.startswith("layer_")
             row = self.offsets[first] if by_residue else first
             with writing(self.path):
-                _pwrite_all(self.descriptor, array, tensor.start + row * array.strides[0])
-            self.unflushed += array.nbytes
+                _write_at(self._descriptor, array, tensor.start + row * array.strides[0])
+            self._unflushed_bytes += array.nbytes
             for i in range(len(crc)):
                 rows = array[bounds[i] : bounds[i + 1]] if by_residue else array[i : i + 1]
                 crc[i] = google_crc32c.extend(crc[i], rows)
-        here = slice(first, first + len(lengths))
-        self.crc32c[here] = crc
-        self.status[here] = status
-        if self.unflushed >= FLUSH_BYTES:
-            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # begins to write, and does not wait
-            self.unflushed = 0
+        batch = slice(first, first + len(lengths))
+        self.crc32c[batch] = crc
+        self.status[batch] = status
+        if self._unflushed_bytes >= FLUSH_BYTES:
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # starts the write-back, does not wait
+            self._unflushed_bytes = 0
 
     def commit(self) -> None:
-        """Make the shard: fsync, then the rename."""
+        """Write the remaining tensors, fsync, and rename the temporary file to the shard's name.
+
+        Raises
+        ------
+        LengthwiseError
+            A write or the rename fails.
+        """
         digests = np.frombuffer(b"".join(self.digests), np.uint8)
-        tails = {"offsets": self.offsets, "crc32c": self.crc32c, "digests": digests, "status": self.status}
+        tables = {"offsets": self.offsets, "crc32c": self.crc32c, "digests": digests, "status": self.status}
         with writing(self.path):
-            for name, array in tails.items():
-                _pwrite_all(self.descriptor, array, self.tensors[name].start)
-            os.fsync(self.descriptor)
-            os.rename(self.part, self.path)
-            fsync_folder(self.path.parent)
+            for name, array in tables.items():
+                _write_at(self._descriptor, array, self.tensors[name].start)
+            self._fsync_and_rename()
         self._close()
 
+    def _fsync_and_rename(self) -> None:
+        """The commit itself: before the rename no reader sees the shard, after it the shard is complete."""
+        os.fsync(self._descriptor)
+        os.rename(self.part, self.path)
+        fsync_folder(self.path.parent)
+
     def abandon(self) -> None:
-        """Leave without a shard, and without a trace."""
-        if self.descriptor is not None:
+        """Remove the temporary file, unless the shard was committed."""
+        if self._is_open:
             discard(self.part)
             self._close()
 
     def _close(self) -> None:
-        os.close(self.descriptor)
-        self.descriptor = None
+        os.close(self._descriptor)
+        self._is_open = False
 
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.abandon()
 
 
-def _pwrite_all(descriptor: int, array: np.ndarray, place: int) -> None:
-    view = memoryview(np.ascontiguousarray(array)).cast("B") if array.nbytes else memoryview(b"")
+def _write_at(descriptor: int, array: np.ndarray, offset_bytes: int) -> None:
+    """Write all bytes of an array at an offset of the file; `os.pwrite` may write fewer."""
+    view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     while len(view):
-        written = os.pwrite(descriptor, view, place)
-        view, place = view[written:], place + written
+        written = os.pwrite(descriptor, view, offset_bytes)
+        view, offset_bytes = view[written:], offset_bytes + written

@@ -1,60 +1,64 @@
-"""How many bytes stored embeddings and exports take."""
+"""Sizes in bytes of stored embeddings and of exports."""
 
 from pathlib import Path
 
 import duckdb
 import numpy as np
 
-# What an entry takes beside its numbers, measured and rounded up.
+# Bytes of an entry apart from its numbers, measured and rounded up.
 _ENTRY_BYTES = {"h5": 900, "pt": 2048, "biotrainer": 1300, "parquet": 64}
+
+# The outputs that each export needs in the store.
+EXPORT_OUTPUTS = {"h5": ("residue", "mean"), "pt": (), "biotrainer": ("residue", "mean"), "parquet": ("mean",)}
 
 
 def tensors_of(kind: str, settings: dict) -> list[str]:
-    """The stored tensors that an export takes."""
+    """Names of the stored tensors that an export reads."""
     first = settings["layers"][0]
     if kind in ("h5", "biotrainer"):
         return [f"layer_{first}", f"mean_{first}"]
-    names = {"residue": "layer", "mean": "mean", "bos": "bos"}
-    taken = [output for output in names if output in settings["outputs"] and (kind == "pt" or output != "residue")]
-    return [f"{names[output]}_{layer}" for output in taken for layer in settings["layers"]]
+    prefixes = {"residue": "layer", "mean": "mean", "bos": "bos"}
+    outputs = [output for output in prefixes if output in settings["outputs"] and (kind == "pt" or output != "residue")]
+    return [f"{prefixes[output]}_{layer}" for output in outputs for layer in settings["layers"]]
 
 
 def export_bytes(kind: str, settings: dict, records: Path) -> int:
-    """What an export takes, about and at most.
+    """The size of an export in bytes: an estimate, rounded up.
 
     Parameters
     ----------
     kind, settings
         The export's name and the store's settings.
     records
-        The table of a dataset's records: its index, or what ingest wrote.
+        A dataset's `index.parquet` or `records.parquet`.
     """
     query = "SELECT count(*), coalesce(sum(length), 0)::BIGINT FROM read_parquet(?) WHERE status <> 'rejected'"
     with duckdb.connect(config={"threads": 1}) as database:
         ((n, residues),) = database.execute(query, [str(records)]).fetchall()
     total = n * _ENTRY_BYTES[kind]
     for name in tensors_of(kind, settings):
-        of_residues = name.startswith("layer_")
-        # biotrainer's files have residues as they are stored.
-        half = kind == "h5" or (kind == "biotrainer" and of_residues and settings["storage_dtype"] == "float16")
-        total += (residues if of_residues else n) * settings["embed_dim"] * (2 if half else 4)
+        by_residue = name.startswith("layer_")
+        # biotrainer's files keep the storage type of rows.
+        half = kind == "h5" or (kind == "biotrainer" and by_residue and settings["storage_dtype"] == "float16")
+        total += (residues if by_residue else n) * settings["embed_dim"] * (2 if half else 4)
     return total
 
 
 def missing_bytes(store: Path, settings: dict, datasets: list[str], kinds: list[str]) -> int:
-    """What those of these exports take that are not there yet."""
-    missing = [(n, k) for n in datasets for k in kinds if not (store / "datasets" / n / "exports" / k).exists()]
-    return sum(export_bytes(kind, settings, store / "inputs" / name / "records.parquet") for name, kind in missing)
-
-
-# The outputs that each export is made of.
-EXPORT_OUTPUTS = {"h5": ("residue", "mean"), "pt": (), "biotrainer": ("residue", "mean"), "parquet": ("mean",)}
+    """The size in bytes of those exports of the datasets that do not exist yet."""
+    return sum(
+        export_bytes(kind, settings, store / "inputs" / name / "records.parquet")
+        for name in datasets
+        for kind in kinds
+        if not (store / "datasets" / name / "exports" / kind).exists()
+    )
 
 
 def bytes_per_sequence(lengths: np.ndarray, settings: dict) -> np.ndarray:
-    """Bytes that sequences of these lengths take in a shard, its header aside."""
-    layers, d = len(settings["layers"]), settings["embed_dim"]
+    """Bytes [n] of sequences of these lengths [n] in a shard, without its header."""
+    layers, width = len(settings["layers"]), settings["embed_dim"]
     itemsize = np.dtype(settings["storage_dtype"]).itemsize
-    per_residue = layers * d * itemsize if "residue" in settings["outputs"] else 0
-    pooled = sum(4 * d * layers for output in settings["outputs"] if output != "residue")
-    return lengths.astype(np.int64) * per_residue + pooled + 8 + 4 + 24 + 1
+    residue_bytes = layers * width * itemsize if "residue" in settings["outputs"] else 0
+    pooled_bytes = sum(4 * width * layers for output in settings["outputs"] if output != "residue")
+    table_bytes = 8 + 4 + 24 + 1  # offsets, crc32c, digests, status
+    return lengths.astype(np.int64) * residue_bytes + pooled_bytes + table_bytes

@@ -1,4 +1,4 @@
-"""A store's record of its weights."""
+"""The receipt of a store's checkpoint (`weights.json`): where the file is, its size, times and SHA-256."""
 
 from pathlib import Path
 
@@ -8,7 +8,13 @@ from lengthwise.system.files import read_json, sha256, stamp, write_json
 
 
 def location(store: Path) -> tuple[Path, dict]:
-    """Where a store's checkpoint is, and its receipt; a path in it that is not absolute begins at the store."""
+    """The path of a store's checkpoint, and its receipt. A relative path in the receipt begins at the store.
+
+    Raises
+    ------
+    LengthwiseError
+        The checkpoint is gone.
+    """
     receipt = read_json(store / "weights.json", "path", "bytes", "sha256")
     path = store / receipt["path"]
     if not path.exists():
@@ -17,7 +23,7 @@ def location(store: Path) -> tuple[Path, dict]:
 
 
 def origin(store: Path) -> str:
-    """Where a store's checkpoint came from: an address, a path, or the workflow itself."""
+    """The source of a store's checkpoint, for people: a URL, a path, or the random seed."""
     receipt = read_json(store / "weights.json", "path", "model")
     record = record_path(store / receipt["path"])
     if record.exists():
@@ -28,45 +34,50 @@ def origin(store: Path) -> str:
 
 
 def require_unchanged(store: Path, expected_sha256: str) -> Path:
-    """The store's checkpoint, if it is the one that the store was made with; hashed only if its size or time changed.
+    """The path of a store's checkpoint, after a check that the file is still the same.
+
+    The file is hashed only if its size or times differ from the receipt.
 
     Raises
     ------
     LengthwiseError
-        It is gone or another one.
+        The checkpoint is gone, or has another hash.
     """
     path, receipt = location(store)
-    same = stamp(path).items() <= receipt.items()
-    if (receipt["sha256"] if same else sha256(path)) != expected_sha256:
-        raise _other_checkpoint(path, expected_sha256)
+    unchanged = stamp(path).items() <= receipt.items()
+    if (receipt["sha256"] if unchanged else sha256(path)) != expected_sha256:
+        raise _wrong_checkpoint(path, expected_sha256)
     return path
 
 
 def verify(store: Path, quick: bool = False) -> None:
-    """Read a store's checkpoint again and compare it with its receipt; `quick`: its size alone.
+    """Compare a store's checkpoint with its receipt: size and SHA-256, or with `quick` the size alone.
 
     Raises
     ------
     LengthwiseError
-        It is gone or has other bytes.
+        The checkpoint is gone or differs.
     """
     path, receipt = location(store)
     if path.stat().st_size != receipt["bytes"] or (not quick and sha256(path) != receipt["sha256"]):
-        raise _other_checkpoint(path, receipt["sha256"])
+        raise _wrong_checkpoint(path, receipt["sha256"])
 
 
 def note_new_time(store: Path) -> None:
-    """Take up the time of a checkpoint that was touched or copied and has the same bytes, so that it is not hashed again."""
+    """Update the times in the receipt if the checkpoint was touched or copied and has the same bytes.
+
+    Without this update every check would hash the file again.
+    """
     if not (store / "weights.json").exists():
         return
     path, receipt = location(store)
-    now = stamp(path)
-    if not now.items() <= receipt.items() and sha256(path) == receipt["sha256"]:
-        write_json(store / "weights.json", receipt | now)
+    current = stamp(path)
+    if not current.items() <= receipt.items() and sha256(path) == receipt["sha256"]:
+        write_json(store / "weights.json", receipt | current)
 
 
-def _other_checkpoint(path: Path, expected_sha256: str) -> LengthwiseError:
+def _wrong_checkpoint(path: Path, expected_sha256: str) -> LengthwiseError:
     return LengthwiseError(
-        f"{path}: is not the checkpoint that this store was made with (SHA-256 {expected_sha256[:12]}...); restore that one, "
-        "or give another 'results'"
+        f"{path}: is not the checkpoint that this store was made with (SHA-256 {expected_sha256[:12]}...); restore that file, "
+        "or use another 'results'"
     )

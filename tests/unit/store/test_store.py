@@ -306,14 +306,14 @@ def test_a_full_disk_is_one_line_with_the_bytes_and_leaves_nothing(
     assert files_in(tmp_path) == []
     monkeypatch.undo()
     with writer_of(tmp_path) as writer:  # the lock was let go
-        assert writer.size == sizes[0]
+        assert writer.file_bytes == sizes[0]
 
 
 def test_a_shard_has_its_place_on_the_disk_before_anything_is_computed(tmp_path, random_rows):
     lengths = np.array([30_000])
     with writer_of(tmp_path, lengths=lengths) as writer:
-        assert writer.part.stat().st_size == writer.size
-        assert writer.part.stat().st_blocks * 512 >= writer.size
+        assert writer.part.stat().st_size == writer.file_bytes
+        assert writer.part.stat().st_blocks * 512 >= writer.file_bytes
 
 
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSYS], ids=errno.errorcode.get)
