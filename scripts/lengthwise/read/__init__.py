@@ -1,5 +1,5 @@
 """Reading a finished dataset: ids, arrays, frames, and torch's datasets.
 
 In: the folder of a dataset. Out: `Dataset`, which `lengthwise.open` gives.
-May import: `store` and below. Needs no torch, but for `read.torch`.
+May import: `store` and below. Only `read.torch` imports torch.
 """

@@ -1,4 +1,4 @@
-"""Ids: a dataset's, or those of a selection of its records, as a sequence; and the error of one that is not there."""
+"""The ids of a dataset or of a selection, as a sequence; and the error of an unknown id."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -10,14 +10,14 @@ from lengthwise.store.lookup import Index
 
 
 class Ids(Sequence[str]):
-    """Ids that are read when they are asked for: a list of ten million would take a gigabyte.
+    """A sequence of ids, read from the index on access: a list of ten million would take a gigabyte.
 
     Parameters
     ----------
     index
         The dataset's index.
     places
-        The records' places in it.
+        The records' places in the index, see `Index`.
     """
 
     def __init__(self, index: Index, places: range | np.ndarray):
@@ -55,18 +55,24 @@ class Ids(Sequence[str]):
         return f"[{', '.join(first)}{', ...' if len(self) > 5 else ''}]"
 
     def __reduce__(self) -> tuple[type[list[str]], tuple[list[str]]]:
-        return list, (list(self),)  # another process has no map of the index
+        return list, (list(self),)  # the map of the index cannot be pickled
 
     def place_of(self, number: int) -> int:
-        """The place of the record of this number, from the end if it is negative."""
+        """The place of a record by its number. A negative number counts from the end.
+
+        Raises
+        ------
+        TypeError, IndexError
+            It is not a number, or there is no such record.
+        """
         if not isinstance(number, int | np.integer):
-            raise TypeError(f"these are asked for by a number, and {number!r} is none")
+            raise TypeError(f"select by a number; {number!r} is not a number")
         if not -len(self) <= number < len(self):
             raise IndexError(f"no record {number:,}: there are {len(self):,}, counted from 0")
         return int(self.places[number])
 
     def place(self, record_id: str) -> int | None:
-        """The place of the first of these records with this id."""
+        """The place of the first record with this id in this sequence, or None."""
         for place in self._index.find(record_id):
             if isinstance(self.places, range):
                 if place in self.places:
@@ -76,7 +82,7 @@ class Ids(Sequence[str]):
         return None
 
     def array(self) -> np.ndarray:
-        """The places as an array."""
+        """The places [N], int64."""
         places = self.places
         return np.arange(places.start, places.stop, places.step) if isinstance(places, range) else places
 
@@ -86,7 +92,10 @@ class Ids(Sequence[str]):
 
 
 class NoRecordError(KeyError):
-    """Nothing to read under this id. Why is looked for when it is shown: among ten million ids that takes seconds."""
+    """There is no embedding under this id.
+
+    The message is made only when it is shown: finding similar ids among ten million takes seconds.
+    """
 
     def __init__(self, record_id: str, explain: Callable[[str], str]):
         super().__init__(record_id)

@@ -1,4 +1,4 @@
-"""Reading into torch: a map-style Dataset, and batches that are padded or packed."""
+"""A dataset for torch: a map-style Dataset, and padded or packed batches."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ Item = tuple[str, torch.Tensor]
 
 
 class Padded(NamedTuple):
-    """A batch in which every protein has the rows of the longest."""
+    """A batch padded to the length of its longest protein."""
 
     ids: list[str]
     rows: torch.Tensor  # (N, L, D), zero beyond a protein's end
@@ -20,18 +20,18 @@ class Padded(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A batch end to end, as ``torch.nn.attention.varlen.varlen_attn`` takes it."""
+    """A batch end to end, in the form that ``torch.nn.attention.varlen.varlen_attn`` takes."""
 
     ids: list[str]
     rows: torch.Tensor  # (R, D)
-    cu_seqlens: torch.Tensor  # (N + 1,) int32: protein i has the rows from cu_seqlens[i] to cu_seqlens[i + 1]
+    cu_seqlens: torch.Tensor  # (N + 1,) int32: protein i has rows cu_seqlens[i] to cu_seqlens[i + 1]
     max_length: int
 
 
 class TorchDataset(torch.utils.data.Dataset[Item]):
-    """(id, (L, D) tensor) by number; the tensors are copies. `Dataset.torch` makes it.
+    """(id, (L, D) tensor) by number. The tensors are copies. Made by `Dataset.torch`.
 
-    It may go to a DataLoader's workers, forked or spawned: each opens the files itself.
+    A DataLoader may send it to forked or spawned workers: each worker opens the files itself.
     """
 
     def __init__(self, dataset: Dataset):
@@ -45,23 +45,35 @@ class TorchDataset(torch.utils.data.Dataset[Item]):
 
     @staticmethod
     def pad(items: list[Item]) -> Padded:
-        """Collate to (N, L, D) with zeros after the shorter ones' ends; give it to a DataLoader as `collate_fn`."""
+        """Collate to (N, L, D), zero beyond a protein's end. For a DataLoader's `collate_fn`.
+
+        Raises
+        ------
+        ValueError
+            The batch is empty.
+        """
         ids, rows = _unzip(items)
-        lengths = torch.tensor([len(one) for one in rows])
+        lengths = torch.tensor([len(protein) for protein in rows])
         padded = pad_sequence(rows, batch_first=True)
         return Padded(ids, padded, torch.arange(padded.shape[1]) < lengths[:, None])
 
     @staticmethod
     def pack(items: list[Item]) -> Packed:
-        """Collate to (R, D) end to end; give it to a DataLoader as `collate_fn`."""
+        """Collate to (R, D) end to end. For a DataLoader's `collate_fn`.
+
+        Raises
+        ------
+        ValueError
+            The batch is empty.
+        """
         ids, rows = _unzip(items)
-        lengths = [len(one) for one in rows]
+        lengths = [len(protein) for protein in rows]
         ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
         return Packed(ids, torch.cat(rows), ends, max(lengths))
 
 
 def _unzip(items: list[Item]) -> tuple[list[str], list[torch.Tensor]]:
     if not items:
-        raise ValueError("a batch of no proteins cannot be collated")
+        raise ValueError("an empty batch cannot be collated")
     ids, rows = zip(*items, strict=True)
     return list(ids), list(rows)

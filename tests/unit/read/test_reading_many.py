@@ -134,7 +134,7 @@ def test_a_selection_lists_its_own_records(ds):
 def test_a_selection_has_no_other_records(ds):
     chosen = ds[["p1", "p4"]]
     assert [name in chosen for name in ("p1", "p4", "p2", "gap")] == [True, True, False, False]
-    with pytest.raises(KeyError, match="'p2' is not among the 2 records that were selected"):
+    with pytest.raises(KeyError, match="'p2' is not among the 2 selected records"):
         chosen["p2"]
     with pytest.raises(KeyError, match="'gap' was rejected: invalid_byte"):
         chosen["gap"]
@@ -162,23 +162,23 @@ def test_a_repeated_id_is_found_in_a_selection_of_the_second_alone(small_store):
     "key", [1.5, None, b"p1", True, {"p1": 0}.items(), [["p1"]], [1.0], [None], [True, 5], [5, True]]
 )
 def test_what_is_no_id_and_no_number_is_a_type_error(ds, key):
-    with pytest.raises(TypeError, match="records are asked for by an id or a number"):
+    with pytest.raises(TypeError, match="select records by an id, a number"):
         ds[key]
 
 
 def test_a_mask_of_another_length_is_an_error(ds):
-    with pytest.raises(IndexError, match="a mask of 2 bools for 61 records"):
+    with pytest.raises(IndexError, match="the mask has 2 bools for 61 records"):
         ds[[True, False]]
 
 
 def test_a_torch_dataset_has_numbers_alone(ds):
-    with pytest.raises(TypeError, match="asked for by a number, and 'p1' is none"):
+    with pytest.raises(TypeError, match="'p1' is not a number"):
         ds.torch()["p1"]
 
 
 @pytest.mark.parametrize("collate", [torch_module.TorchDataset.pad, torch_module.TorchDataset.pack])
 def test_a_batch_of_nothing_is_one_clear_error(collate):
-    with pytest.raises(ValueError, match="a batch of no proteins"):
+    with pytest.raises(ValueError, match="an empty batch"):
         collate([])
 
 
@@ -227,11 +227,11 @@ SECRET = "secret.csv"
     [
         ("lenth < 3", '"lenth" not found'),
         ("length <", "syntax error"),
-        ("", "is no condition"),
-        ("length", "is no condition"),
-        ("NULL", "is no condition"),
-        ("true), (false", "is no condition"),
-        ("length < 3) AS chosen, (true", "is no condition"),
+        ("", "is not a condition"),
+        ("length", "is not a condition"),
+        ("NULL", "is not a condition"),
+        ("true), (false", "is not a condition"),
+        ("length < 3) AS chosen, (true", "is not a condition"),
         ("sum(length) > 3", "GROUP BY"),
         ("id < 3", "Binder Error"),
         ("length < 3 ORDER BY id", "syntax error"),
@@ -663,7 +663,7 @@ def test_a_dataset_is_read_while_a_run_adds_another_to_the_store(small_store, ra
     arguments = [(str(work_order_path(made.path, job)), str(job_record_path(made.path, job))) for job in todo]
     code = (
         "from pathlib import Path; from lengthwise.jobs.embed_job import embed_job\n"
-        f"for spec, commit in {arguments!r}: embed_job(Path({str(made.path)!r}), Path(spec), Path(commit))"
+        f"for work_order, job_record in {arguments!r}: embed_job(Path({str(made.path)!r}), Path(work_order), Path(job_record))"
     )
     before, rounds = len(made.shard_files()), 0
     writer = subprocess.Popen([sys.executable, "-c", code], env=with_scripts())
