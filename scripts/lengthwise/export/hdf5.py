@@ -1,13 +1,19 @@
-"""HDF5 files whose failed writes raise."""
+"""HDF5 files in which a failed write raises an exception."""
 
 import io
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 
 
 class HDF5File(io.FileIO):
-    """A file for the HDF5 library, which ends the process where a write fails: it hears of none, and `create` raises."""
+    """A new HDF5 file.
+
+    The HDF5 library crashes the process if a write fails. So `write` reports success to it and keeps the error, and `create`
+    raises the error.
+    """
 
     def __init__(self, path: Path, attributes: dict):
         import h5py
@@ -17,7 +23,7 @@ class HDF5File(io.FileIO):
         self.file = h5py.File(self, "w")
         self.file.attrs.update(attributes)
 
-    def write(self, data) -> int:
+    def write(self, data: Any) -> int:
         rest = memoryview(data).cast("B")
         written = len(rest)
         try:
@@ -35,8 +41,14 @@ class HDF5File(io.FileIO):
             return length or 0
 
     def create(self, key: str, array: np.ndarray, record_id: str) -> None:
-        """Add an array, with the id that it belongs to as its attribute `original_id`."""
-        # HDF5's strings end at a NUL; ingest writes other bytes that are no text in this way.
+        """Add an array; its record's id becomes the attribute `original_id`.
+
+        Raises
+        ------
+        OSError
+            A write failed.
+        """
+        # HDF5 strings end at a NUL. Ingest escapes bytes that are not text in the same way.
         self.file.create_dataset(key, data=array).attrs["original_id"] = record_id.replace("\0", "\\x00")
         self.check()
 
@@ -49,7 +61,9 @@ class HDF5File(io.FileIO):
             self.file.close()
             super().close()
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.close()
         if kind is None:
             self.check()

@@ -1,4 +1,4 @@
-"""The parquet export: pooled vectors as a table."""
+"""The parquet export: one table with the pooled vectors of every record."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from lengthwise.ingest.digests import digest_name
 
 
 def write_parquet(source: Source, folder: Path, names: list[str]) -> int:
+    """Write `pooled.parquet` into `folder`, in the input's order. Returns the number of records."""
     width = source.settings["embed_dim"]
     vector = pa.list_(pa.float32(), width)
     schema = pa.schema(

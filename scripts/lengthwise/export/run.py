@@ -1,4 +1,4 @@
-"""Exports: a finished dataset in the layouts of other tools, each a folder that is there whole or not at all."""
+"""Exports: write a finished dataset in another tool's layout. A folder of an export is always complete."""
 
 import fcntl
 import os
@@ -21,9 +21,9 @@ from lengthwise.system.locks import at_work, lock
 
 
 def export(dataset: Path, kind: str, memory_bytes: int = 1 << 30) -> int:
-    """Write a finished dataset's folder ``exports/<kind>``, in place of one that is there.
+    """Write a finished dataset's folder ``exports/<kind>``, and replace an earlier one.
 
-    Rejected records are left out; duplicates are there under their own ids.
+    Rejected records are left out. Duplicates have entries under their own ids.
 
     Parameters
     ----------
@@ -31,11 +31,11 @@ def export(dataset: Path, kind: str, memory_bytes: int = 1 << 30) -> int:
         The folder ``results/<model>/datasets/<dataset>``.
     kind
         ``h5``: UniProt's layout, ``per-residue.h5`` and ``per-protein.h5``, a float16 array for each accession.
-        ``pt``: what fair-esm's ``extract.py`` writes, a file for each protein; ``files.tsv`` says which is whose.
+        ``pt``: what fair-esm's ``extract.py`` writes, a file for each protein; ``files.tsv`` lists ids and files.
         ``biotrainer``: ``embeddings_file_<model>.h5``, and ``reduced_embeddings_file_<model>.h5`` of means.
         ``parquet``: ``pooled.parquet``, a row with all pooled vectors for each record.
     memory_bytes
-        What sorting the records may take before it spills to disk.
+        The memory for sorting the records; beyond it sorting spills to the disk.
 
     Returns
     -------
@@ -50,45 +50,45 @@ def export(dataset: Path, kind: str, memory_bytes: int = 1 << 30) -> int:
     try:
         with (
             at_work(dataset.resolve().parent.parent),
-            _replacing(folder) as part,
+            _replace_folder(folder) as part,
             Source(dataset, part.with_name("spill"), memory_bytes) as source,
         ):
             source.require_space(part, kind)
             return _WRITERS[kind](source, part, tensors_of(kind, source.settings))
     except (OSError, pa.ArrowException, duckdb.Error) as error:
-        what = " ".join(str(error).split())[:300]
-        raise LengthwiseError(f"{folder}: cannot be made: {what}; mend that and run again") from error
+        reason = " ".join(str(error).split())[:300]
+        raise LengthwiseError(f"{folder}: cannot be made: {reason}; mend that and run again") from error
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder to write to, which takes this one's place on success, synced; what a killed attempt left goes first."""
+def _replace_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to write to; on success, sync it and rename it to `folder`. Removes leftovers of killed exports."""
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     with (
-        _alone(folder.with_name(f".{folder.name}.lock.tmp")),
+        _lock_file(folder.with_name(f".{folder.name}.lock.tmp")),
         scratch_folder(folder.with_name(f".{folder.name}.tmp")) as scratch,
     ):
-        part = scratch / "whole"
+        part = scratch / "new"
         part.mkdir()
         yield part
-        os.sync()  # all files at once: one after the other would take minutes for thousands
+        os.sync()  # one call for all files: thousands of fsyncs take minutes
         for path in part.iterdir():
             with open(path, "rb") as file:
-                os.fsync(file.fileno())  # nothing is left to write, but an error is told
+                os.fsync(file.fileno())  # nothing is left to write; it reports a write error
         with suppress(FileNotFoundError):
-            os.rename(folder, scratch / "old")  # never half of it under its name
+            os.rename(folder, scratch / "old")  # removed later: `folder` is never partly there
         os.rename(part, folder)
         fsync_folder(folder.parent)
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Wait until no other process has locked this file, which is gone afterwards."""
+def _lock_file(path: Path) -> Iterator[None]:
+    """Hold a lock by a file, which is removed afterwards. Waits for other processes."""
     while True:
         with open(path, "w") as file:
             lock(file.fileno(), fcntl.LOCK_EX)
-            if os.fstat(file.fileno()).st_nlink:  # else whoever had it removed it
+            if os.fstat(file.fileno()).st_nlink:  # else the last holder removed the file: lock a new one
                 try:
                     yield
                 finally:

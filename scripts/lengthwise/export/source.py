@@ -1,4 +1,4 @@
-"""What exports are made of: the records of a dataset and what is stored of them."""
+"""The input of an export: a dataset's records and their stored tensors, a few at a time."""
 
 import itertools
 import shutil
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
-from lengthwise.read.dataset import another, open_shard
+from lengthwise.read.shards import mismatch, open_shard
 from lengthwise.store.layout import REMAKE
 from lengthwise.store.lookup import read_pages
 from lengthwise.store.manifest import read_manifest
@@ -20,21 +20,38 @@ from lengthwise.store.shard import Shard
 from lengthwise.store.sizes import export_bytes
 from lengthwise.system.text import size
 
-# Pooled vectors are gathered so many bytes at a time.
+# The size of a batch of pooled vectors.
 _GATHERED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Protein:
-    """What is stored of one id."""
+    """The stored tensors of one id."""
 
     id: str
-    key: str | None  # what biotrainer calls its sequence
+    key: str | None  # biotrainer's key of its sequence
     stored: dict[str, np.ndarray]  # layer_<n> [L, D]; mean_<n> and bos_<n> [D] float32
 
 
 class Source:
-    """A dataset's records and what is stored of them, a few at a time. Use as a context manager."""
+    """A dataset's records and their stored tensors. Use as a context manager.
+
+    Parameters
+    ----------
+    dataset
+        The dataset's folder.
+    spill
+        A folder for DuckDB's temporary files.
+    memory_bytes
+        The limit of DuckDB's memory; beyond it sorting spills to `spill`.
+
+    Raises
+    ------
+    LengthwiseError
+        The manifest is missing or damaged.
+    OSError
+        The index is damaged.
+    """
 
     def __init__(self, dataset: Path, spill: Path, memory_bytes: int):
         self.dataset = dataset
@@ -43,17 +60,18 @@ class Source:
         self.layer = self.settings["layers"][0]
         self.store = dataset.resolve().parent.parent
         self.sequences = str(self.store / "inputs" / self.manifest["dataset"] / "sequences.parquet")
-        config = {"memory_limit": f"{memory_bytes}B", "temp_directory": str(spill), "threads": 1}
-        self.database = duckdb.connect(config=config)
-        read_pages(dataset / "index.parquet")  # DuckDB compares no checksums
-        index = str(dataset / "index.parquet").replace("'", "''")  # a view takes no parameters
+        self.database = duckdb.connect(
+            config={"memory_limit": f"{memory_bytes}B", "temp_directory": str(spill), "threads": 1}
+        )
+        read_pages(dataset / "index.parquet")  # DuckDB does not check the checksums of pages
+        index = str(dataset / "index.parquet").replace("'", "''")  # CREATE VIEW takes no parameters
         self.database.execute(
             f"CREATE VIEW records AS SELECT * FROM read_parquet('{index}') WHERE status <> 'rejected'"
         )
 
     @property
     def origin(self) -> dict[str, str | bool]:
-        """What made the numbers, in short: for the head of a file that will be moved away from here."""
+        """Model, weights and input, as attributes of an exported file: it may be moved away from the store."""
         return {
             "model": self.settings["model"],
             "weights_sha256": self.settings["weights_sha256"],
@@ -63,53 +81,79 @@ class Source:
         }
 
     def require_space(self, folder: Path, kind: str) -> None:
-        """Raise if an export does not fit on the disk."""
-        needed, free = export_bytes(kind, self.settings, self.dataset / "index.parquet"), shutil.disk_usage(folder).free
-        if needed > free:
+        """Check that an export fits on the disk.
+
+        Raises
+        ------
+        LengthwiseError
+            It does not.
+        """
+        needed_bytes = export_bytes(kind, self.settings, self.dataset / "index.parquet")
+        free_bytes = shutil.disk_usage(folder).free
+        if needed_bytes > free_bytes:
             raise LengthwiseError(
-                f"{folder.parents[1]}: this export takes about {size(needed)} and {size(free)} are free; free some space, or "
-                "take it out of 'exports'"
+                f"{folder.parents[1]}: this export takes about {size(needed_bytes)} and {size(free_bytes)} are free; "
+                "free some space, or take it out of 'exports'"
             )
 
-    def shared(self, short: str) -> set[str]:
-        """The ids that another id shares this SQL expression of them with."""
-        query = f"SELECT {short} FROM records GROUP BY ALL HAVING min(id) <> max(id)"
-        found = self.database.execute(f"SELECT DISTINCT id FROM records WHERE {short} IN ({query})")
+    def ids_sharing(self, expression: str) -> set[str]:
+        """The ids for which a SQL expression of `id` has the same value as for another id."""
+        query = f"SELECT {expression} FROM records GROUP BY ALL HAVING min(id) <> max(id)"
+        found = self.database.execute(f"SELECT DISTINCT id FROM records WHERE {expression} IN ({query})")
         return {record_id for (record_id,) in found.fetchall()}
 
-    def shard(self, name: str | None) -> Shard:
-        if name not in self.manifest["shards"]:
+    def _open_shard(self, name: str | None) -> Shard:
+        if name is None or name not in self.manifest["shards"]:
             raise LengthwiseError(f"{self.dataset / 'index.parquet'}: damaged; remove it and run snakemake again")
         return open_shard(self.dataset, self.store, self.settings, name)
 
     def proteins(self, names: list[str], with_key: bool = False) -> Iterator[Protein]:
-        """Each id once, in the order of storage, with these tensors of its sequence."""
-        key, join, params = "NULL", "", []
+        """Yield each id once, in the order of storage.
+
+        Parameters
+        ----------
+        names
+            The tensors to read.
+        with_key
+            Whether to compute `Protein.key`.
+
+        Raises
+        ------
+        LengthwiseError
+            A shard is missing, damaged, or does not match the index.
+        """
+        key, join, parameters = "NULL", "", []
         if with_key:
-            key, params = "key", [self.sequences]
+            key, parameters = "key", [self.sequences]
             join = " JOIN (SELECT digest, sha256(decode(sequence) || '_' || length) AS key FROM read_parquet(?)) USING (digest)"
         reader = self.database.sql(
             f"SELECT id, {key} AS key, digest, shard, sequence_no, row_start, length, min(record_no) AS record_no"
             f" FROM records{join} GROUP BY ALL ORDER BY shard, sequence_no, record_no",
-            params=params,
+            params=parameters,
         ).to_arrow_reader(10_000)
-        rows = (row for batch in reader for row in batch.to_pylist())
-        for name, group in itertools.groupby(rows, key=lambda row: row["shard"]):
-            shard = self.shard(name)
-            for row in group:
-                number = row["sequence_no"]
-                if not shard.holds(number, row["digest"], row["row_start"], row["length"]):
-                    raise another(self.dataset, shard)
+        records = (record for batch in reader for record in batch.to_pylist())
+        for name, group in itertools.groupby(records, key=lambda record: record["shard"]):
+            shard = self._open_shard(name)
+            for record in group:
+                number, start = record["sequence_no"], record["row_start"]
+                if not shard.holds(number, record["digest"], start, record["length"]):
+                    raise mismatch(self.dataset, shard)
                 if not shard.is_intact(number):
                     raise LengthwiseError(
-                        f"{shard.path}: sequence {number}, which is {row['id']}, is damaged; {REMAKE}"
+                        f"{shard.path}: sequence {number}, which is {record['id']}, is damaged; {REMAKE}"
                     )
-                lines = slice(row["row_start"], row["row_start"] + row["length"])
-                stored = {n: shard[n][lines if n.startswith("layer_") else number] for n in names}
-                yield Protein(row["id"], row["key"], stored)
+                rows = slice(start, start + record["length"])
+                stored = {n: shard[n][rows if n.startswith("layer_") else number] for n in names}
+                yield Protein(record["id"], record["key"], stored)
 
     def pooled(self, names: list[str]) -> Iterator[tuple[pa.RecordBatch, dict[str, np.ndarray]]]:
-        """Some records at a time, in the input's order, with these tensors [n, D] of them."""
+        """Yield batches of records in the input's order: their ids, digests and lengths, and these tensors [n, D] float32.
+
+        Raises
+        ------
+        LengthwiseError
+            A shard is missing, damaged, or does not match the index.
+        """
         width = self.settings["embed_dim"]
         reader = self.database.sql(
             "SELECT id, digest, length, shard, sequence_no FROM records ORDER BY record_no"
@@ -118,10 +162,10 @@ class Source:
             gathered = {name: np.empty((len(batch), width), np.float32) for name in names}
             places = batch.select(["digest", "shard", "sequence_no"]).to_pandas()
             for name, group in places.groupby("shard", dropna=False):
-                shard, numbers = self.shard(name), group["sequence_no"].to_numpy()
+                shard, numbers = self._open_shard(name), group["sequence_no"].to_numpy()
                 digests = np.frombuffer(b"".join(group["digest"]), np.uint8).reshape(-1, 24)
                 if not shard.holds_all(numbers, digests):
-                    raise another(self.dataset, shard)
+                    raise mismatch(self.dataset, shard)
                 for tensor, vectors in gathered.items():
                     vectors[group.index] = shard[tensor][numbers]
             yield batch, gathered
@@ -129,5 +173,5 @@ class Source:
     def __enter__(self) -> "Source":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.database.close()
