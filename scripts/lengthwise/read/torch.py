@@ -1,12 +1,11 @@
 """A dataset for torch: a map-style Dataset, and padded or packed batches."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-
-from lengthwise.read.dataset import Dataset
 
 Item = tuple[str, torch.Tensor]
 
@@ -28,13 +27,22 @@ class Packed(NamedTuple):
     max_length: int
 
 
+class Proteins(Protocol):
+    """The part of `lengthwise.read.dataset.Dataset` that is read here."""
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int) -> np.ndarray: ...
+
+
 class TorchDataset(torch.utils.data.Dataset[Item]):
     """(id, (L, D) tensor) by number. The tensors are copies. Made by `Dataset.torch`.
 
     A DataLoader may send it to forked or spawned workers: each worker opens the files itself.
     """
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: Proteins):
         self.dataset = dataset
 
     def __len__(self) -> int:
