@@ -11,12 +11,12 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def resolve_device(device: str) -> torch.device:
-    """The torch device of a store's `device`; never another one.
+    """The torch device of a store's `device`, with no fallback to another one.
 
     Raises
     ------
     LengthwiseError
-        cuda, and this machine has no GPU that torch can use.
+        `device` is cuda, and torch finds no GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
         build = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no GPU"
@@ -25,12 +25,12 @@ def resolve_device(device: str) -> torch.device:
 
 
 def set_threads(threads: int) -> None:
-    """CPU threads for torch, at most as many as this process has cores: more only wait for each other."""
+    """CPU threads for torch, at most as many as this process has cores."""
     torch.set_num_threads(min(threads, usable_cores()))
 
 
 def device_name(device: torch.device) -> str:
-    """What people call the device: the GPU's name, or the processor's."""
+    """The product name of the GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -41,6 +41,6 @@ def device_name(device: torch.device) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation was refused; torch has a class for its GPU allocator's, others are plain RuntimeErrors."""
+    """Whether an error means that memory ran out; torch raises plain RuntimeErrors for some of them."""
     words = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)

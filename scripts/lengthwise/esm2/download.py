@@ -1,4 +1,4 @@
-"""Weights: have the configured model's checkpoint on this machine, and record what it is."""
+"""Downloads of checkpoints: resumed after a break, checked, and recorded with their SHA-256."""
 
 import logging
 import os
@@ -6,6 +6,7 @@ import shutil
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urljoin
 
 import requests
 from filelock import FileLock
@@ -29,20 +30,20 @@ PROGRESS_SECONDS = 5.0
 def fetch(
     model: str, folder: str, url: str = OFFICIAL_URL, pinned_sha256: str = "", contact_regression: bool = False
 ) -> dict:
-    """Have a model's checkpoint at hand: downloaded once, whoever asks, or made on the spot (`demo`).
+    """Provide a model's checkpoint: download it once for all users of the folder, or create the random one (`demo`).
 
     Parameters
     ----------
     model
         An ESM-2 name, the path of a fair-esm ``.pt``, or ``demo``.
     folder
-        Where weights are kept; users and nodes may share it.
+        The folder of the weights; users and nodes may share it.
     url
         Where ``models/<model>.pt`` is downloaded from.
     pinned_sha256
-        The checksum that the checkpoint must have, or nothing.
+        The SHA-256 that the checkpoint must have; empty: any.
     contact_regression
-        Whether the weights of the contact head are wanted too.
+        Whether to download the contact head's weights too.
 
     Returns
     -------
@@ -51,7 +52,7 @@ def fetch(
     Raises
     ------
     LengthwiseError
-        The checkpoint cannot be had, has another checksum, or is not ESM-2.
+        The checkpoint cannot be downloaded, has another checksum, or is not ESM-2.
     """
     from lengthwise.esm2 import checkpoint
 
@@ -63,15 +64,15 @@ def fetch(
                 with atomic(path) as part:
                     checkpoint.write_random(part, checkpoint.DEMO_SHAPE)
             elif model in MODELS:
-                _have(path, f"{url.rstrip('/')}/models/{path.name}", pinned_sha256)
+                _download_once(path, f"{url.rstrip('/')}/models/{path.name}", pinned_sha256)
                 if contact_regression:
                     regression = path.with_name(f"{model}-contact-regression.pt")
-                    _have(regression, f"{url.rstrip('/')}/regression/{regression.name}", "")
+                    _download_once(regression, f"{url.rstrip('/')}/regression/{regression.name}", "")
     shape, _, random = checkpoint.read(path)
     checksum = known_sha256(path)
     if pinned_sha256 and checksum != pinned_sha256.lower():
         raise LengthwiseError(
-            f"{path}: its SHA-256 is {checksum}, and model_sha256 in the config wants {pinned_sha256}; "
+            f"{path}: its SHA-256 is {checksum}, but model_sha256 in the config is {pinned_sha256}; "
             "remove the file to download it again, or correct the config"
         )
     return {
@@ -87,7 +88,7 @@ def fetch(
 
 
 def known_sha256(path: Path) -> str:
-    """The checkpoint's SHA-256: what its download recorded if the file is the same since, else computed."""
+    """The checkpoint's SHA-256: from its download's record if size and time still match, else computed."""
     record = record_path(path)
     if record.exists():
         known = read_json(record, "sha256")
@@ -96,8 +97,8 @@ def known_sha256(path: Path) -> str:
     return sha256(path)
 
 
-def _have(path: Path, url: str, pinned_sha256: str) -> None:
-    """Download a file unless it is there; the lock is the caller's."""
+def _download_once(path: Path, url: str, pinned_sha256: str) -> None:
+    """Download a file unless it exists. The caller holds the lock."""
     if path.exists():
         return
     part = path.with_name(f"{path.name}.part")
@@ -108,20 +109,20 @@ def _have(path: Path, url: str, pinned_sha256: str) -> None:
             break
         except requests.RequestException as error:
             done = part.stat().st_size if part.exists() else 0
-            refused = isinstance(error, requests.HTTPError) and error.response.status_code < 500
+            refused = isinstance(error, requests.HTTPError) and _status_code(error) < 500
             if refused or attempt == ATTEMPTS:
                 raise LengthwiseError(
-                    f"{url}: {_reason(error)}; {done:,} bytes are kept, run again to go on. "
+                    f"{url}: {_reason(error)}; {done:,} bytes are kept; run again to go on. "
                     f"Without a network here, download it elsewhere and put it at {path}"
                 ) from error
             log.info("the transfer broke after %s bytes (%s); going on", f"{done:,}", _reason(error))
             time.sleep(min(2**attempt / 4, 10))
-    _refuse_what_is_no_checkpoint(part, url)
+    _require_torch_file(part, url)
     checksum = sha256(part)
     if pinned_sha256 and checksum != pinned_sha256.lower():
         _discard(part)
         raise LengthwiseError(
-            f"{url}: its SHA-256 is {checksum}, and model_sha256 in the config wants {pinned_sha256}; the download was removed"
+            f"{url}: its SHA-256 is {checksum}, but model_sha256 in the config is {pinned_sha256}; the download was removed"
         )
     with open(part, "rb") as file:
         os.fsync(file.fileno())
@@ -142,14 +143,16 @@ def _have(path: Path, url: str, pinned_sha256: str) -> None:
 
 
 def _download(url: str, part: Path) -> None:
-    """One transfer into `part`, going on after what it holds if the server still has the same file."""
+    """One transfer into `part`, resumed after the bytes it holds if the server's file is unchanged."""
     held = part.stat().st_size if part.exists() else 0
     state = read_json(_state_path(part)) if held and _state_path(part).exists() else {}
     headers = {"Accept-Encoding": "identity"}
     if state.get("validator"):
         headers |= {"Range": f"bytes={held}-", "If-Range": state["validator"]}
     with _get(url, headers) as response:
-        if response.status_code == 416:  # nothing after what is held: either it is all there, or it is of no use
+        if (
+            response.status_code == 416
+        ):  # no bytes after those held: the file is complete, or the server has a shorter one
             if held == state.get("bytes"):
                 return
             _discard(part)
@@ -159,15 +162,15 @@ def _download(url: str, part: Path) -> None:
             raise LengthwiseError(
                 f"{url}: the server sent a web page instead of weights; check the network's sign-in page"
             )
-        goes_on = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {held}-")
-        start = held if goes_on else 0
+        resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {held}-")
+        start = held if resumed else 0
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
         if total:
             _require_space(part.parent, total - held)
         validator = response.headers.get("ETag") or response.headers.get("Last-Modified")
         write_json(_state_path(part), {"url": url, "bytes": total, "validator": validator})
-        _save(response, part, start, total)
+        _write_body(response, part, start, total)
 
 
 def _get(url: str, headers: dict) -> requests.Response:
@@ -177,28 +180,28 @@ def _get(url: str, headers: dict) -> requests.Response:
         response = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS, allow_redirects=False)
         if not response.is_redirect:
             return response
-        url = requests.compat.urljoin(url, response.headers["Location"])
+        url = urljoin(url, response.headers["Location"])
         response.close()
     raise LengthwiseError(f"{url}: too many redirects")
 
 
-def _save(response: requests.Response, part: Path, start: int, total: int | None) -> None:
-    began = said = time.monotonic()
+def _write_body(response: requests.Response, part: Path, start: int, total: int | None) -> None:
+    began = reported = time.monotonic()
     with open(part, "r+b" if start else "wb") as file:
         file.seek(start)
         file.truncate()
         for chunk in response.iter_content(CHUNK_BYTES):
             file.write(chunk)
             now = time.monotonic()
-            if now - said >= PROGRESS_SECONDS:
-                said, done = now, file.tell()
+            if now - reported >= PROGRESS_SECONDS:
+                reported, done = now, file.tell()
                 rate = (done - start) / (now - began)
                 left = f", {(total - done) / rate:.0f} s left" if total else ""
                 log.info(
                     "%.2f of %s GB, %.1f MB/s%s", done / 1e9, f"{total / 1e9:.2f}" if total else "?", rate / 1e6, left
                 )
         if total and file.tell() != total:
-            raise requests.ConnectionError(f"{file.tell():,} of {total:,} bytes came")
+            raise requests.ConnectionError(f"the server sent {file.tell():,} of {total:,} bytes")
 
 
 def _require_space(folder: Path, needed: int) -> None:
@@ -210,12 +213,14 @@ def _require_space(folder: Path, needed: int) -> None:
         )
 
 
-def _refuse_what_is_no_checkpoint(part: Path, url: str) -> None:
+def _require_torch_file(part: Path, url: str) -> None:
     with open(part, "rb") as file:
         start = file.read(16)
     if not start.startswith((b"PK\x03\x04", b"\x80")):  # torch's zip and its older pickle
         _discard(part)
-        raise LengthwiseError(f"{url}: what came is no torch file (it begins with {start!r}); the download was removed")
+        raise LengthwiseError(
+            f"{url}: the server sent no torch file (it begins with {start!r}); the download was removed"
+        )
 
 
 def _discard(part: Path) -> None:
@@ -224,13 +229,19 @@ def _discard(part: Path) -> None:
 
 
 def _state_path(part: Path) -> Path:
-    """What is needed to go on with a partial download."""
+    """The file with the URL, size and validator of a partial download."""
     return part.with_name(f"{part.name}.json")
+
+
+def _status_code(error: requests.HTTPError) -> int:
+    return error.response.status_code if error.response is not None else 0
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, requests.HTTPError):
-        return f"the server answered {error.response.status_code} {error.response.reason}"
+        return (
+            f"the server answered {_status_code(error)} {error.response.reason if error.response is not None else ''}"
+        )
     if isinstance(error, requests.Timeout):
         return "no answer in time"
     if isinstance(error, requests.ConnectionError) and "resol" in str(error).lower():

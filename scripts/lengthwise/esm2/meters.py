@@ -5,42 +5,45 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
-# What Linux calls the sensors of processors: Intel's, AMD's, those of other makers.
-_PROCESSORS = ("coretemp", "k10temp", "cpu_thermal", "cpu-thermal", "x86_pkg_temp")
+# Names of processor temperature sensors on Linux: Intel, AMD, others.
+_CPU_SENSORS = ("coretemp", "k10temp", "cpu_thermal", "cpu-thermal", "x86_pkg_temp")
 
 
 def clock_and_temperature(device: torch.device) -> tuple[float | None, float | None]:
-    """MHz and degrees Celsius now."""
-    return _of_gpu(device) if device.type == "cuda" else (_cpu_clock(), _cpu_temperature())
+    """The device's current clock in MHz and temperature in degrees Celsius; None where it reports none."""
+    return _gpu_clock_and_temperature(device) if device.type == "cuda" else (_cpu_clock(), _cpu_temperature())
 
 
 def driver_version() -> str | None:
-    """The NVIDIA driver's version."""
-    return _ask(lambda nvml: nvml.nvmlSystemGetDriverVersion())
+    """The NVIDIA driver's version; None without a driver."""
+    return _query_nvml(lambda nvml: nvml.nvmlSystemGetDriverVersion())
 
 
-def _of_gpu(device: torch.device) -> tuple[float | None, float | None]:
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # its number would not do: NVML ignores CUDA_VISIBLE_DEVICES
-    clock = _ask(lambda nvml: nvml.nvmlDeviceGetClockInfo(nvml.nvmlDeviceGetHandleByUUID(uuid), nvml.NVML_CLOCK_SM))
-    temperature = _ask(
+def _gpu_clock_and_temperature(device: torch.device) -> tuple[float | None, float | None]:
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"  # not an index: NVML ignores CUDA_VISIBLE_DEVICES
+    clock = _query_nvml(
+        lambda nvml: nvml.nvmlDeviceGetClockInfo(nvml.nvmlDeviceGetHandleByUUID(uuid), nvml.NVML_CLOCK_SM)
+    )
+    temperature = _query_nvml(
         lambda nvml: nvml.nvmlDeviceGetTemperature(nvml.nvmlDeviceGetHandleByUUID(uuid), nvml.NVML_TEMPERATURE_GPU)
     )
     return clock, temperature
 
 
-def _ask(question: Callable):
-    """NVML's answer; None without its module, without a driver, and of a card that does not have the number."""
+def _query_nvml(query: Callable[[Any], Any]) -> Any:
+    """NVML's answer; None without its module or a driver, or if the card does not report the number."""
     try:
         import pynvml  # optional: only GPUs need it
     except ImportError:
         return None
     try:
         pynvml.nvmlInit()
-        return question(pynvml)
+        return query(pynvml)
     except pynvml.NVMLError:
         return None
 
@@ -48,14 +51,14 @@ def _ask(question: Callable):
 def _cpu_clock() -> float | None:
     try:
         clock = psutil.cpu_freq()
-    except (OSError, NotImplementedError):  # psutil's word for a machine that hides it
+    except (OSError, NotImplementedError):  # this machine reports no clock
         return None
     return (round(clock.current, 1) or None) if clock else None
 
 
 def _cpu_temperature() -> float | None:
     found = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
-    return next((found[name][0].current for name in _PROCESSORS if name in found), None)
+    return next((found[name][0].current for name in _CPU_SENSORS if name in found), None)
 
 
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
@@ -63,15 +66,15 @@ _CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 @dataclass(eq=False)
 class Peaks:
-    """The most bytes while something went on; None where a device has no such thing."""
+    """Peak bytes during a measurement; None where the device has no such number."""
 
     allocated: int | None = None
     reserved: int | None = None
-    resident: int | None = None  # of the whole process, whatever else it did meanwhile
+    resident: int | None = None  # of the whole process
 
 
 class MemoryMeter:
-    """Measures peaks: of the allocator on CUDA, of resident memory on the CPU, where several pieces may overlap."""
+    """Measures peak memory: of the allocator on CUDA, of the process on a CPU, where measurements may overlap."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -81,27 +84,27 @@ class MemoryMeter:
 
     @contextmanager
     def measure(self) -> Iterator[Peaks]:
-        """The peaks of what is done inside, known on leaving."""
+        """Measure the peaks of the block; they are set when it ends."""
         peaks = Peaks()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self._note(lambda: self.running.append(peaks))
+        self._update_running(lambda: self.running.append(peaks))
         try:
             yield peaks
         finally:
-            self._note(lambda: self.running.remove(peaks))
+            self._update_running(lambda: self.running.remove(peaks))
             if self.device.type == "cuda":
                 peaks.allocated = torch.cuda.max_memory_allocated(self.device)
                 peaks.reserved = torch.cuda.max_memory_reserved(self.device)
 
     def used(self) -> int | None:
-        """Bytes in use now, by the measure that peaks have on this device."""
+        """Bytes in use now, by the same measure as the peaks."""
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
         return psutil.Process().memory_info().rss if self.resident else None
 
-    def _note(self, change: Callable[[], object]) -> None:
-        """Credit the peak so far to all that is running, then begin or end one and measure afresh."""
+    def _update_running(self, change: Callable[[], object]) -> None:
+        """Record the peak for all running measurements, change their list, and reset the peak."""
         if not self.resident:
             return
         with self.lock:
@@ -113,7 +116,7 @@ class MemoryMeter:
 
 
 def _reset_resident_peak() -> bool:
-    """Linux: set VmHWM back to the resident size of now (proc(5), clear_refs). Whether that worked."""
+    """Reset VmHWM to the current resident size (Linux, proc(5), clear_refs); False if the system forbids it."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
@@ -128,7 +131,7 @@ def _resident_peak() -> int:
 
 
 def host_total() -> int:
-    """Bytes of memory that the machine has, or fewer where this process's control group has a limit."""
+    """Bytes of the machine's memory, or of this process's control group if its limit is lower."""
     return min([psutil.virtual_memory().total, *(limit for limit, _ in _limits())])
 
 

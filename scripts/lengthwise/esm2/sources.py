@@ -1,4 +1,4 @@
-"""Where weights come from: the names of models, their addresses, the place of their files."""
+"""Sources of weights: the official URL, the allowed URLs, and the paths of checkpoints."""
 
 import ipaddress
 from pathlib import Path
@@ -10,7 +10,7 @@ DEMO = "demo"
 
 
 def require_secure(url: str) -> None:
-    """Raise unless a URL is https, or http on this machine."""
+    """Raise LengthwiseError unless a URL is https, or http on this machine."""
     parts = urlsplit(url)
     if parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname or "")):
         return
@@ -24,15 +24,15 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-# Where fair-esm 2.0.0's own loader takes them from (esm/pretrained.py).
+# The URL in fair-esm 2.0.0's own loader (esm/pretrained.py).
 OFFICIAL_URL = "https://dl.fbaipublicfiles.com/fair-esm"
 
 
 def path_of(model: str, folder: str | Path) -> Path:
-    """Where a model's checkpoint is, or will be."""
+    """The path of a model's checkpoint, whether it exists or not; `model` is a name or the path of a ``.pt``."""
     return Path(model) if model.endswith(".pt") else Path(folder) / f"{model}.pt"
 
 
 def record_path(path: Path) -> Path:
-    """What a finished download was."""
+    """The path of a download's record: its URL, size, time and SHA-256."""
     return path.with_name(f"{path.name}.json")

@@ -1,11 +1,11 @@
-"""What became of a sequence in the forward pass, as a shard's `status` tensor says it."""
+"""The status of a sequence after the forward pass, as stored in a shard's `status` tensor."""
 
 from enum import IntEnum
 
 
 class Status(IntEnum):
-    """Good; or numbers beyond the range of a type; or a sequence too long for the device's memory. Bad rows are NaN."""
+    """Rows of a sequence whose status is not GOOD are NaN."""
 
     GOOD = 0
-    NON_FINITE = 1
-    DOES_NOT_FIT = 2
+    NON_FINITE = 1  # a number is beyond the range of the compute or storage type
+    DOES_NOT_FIT = 2  # even alone, the sequence is too long for the device's memory

@@ -1,9 +1,9 @@
-"""ESM-2's tokens."""
+"""Tokens: the numbers that ESM-2 reads for residues and for BOS and EOS."""
 
 import numpy as np
 
-# The order of fair-esm's "ESM-1b" alphabet, which ESM-2 uses: four specials, then these letters. Its last two letters,
-# '.' and '-', are alignment gaps, which no protein has, and are left out on purpose.
+# The order of fair-esm's "ESM-1b" alphabet, which ESM-2 uses: four specials, then these letters. Its last two
+# letters, '.' and '-', are alignment gaps, which no protein has: they are left out.
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 
 RESIDUES = b"LAGVSERTIDPKQNFYMHWCXBUZO"
@@ -12,7 +12,7 @@ VOCABULARY_SIZE = 33
 
 STANDARD = b"ACDEFGHIKLMNPQRSTVWY"
 
-# ESM-2's own tokens, kept and counted: any, aspartate or asparagine, selenocysteine, glutamate or glutamine, pyrrolysine.
+# Rare residues with tokens of their own: any, aspartate or asparagine, selenocysteine, glutamate or glutamine, pyrrolysine.
 RARE = b"XBUZO"
 
 _TOKEN_OF_BYTE = np.full(256, 255, dtype=np.uint8)
@@ -35,7 +35,7 @@ def tokenize(sequence: bytes) -> np.ndarray:
     Raises
     ------
     ValueError
-        A byte that is no residue: `normalize` was skipped.
+        A byte is not a residue: the sequence was not normalised.
     """
     tokens = np.empty(len(sequence) + 2, dtype=np.uint8)
     tokens[0], tokens[-1] = BOS, EOS
@@ -46,6 +46,8 @@ def tokenize(sequence: bytes) -> np.ndarray:
 
 
 def is_tokens(residues: bytes) -> bool:
-    """Whether each byte is a residue, and so exactly one token: L of them are then L + 2 tokens."""
+    """Whether each byte is a residue, and so exactly one token."""
     codes = np.frombuffer(residues or RESIDUES, np.uint8)
-    return codes.min() >= ord("A") and codes.max() <= ord("Z") and b"J" not in residues  # every other capital is one
+    return (
+        codes.min() >= ord("A") and codes.max() <= ord("Z") and b"J" not in residues
+    )  # every capital but J is a residue
