@@ -1,7 +1,8 @@
 """ESM-2: checkpoints, and the forward pass over packed sequences.
 
-In: a checkpoint in fair-esm's layout, and residues. Out: hidden representations, a batch at a time, with what they took.
+In: a checkpoint in fair-esm's layout, and residues. Out: hidden representations, a batch at a time, with times and memory.
 May import: `system`. Nothing here knows of FASTA files, stores, plans or jobs.
 
-The way of a batch: `tokens` -> `batching` (cut, prepared ahead) -> `engine` (copies, memory, results) -> `model` (the layers).
+A batch passes through `tokens` -> `batching` (cut, prefetched) -> `engine` (copies, memory) -> `model` and `rotary` (the layers)
+-> `outputs` (pooling). A checkpoint passes through `sources` (its address) -> `download` -> `checkpoint` (read, checked, loaded).
 """

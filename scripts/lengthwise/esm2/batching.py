@@ -1,46 +1,72 @@
-"""Cutting sequences into batches, and preparing them ahead of the device."""
+"""Batching: where sequences are cut into batches, and how batches are prepared ahead of the device."""
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 
+Item = TypeVar("Item")
+Prepared = TypeVar("Prepared")
+
+# Smaller batches leave a GPU idle anyway.
+_MIN_BATCH_TOKENS = 1_024
+
 
 def cut_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[tuple[int, int]]:
-    """Bounds (start, stop) of consecutive sequences that go through one forward pass.
+    """Cut consecutive sequences into batches.
 
-    A batch has at most `batch_tokens` tokens, specials included, unless it is one long sequence; and all its lengths lie in
-    one bin between two powers of two, so that kernels see few shapes.
+    All lengths of a batch have the same bit length (they lie between two powers of two), so that kernels see few shapes.
+
+    Parameters
+    ----------
+    lengths
+        [N] residues of each sequence, in order.
+    batch_tokens
+        Most tokens of a batch, specials included. A longer sequence is a batch by itself.
+
+    Yields
+    ------
+    (start, stop)
+        Bounds of a batch among the sequences.
     """
-    start, tokens, current = 0, 0, None
+    start, tokens, batch_bits = 0, 0, None
     for i, length in enumerate(lengths):
-        length_bin = int(length).bit_length()
-        size = int(length) + 2
-        if i > start and (tokens + size > batch_tokens or length_bin != current):
+        bits = int(length).bit_length()
+        sequence_tokens = int(length) + 2
+        if i > start and (tokens + sequence_tokens > batch_tokens or bits != batch_bits):
             yield start, i
             start, tokens = i, 0
-        tokens, current = tokens + size, length_bin
+        tokens, batch_bits = tokens + sequence_tokens, bits
     if len(lengths):
         yield start, len(lengths)
 
 
-def ahead(function: Callable, items: Iterable, depth: int = 2) -> Iterator[tuple[object, float]]:
-    """function(item) of each item in order, up to `depth` of them computed ahead on a thread; and the ms waited for each."""
+def prefetch(
+    prepare: Callable[[Item], Prepared], items: Iterable[Item], depth: int = 2
+) -> Iterator[tuple[Prepared, float]]:
+    """Prepare items on a thread, up to `depth` ahead of the consumer.
+
+    Yields
+    ------
+    (prepared, waited_ms)
+        ``prepare(item)`` for each item in order, and how long the consumer waited for it.
+    """
     with ThreadPoolExecutor(1) as pool:
-        waiting: deque[Future] = deque()
-        items = iter(items)
+        pending: deque[Future[Prepared]] = deque()
+        remaining = iter(items)
         while True:
-            waiting.extend(pool.submit(function, item) for item in islice(items, depth + 1 - len(waiting)))
-            if not waiting:
+            pending.extend(pool.submit(prepare, item) for item in islice(remaining, depth + 1 - len(pending)))
+            if not pending:
                 return
             began = time.perf_counter()
-            result = waiting.popleft().result()
-            yield result, (time.perf_counter() - began) * 1000
+            prepared = pending.popleft().result()
+            yield prepared, (time.perf_counter() - began) * 1000
 
 
-def fitting_tokens(free_bytes: float, bytes_per_token: float, most: int) -> int:
-    """Tokens of a batch that fit, at most `most`; a kilotoken at least, below which a GPU idles anyway."""
-    return max(1_024, min(most, int(free_bytes / bytes_per_token)))
+def fitting_tokens(free_bytes: float, bytes_per_token: float, max_tokens: int) -> int:
+    """Tokens of a batch that fit into free memory, between 1,024 and `max_tokens`."""
+    return max(_MIN_BATCH_TOKENS, min(max_tokens, int(free_bytes / bytes_per_token)))

@@ -1,4 +1,4 @@
-"""Checkpoints in fair-esm's layout: reading them safely, and making seeded random ones of the true shapes."""
+"""Checkpoints in fair-esm's layout: read without running their code, loaded into a model, or written with random weights."""
 
 import argparse
 import pickle
@@ -11,26 +11,27 @@ import torch
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.config import MODELS, ModelConfig
 from lengthwise.esm2.model import ESM2, Linear
+from lengthwise.esm2.rotary import paired_rows
 
 DEMO_SHAPE = MODELS["esm2_t6_8M_UR50D"]
 
-_RANDOM = "lengthwise_random_seed"  # in the cfg of a checkpoint that `write_random` made
+_RANDOM_SEED_KEY = "lengthwise_random_seed"  # marks the cfg of a checkpoint written by `write_random`
 
 _PREFIXES = ("encoder.sentence_encoder.", "encoder.")
 
 
 def read(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], bool]:
-    """Open a fair-esm ESM-2 checkpoint, memory-mapped; code in the pickle is refused and never runs.
+    """Open a fair-esm ESM-2 checkpoint, memory-mapped. Code in the pickle is refused and never runs.
 
     Returns
     -------
     (shape, state, random)
-        `state` has fair-esm's names without their ``encoder.`` prefixes; `random` is whether `write_random` made it.
+        `state` has fair-esm's names without their ``encoder.`` prefixes; `random` says whether `write_random` wrote it.
 
     Raises
     ------
     LengthwiseError
-        It cannot be read, or is no ESM-2 checkpoint.
+        The file cannot be read, or is not an ESM-2 checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -56,54 +57,54 @@ def read(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], bool]:
             f"{path}: a torch file, but no ESM-2 checkpoint in fair-esm's layout (it should hold cfg.model and model); "
             "ESM-1, ESM-IF and Hugging Face files do not fit here"
         ) from error
-    expected = _expected(config)
+    expected = _required_shapes(config)
     if missing := sorted(expected.keys() - state.keys()):
         raise LengthwiseError(f"{path}: the checkpoint lacks {len(missing)} tensors, {missing[0]} the first of them")
     for name, shape in expected.items():
         found = getattr(state[name], "shape", None)
         if found != shape:
             raise LengthwiseError(f"{path}: the tensor {name} is {found and tuple(found)} and should be {shape}")
-    return config, state, hasattr(model, _RANDOM)
+    return config, state, hasattr(model, _RANDOM_SEED_KEY)
 
 
 def load_model(path: Path, device: torch.device, dtype: torch.dtype, pack: bool = True) -> ESM2:
-    """The packed model with a checkpoint's weights, on a device in a compute type, ready for inference.
+    """Load a checkpoint into the packed model, ready for inference.
 
     Parameters
     ----------
     path
         A fair-esm checkpoint.
     device, dtype
-        Where the weights go, and the compute type: that of the products; embeddings and LayerNorms stay in float32.
+        The device, and the compute type of matrix products; embeddings and LayerNorms stay in float32.
     pack
-        Whether a CPU may trade them for oneDNN's form, which is faster and knows no gradients.
+        Whether a CPU packs the weights for oneDNN, which is faster and supports no gradients.
     """
     config, state, _ = read(path)
     with torch.device("meta"):
         model = ESM2(config)
 
-    def placed(name: str, to: torch.dtype = torch.float32) -> torch.Tensor:
-        # Copied even where nothing changes: what stays mapped to the file would change with it.
+    def copy_of(name: str, to: torch.dtype = torch.float32) -> torch.Tensor:
+        # Always copied: a tensor mapped to the file would change with the file.
         return state[name].to(device, to, copy=True)
 
     frequencies = [state[f"layers.{index}.self_attn.rot_emb.inv_freq"].float() for index in range(config.num_layers)]
     if any(not torch.equal(frequencies[0], other) for other in frequencies):
         raise LengthwiseError(f"{path}: its layers hold different rotary frequencies, which no ESM-2 has")
-    outer = {name: placed(name) for name in state if name.startswith(("embed_tokens.", "emb_layer_norm_after."))}
-    outer["inv_freq"] = placed("layers.0.self_attn.rot_emb.inv_freq")
+    outer = {name: copy_of(name) for name in state if name.startswith(("embed_tokens.", "emb_layer_norm_after."))}
+    outer["inv_freq"] = copy_of("layers.0.self_attn.rot_emb.inv_freq")
     model.load_state_dict(outer, assign=True, strict=False)
-    pairs = _rotary_pairs(config)
-    for index, layer in enumerate(model.layers):  # one at a time, so that the host never holds all of it twice
+    pairs = paired_rows(config)
+    for index, layer in enumerate(model.layers):  # one at a time, so that the host never holds two copies of the model
         prefix, fused = f"layers.{index}.", {}
         for kind in ("weight", "bias"):
             parts = [state[f"{prefix}self_attn.{part}_proj.{kind}"] for part in "qkv"]
             parts[:2] = [part[pairs] for part in parts[:2]]
             fused[f"qkv.{kind}"] = torch.cat([part.to(device, dtype) for part in parts])
-            fused[f"out_proj.{kind}"] = placed(f"{prefix}self_attn.out_proj.{kind}", dtype)
+            fused[f"out_proj.{kind}"] = copy_of(f"{prefix}self_attn.out_proj.{kind}", dtype)
             for name in ("fc1", "fc2"):
-                fused[f"{name}.{kind}"] = placed(f"{prefix}{name}.{kind}", dtype)
+                fused[f"{name}.{kind}"] = copy_of(f"{prefix}{name}.{kind}", dtype)
             for name in ("self_attn_layer_norm", "final_layer_norm"):
-                fused[f"{name}.{kind}"] = placed(f"{prefix}{name}.{kind}")
+                fused[f"{name}.{kind}"] = copy_of(f"{prefix}{name}.{kind}")
         layer.load_state_dict(fused, assign=True)
         for module in layer.modules():
             if pack and isinstance(module, Linear):
@@ -111,18 +112,12 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype, pack: bool 
     return model.eval().requires_grad_(False)
 
 
-def _rotary_pairs(config: ModelConfig) -> torch.Tensor:
-    """[D] rows of q and k in the order that puts channels i and i + C / 2 of each head side by side."""
-    rows = torch.arange(config.embed_dim).view(config.attention_heads, 2, -1)  # [H, 2, C / 2]
-    return rows.transpose(1, 2).flatten()
-
-
 def write_random(path: Path, config: ModelConfig, seed: int = 0) -> None:
     """Write a seeded random checkpoint of a model's exact shape, in fair-esm's layout and type.
 
-    Its timings are real and its embeddings mean nothing. Weights have a standard deviation of 1 / sqrt(fan in), so that
-    activations and attention are lively, and LayerNorms and biases are random too, so that an error in any of them
-    shows. The rotary frequencies are rounded to half precision, as in the published checkpoints.
+    Timings with it are real; its embeddings are meaningless. Weights have a standard deviation of 1 / sqrt(fan in). LayerNorms
+    and biases are random too, so that an error in any of them shows in the output. The rotary frequencies are rounded to half
+    precision, as in the published checkpoints.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
     # The published checkpoints of 3B and 15B are 5.7 and 30 GB: two bytes a weight.
@@ -166,20 +161,20 @@ def write_random(path: Path, config: ModelConfig, seed: int = 0) -> None:
         encoder_embed_dim=d,
         encoder_attention_heads=config.attention_heads,
         token_dropout=True,
-        **{_RANDOM: seed},
+        **{_RANDOM_SEED_KEY: seed},
     )
-    with open(path, "wb") as file:  # a file, not a path: torch writes a path's stem into the bytes
+    with open(path, "wb") as file:  # not a path: torch would write its stem into the bytes
         torch.save({"cfg": {"model": model}, "model": state}, file)
 
 
-def reference_model(path: Path, device: torch.device | str = "cpu"):
-    """fair-esm's own ESM2 with a checkpoint's weights, in float32: the judge, not the engine."""
+def reference_model(path: Path, device: torch.device | str = "cpu") -> torch.nn.Module:
+    """fair-esm's own ESM2 with a checkpoint's weights, in float32: the reference for tests and parity."""
     from esm.model import esm2
 
     config, state, _ = read(path)
     with torch.device(device):
         model = esm2.ESM2(config.num_layers, config.embed_dim, config.attention_heads)
-    model.load_state_dict(state, strict=False)  # the contact head's weights come in a file of their own
+    model.load_state_dict(state, strict=False)  # the contact head's weights are in another file
     return model.eval()
 
 
@@ -189,16 +184,22 @@ def _strip(name: str) -> str:
     return name
 
 
-def _expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _required_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The tensors that the forward pass needs, with their shapes."""
     d = config.embed_dim
-    shapes = {"embed_tokens.weight": (config.vocabulary_size, d), "emb_layer_norm_after.weight": (d,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed_tokens.weight": (config.vocabulary_size, d),
+        "emb_layer_norm_after.weight": (d,),
+    }
     shapes["emb_layer_norm_after.bias"] = (d,)
     for index in range(config.num_layers):
         layer = f"layers.{index}."
-        linear = {f"self_attn.{part}_proj": (d, d) for part in "kvq"} | {"self_attn.out_proj": (d, d)}
-        linear |= {"fc1": (4 * d, d), "fc2": (d, 4 * d), "self_attn_layer_norm": (d,), "final_layer_norm": (d,)}
-        for part, shape in linear.items():
+        parts: dict[str, tuple[int, ...]] = {}
+        for part in ("k", "v", "q"):
+            parts[f"self_attn.{part}_proj"] = (d, d)
+        parts |= {"self_attn.out_proj": (d, d), "fc1": (4 * d, d), "fc2": (d, 4 * d)}
+        parts |= {"self_attn_layer_norm": (d,), "final_layer_norm": (d,)}
+        for part, shape in parts.items():
             shapes[f"{layer}{part}.weight"] = shape
             shapes[f"{layer}{part}.bias"] = shape[:1]
         shapes[f"{layer}self_attn.rot_emb.inv_freq"] = (config.head_dim // 2,)

@@ -1,15 +1,18 @@
-"""The shapes of the ESM-2 models, and what they cost; without torch, whose import takes seconds."""
+"""The shapes of the ESM-2 models, with their operations and memory; without torch, whose import takes seconds."""
 
 from dataclasses import dataclass
 from math import log
+from typing import overload
 
-# Tokens per batch where `batch_tokens` is auto. On the CPU more gain nothing (8M and 150M, measured), and cost memory.
+import numpy as np
+
+# Tokens per batch where `batch_tokens` is auto. On a CPU larger batches cost memory and gain no speed.
 AUTO_BATCH_TOKENS = {"cpu": 2_048, "cuda": 32_768}
 
-# Of a GPU's free memory, what a batch may take: the rest is for what the formula leaves out, and for neighbours.
+# Share of a GPU's free memory that a batch may take; the rest is for what the formula leaves out and for other processes.
 MEMORY_MARGIN = 0.9
 
-# Batches that a CPU computes at the same time, at most: each takes memory.
+# Most batches that a CPU computes at the same time: each takes memory.
 MOST_AT_ONCE = 16
 
 # What a CPU's passes take of resident memory, against what is counted; and after n batches the allocator keeps for each core what
@@ -29,7 +32,7 @@ class ModelConfig:
 
     @property
     def parameters(self) -> int:
-        """Weights of the layers, and of the embedding of tokens."""
+        """Number of weights of the layers, the token embedding and the final LayerNorm."""
         d = self.embed_dim
         return self.num_layers * (12 * d * d + 13 * d) + (self.vocabulary_size + 2) * d
 
@@ -37,13 +40,24 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.embed_dim // self.attention_heads
 
-    def flops(self, length: int) -> int:
-        """Floating-point operations for one sequence: 24 d^2 a token in matrix products, 4 d L a token in attention."""
+    @overload
+    def flops(self, length: int) -> int: ...
+    @overload
+    def flops(self, length: np.ndarray) -> np.ndarray: ...
+    def flops(self, length: int | np.ndarray) -> int | np.ndarray:
+        """Floating-point operations of a sequence, from its residues (a number or an array).
+
+        Per token and layer: 24 d^2 in matrix products, 4 d (L + 2) in attention.
+        """
         d, tokens = self.embed_dim, length + 2
         return self.num_layers * tokens * (24 * d * d + 4 * d * tokens)
 
-    def attention_flops(self, length: int) -> int:
-        """Of these, those of attention."""
+    @overload
+    def attention_flops(self, length: int) -> int: ...
+    @overload
+    def attention_flops(self, length: np.ndarray) -> np.ndarray: ...
+    def attention_flops(self, length: int | np.ndarray) -> int | np.ndarray:
+        """The operations of attention alone, see `flops`."""
         return self.num_layers * 4 * self.embed_dim * (length + 2) ** 2
 
     def bytes_per_token(self, itemsize: int, stored_bytes: int = 0) -> int:

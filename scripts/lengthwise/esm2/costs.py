@@ -1,14 +1,45 @@
-"""What the work costs before anything was measured."""
+"""What a batch's results take, and how long sequences take before anything was measured; without torch."""
+
+from collections.abc import Collection
 
 import numpy as np
 
 from lengthwise.esm2.config import ModelConfig
 
-# Floating-point operations per second assumed before anything was measured: two cores of a 2023 server in float32, and a
-# third of an A100's dense float16 peak (https://www.nvidia.com/en-us/data-center/a100/).
+# Floating-point operations per second before any measurement: two cores of a 2023 server in float32; a third of an A100's
+# dense float16 peak (https://www.nvidia.com/en-us/data-center/a100/).
 ASSUMED_FLOPS = {"cpu": 60e9, "cuda": 100e12}
 
 
 def forecast_seconds(lengths: np.ndarray, shape: ModelConfig, device: str) -> np.ndarray:
-    """Seconds that sequences of these lengths are assumed to take on a device: cpu or cuda."""
+    """Seconds that each sequence takes on a device at the assumed speed.
+
+    Parameters
+    ----------
+    lengths
+        [N] residues of each sequence.
+    shape
+        The model's shape.
+    device
+        cpu or cuda.
+    """
     return shape.flops(lengths.astype(np.float64)) / ASSUMED_FLOPS[device]
+
+
+def result_bytes_per_token(embed_dim: int, num_layers: int, outputs: Collection[str], storage_itemsize: int) -> int:
+    """Device memory of a batch's results for each of its tokens: the `stored_bytes` of `ModelConfig.bytes_per_token`.
+
+    Parameters
+    ----------
+    embed_dim
+        The model's width.
+    num_layers
+        How many layers are stored.
+    outputs
+        Of residue, mean and bos; only residue rows take memory that counts.
+    storage_itemsize
+        Bytes of a stored number.
+    """
+    stored = num_layers * embed_dim * storage_itemsize if "residue" in outputs else 0
+    waiting = 4 * (num_layers - 1) * embed_dim  # float32 representations of layers that are not pooled yet
+    return stored + waiting

@@ -1,6 +1,6 @@
-"""The engine: sequences in, embeddings out, one batch at a time.
+"""The engine: batches of sequences in, embeddings out, with several batches in progress at the same time.
 
-It needs torch, numpy, safetensors and fair-esm only, and knows nothing of files but the checkpoint.
+The only file that it reads is the checkpoint.
 """
 
 import gc
@@ -19,41 +19,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lengthwise.esm2.batching import ahead, fitting_tokens
+from lengthwise.esm2.batching import fitting_tokens, prefetch
 from lengthwise.esm2.checkpoint import load_model
 from lengthwise.esm2.config import AUTO_BATCH_TOKENS, MEMORY_MARGIN, MOST_AT_ONCE
+from lengthwise.esm2.costs import result_bytes_per_token
 from lengthwise.esm2.devices import DTYPES, device_name, is_out_of_memory
 from lengthwise.esm2.meters import MemoryMeter, Peaks
 from lengthwise.esm2.model import Packing, onednn_serves
+from lengthwise.esm2.outputs import Output, fill_bad_with_nan, finite_status
 from lengthwise.esm2.status import Status
 from lengthwise.esm2.tokens import tokenize
 
 log = logging.getLogger("lengthwise")
 
-
-@dataclass(frozen=True)
-class Output:
-    """What is computed and in which types."""
-
-    layers: tuple[int, ...]
-    outputs: tuple[str, ...]  # of residue, mean, bos
-    storage_dtype: str
+# oneDNN and torch cache a primitive per input shape; almost every batch is a new shape, so both caches are capped.
+_SHAPE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+_CACHED_SHAPES_PER_CORE = 8
 
 
 @dataclass(frozen=True)
 class BatchResult:
-    """Embeddings of a batch's sequences, on the host, and what it took."""
+    """A batch's embeddings on the host, with times and memory."""
 
     arrays: dict[str, np.ndarray]  # layer_<n> [R, D] in the storage type; mean_<n>, bos_<n> [N, D] float32
-    status: (
-        np.ndarray
-    )  # [N] uint8: Status.GOOD, Status.NON_FINITE or Status.DOES_NOT_FIT; rows that are not good are NaN
-    device_ms: float  # of the forward pass and pooling, by the device's own clock
-    wait_read_ms: float  # the engine's wait for the next batch to be tokenised
+    status: np.ndarray  # [N] uint8, values of Status; rows of sequences that are not GOOD are NaN
+    device_ms: float  # forward pass and pooling, by the device's own clock
+    wait_read_ms: float  # the engine's wait until the batch was tokenised
     peak_allocated_bytes: int | None
     peak_reserved_bytes: int | None
     peak_rss_bytes: int | None
-    oom_splits: int
+    oom_splits: int  # how often a part of the batch did not fit into memory
 
 
 @dataclass(frozen=True)
@@ -66,50 +61,56 @@ class _Batch:
 
 
 @dataclass(eq=False)
-class _Part:
-    """A forward pass that was started: its results are on the host once it is settled."""
+class _Pass:
+    """A forward pass in progress; its results are on the host after `settle`."""
 
     packing: Packing  # on the host
     arrays: dict[str, Tensor]
-    status: Tensor
-    ticks: tuple[float, float] | tuple[torch.cuda.Event, torch.cuda.Event] | None
-    done: torch.cuda.Event | None
-    on_device: object  # what is being copied out: memory that must not be used for anything else before that
+    status: Tensor  # [N] uint8
+    timer: "_Timer | None"
+    copied: torch.cuda.Event | None  # recorded after the copies to the host
+    on_device: object  # keeps the copies' sources allocated until `settle`
     peaks: Peaks
 
     def settle(self) -> None:
-        """Wait for the copies, and let go of the device's memory."""
-        if self.done is not None:
-            self.done.synchronize()
+        """Wait for the copies to the host, then release the device's memory."""
+        if self.copied is not None:
+            self.copied.synchronize()
         self.on_device = None
 
 
-# oneDNN, and torch's layer over it, keep what they prepared for each of the last 1,024 shapes, and nearly every batch has a
-# number of tokens of its own: in 400,000 residues that grew to 490 MB (8M, bfloat16), and with eight for each core to 200 MB,
-# in the same time.
-_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+@dataclass(frozen=True)
+class _StartedBatch:
+    """The forward passes of a batch, in the order of its sequences: one, or several if memory did not hold the batch."""
+
+    passes: list[_Pass]
+    oom_splits: int
 
 
 class Engine:
     """A model on a device, ready to embed batches.
 
-    On a GPU three things happen at once: a thread tokenises the next batches and puts them into pinned memory, the GPU
-    computes one batch, and the results of the one before are copied out. The host waits for nothing but results.
+    On a GPU three things overlap: a thread tokenises the next batches into pinned memory, the GPU computes one batch, and the
+    results of the previous batch are copied to the host.
 
-    A CPU's cores compute a batch each, rather than all of them a part of the same one: so they do not wait for each other in
-    every operator. Measured on two cores that had other work too: 3 to 5 times as fast (8M).
+    On a CPU each core computes a batch of its own, so that cores do not wait for each other in every operator.
 
     Parameters
     ----------
     checkpoint
-        In fair-esm's layout.
+        A checkpoint in fair-esm's layout.
     device, precision
-        Where to compute, and the compute type.
+        The device and the compute type.
     output
-        What to compute.
+        The layers and outputs to compute.
     compile
-        Whether torch may compile the layers on a GPU, which takes a minute once on a machine; without a compiler there the
-        engine runs as it is. CPUs have something faster: oneDNN's packed weights (measured: about 1.2 times).
+        Whether torch compiles the layers on a GPU (about a minute, once per machine). Without a compiler the engine runs
+        uncompiled. CPUs use oneDNN's packed weights instead.
+
+    Raises
+    ------
+    LengthwiseError
+        The checkpoint cannot be read or is not ESM-2.
     """
 
     def __init__(self, checkpoint: Path, device: torch.device, precision: str, output: Output, compile: bool = False):
@@ -120,107 +121,117 @@ class Engine:
         if device.type == "cpu" and not onednn_serves(DTYPES[precision]):
             log.warning("this CPU has no instructions for %s: it is emulated, slower than float32", precision)
         self.at_once = 1 if device.type == "cuda" else min(torch.get_num_threads(), MOST_AT_ONCE)
-        for cache in _CACHES:
-            os.environ.setdefault(cache, str(8 * self.at_once))  # read when the first is prepared
+        for cache in _SHAPE_CACHES:  # read when the first primitive is created
+            os.environ.setdefault(cache, str(_CACHED_SHAPES_PER_CORE * self.at_once))
         self.model = load_model(checkpoint, device, DTYPES[precision])
         self.memory = MemoryMeter(device)
-        self.token_limit = sys.maxsize  # the largest batch that memory is known not to refuse
-        self.parts: WeakSet[_Part] = WeakSet()  # on a GPU, that nobody has taken yet
-        self.most_started = self.at_once + 1  # and not finished: one waits, so that no core does
+        self.token_limit = sys.maxsize  # a larger batch was refused by memory before
+        self.unsettled: WeakSet[_Pass] = WeakSet()  # passes whose results may still occupy the GPU
+        self.max_started = self.at_once + 1  # one batch more than cores, so that no core idles
         if device.type == "cuda":
             self.incoming, self.outgoing = torch.cuda.Stream(device), torch.cuda.Stream(device)
             if compile:
                 self._compile()
 
     def embed(self, batches: Iterable[list[bytes]]) -> Iterator[BatchResult]:
-        """Embed batches, in order, working ahead: a result comes when the batch behind it has been started.
+        """Embed batches, in order. A result is yielded after the next batch was started.
 
         Parameters
         ----------
         batches
-            Each the normalised residues of its sequences.
+            For each batch the normalised residues of its sequences.
+
+        Raises
+        ------
+        ValueError
+            A byte is not a residue.
         """
-        prepared = ahead(self._prepare, batches)
+        prepared = prefetch(self._prepare, batches)
         return self._embed_on_gpu(prepared) if self.device.type == "cuda" else self._embed_on_cores(prepared)
 
     def _embed_on_gpu(self, prepared: Iterable[tuple[_Batch, float]]) -> Iterator[BatchResult]:
-        waiting: deque[tuple[tuple[list[_Part], int], float]] = deque()
+        """Start each batch before the results of the previous one are awaited."""
+        started: deque[tuple[_StartedBatch, float]] = deque()
         for batch, waited_ms in prepared:
-            waiting.append((self._start(batch), waited_ms))
-            if len(waiting) > 1:
-                yield self._finish(*waiting.popleft())
-        while waiting:
-            yield self._finish(*waiting.popleft())
+            started.append((self._start(batch), waited_ms))
+            if len(started) > 1:
+                yield self._finish(*started.popleft())
+        while started:
+            yield self._finish(*started.popleft())
 
     def _embed_on_cores(self, prepared: Iterable[tuple[_Batch, float]]) -> Iterator[BatchResult]:
-        share = max(1, torch.get_num_threads() // self.at_once)
-        started: deque[tuple[_Batch, Future, float]] = deque()
+        """Compute a batch on each core; a batch of more tokens than usual runs alone on all cores, to save memory."""
+        threads_per_batch = max(1, torch.get_num_threads() // self.at_once)
+        started: deque[tuple[_Batch, Future[_StartedBatch | None], float]] = deque()
 
-        def first() -> BatchResult:
+        def oldest_result() -> BatchResult:
             batch, future, waited_ms = started.popleft()
             result = future.result()
-            if result is None:  # refused beside others: try it alone, and go on with fewer at once
+            if result is None:  # memory did not hold it beside others: compute it alone, and fewer at once from now on
                 wait([future for _, future, _ in started])
-                self.most_started = max(1, self.most_started // 2)
+                self.max_started = max(1, self.max_started // 2)
                 result = self._start(batch)
             return self._finish(result, waited_ms)
 
-        with ThreadPoolExecutor(self.at_once, initializer=torch.set_num_threads, initargs=(share,)) as cores:
+        with ThreadPoolExecutor(
+            self.at_once, initializer=torch.set_num_threads, initargs=(threads_per_batch,)
+        ) as cores:
             for batch, waited_ms in prepared:
-                long = len(batch.tokens) > AUTO_BATCH_TOKENS["cpu"]  # alone, on all cores: it takes much memory
-                while started and (long or len(started) >= self.most_started):
-                    yield first()
-                if long:
+                alone = len(batch.tokens) > AUTO_BATCH_TOKENS["cpu"]
+                while started and (alone or len(started) >= self.max_started):
+                    yield oldest_result()
+                if alone:
                     yield self._finish(self._start(batch), waited_ms)
                 else:
-                    started.append((batch, cores.submit(self._tried, batch), waited_ms))
+                    started.append((batch, cores.submit(self._start_unsplit, batch), waited_ms))
             while started:
-                yield first()
+                yield oldest_result()
 
     def in_float32(self) -> "Engine":
-        """The same engine in float32, for what overflowed."""
+        """The same engine in float32, for sequences that overflowed."""
         return Engine(self.checkpoint, self.device, "float32", self.output)
 
     def auto_batch_tokens(self) -> int:
-        """Tokens for a batch where the config leaves it open.
+        """Tokens per batch where the config says `auto`.
 
-        On a GPU as many as it is busy with, or as fit in nine tenths of what is free: by the closed formula
-        (`ModelConfig.bytes_per_token`), corrected by one pass of that size.
+        On a GPU the smaller of the count that keeps it busy and the count that fits into nine tenths of the free memory. The
+        second comes from `ModelConfig.bytes_per_token`, corrected by one measured pass.
         """
         if self.device.type == "cpu":
             return AUTO_BATCH_TOKENS["cpu"]
         torch.cuda.empty_cache()
-        free = MEMORY_MARGIN * torch.cuda.mem_get_info(self.device)[0]
-        tokens = fitting_tokens(free, self.bytes_per_token, AUTO_BATCH_TOKENS["cuda"])
-        before = torch.cuda.memory_allocated(self.device)
+        free_bytes = MEMORY_MARGIN * torch.cuda.mem_get_info(self.device)[0]
+        tokens = fitting_tokens(free_bytes, self.bytes_per_token, AUTO_BATCH_TOKENS["cuda"])
+        before_bytes = torch.cuda.memory_allocated(self.device)
         length = min(300, tokens - 2)
         batch = [b"A" * length] * (tokens // (length + 2))
-        *_, result = self.embed([batch, batch])  # the second while the first one's results are copied out
+        *_, result = self.embed([batch, batch])  # the second batch runs while the first one's results are copied
         if result.oom_splits:
             return max(1_024, tokens // 2)
-        needed = (result.peak_allocated_bytes - before) / tokens
+        measured_bytes_per_token = ((result.peak_allocated_bytes or 0) - before_bytes) / tokens
         log.info(
             "%s tokens a batch need %.2f GB (%.2f by the formula) of the %.2f GB that are free",
             f"{tokens:,}",
-            needed * tokens / 1e9,
+            measured_bytes_per_token * tokens / 1e9,
             self.bytes_per_token * tokens / 1e9,
-            free / 1e9,
+            free_bytes / 1e9,
         )
-        return fitting_tokens(free, needed, tokens)
+        return fitting_tokens(free_bytes, measured_bytes_per_token, tokens)
 
     @property
     def bytes_per_token(self) -> int:
-        """Memory that a batch needs beside the weights for each of its tokens, by the closed formula."""
-        stored = "residue" in self.output.outputs and DTYPES[self.output.storage_dtype].itemsize
-        stored *= len(self.output.layers) * self.model.config.embed_dim
-        stored += 4 * (len(self.output.layers) - 1) * self.model.config.embed_dim  # layers that wait to be stored
-        return self.model.config.bytes_per_token(DTYPES[self.precision].itemsize, stored)
+        """Memory that a batch needs beside the weights for each of its tokens, by `ModelConfig.bytes_per_token`."""
+        shape, output = self.model.config, self.output
+        stored_bytes = result_bytes_per_token(
+            shape.embed_dim, len(output.layers), output.outputs, output.stored_dtype.itemsize
+        )
+        return shape.bytes_per_token(DTYPES[self.precision].itemsize, stored_bytes)
 
     def _compile(self) -> None:
         began = time.perf_counter()
         self.model.compile()
         try:
-            for n in (2, 3):  # two sizes, so that none is taken for a constant
+            for n in (2, 3):  # two batch sizes, or torch would compile the size in as a constant
                 list(self.embed([[b"A" * 30] * n]))
         except Exception as error:
             if is_out_of_memory(error):
@@ -231,65 +242,55 @@ class Engine:
             log.info("compiled the layers in %.1f s", time.perf_counter() - began)
 
     def _prepare(self, sequences: list[bytes]) -> _Batch:
-        """On a thread of its own, while the device computes."""
+        """Tokenise a batch; runs on a thread while the device computes."""
         pin = self.device.type == "cuda"
         tokens = torch.from_numpy(np.concatenate([tokenize(sequence) for sequence in sequences]))  # [T]
         packing = Packing.of((len(sequence) + 2 for sequence in sequences), pin)
         return _Batch(sequences, tokens.pin_memory() if pin else tokens, packing)
 
-    def _start(self, batch: _Batch) -> tuple[list[_Part], int]:
-        """Start a batch; where memory does not hold it, in halves, and all later batches of its size too.
-
-        Returns
-        -------
-        (parts, splits)
-            The parts in order, and how often something was too large.
-        """
+    def _start(self, batch: _Batch) -> _StartedBatch:
+        """Start a batch; if memory does not hold it, start its halves, and split later batches of its size at once."""
         n = len(batch.sequences)
         if n == 1 or len(batch.tokens) <= self.token_limit:
-            for _ in range(2):  # again once everything else was given back
-                if result := self._tried(batch):
-                    return result
-                self._give_memory_back()
+            for _ in range(2):  # the second time after all other memory was released
+                if started := self._start_unsplit(batch):
+                    return started
+                self._release_memory()
             if n == 1:
-                self._warn_of(len(batch.sequences[0]))
-                return [self._nothing(batch)], 1
+                return _StartedBatch([self._does_not_fit(batch)], 1)
             self.token_limit = len(batch.tokens) - 1
-        middle = n // 2
-        parts, splits = [], 1
-        for half in (batch.sequences[:middle], batch.sequences[middle:]):
-            more, deeper = self._start(self._prepare(half))
-            parts, splits = parts + more, splits + deeper
-        return parts, splits
+        halves = [self._start(self._prepare(half)) for half in (batch.sequences[: n // 2], batch.sequences[n // 2 :])]
+        return _StartedBatch([part for half in halves for part in half.passes], 1 + sum(h.oom_splits for h in halves))
 
-    def _tried(self, batch: _Batch) -> tuple[list[_Part], int] | None:
-        """A forward pass of the whole batch; None where memory does not hold it."""
+    def _start_unsplit(self, batch: _Batch) -> _StartedBatch | None:
+        """One forward pass of the whole batch; None if memory does not hold it."""
         try:
-            return [self._forward(batch)], 0
+            return _StartedBatch([self._forward(batch)], 0)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         return None  # outside of the handler, whose traceback keeps the tensors alive
 
     @torch.inference_mode()
-    def _forward(self, batch: _Batch) -> _Part:
-        """One forward pass; on a GPU this returns before it is done."""
-        cuda = self.device.type == "cuda"
+    def _forward(self, batch: _Batch) -> _Pass:
+        """One forward pass; on a GPU this returns while the GPU computes."""
+        on_gpu = self.device.type == "cuda"
         with self.memory.measure() as peaks:
-            tokens, packing = self._copied_in(batch) if cuda else (batch.tokens, batch.packing)
-            began = self._tick()
-            results = self._pool(self.model(tokens, packing, self.output.layers), packing)
-            status = _status(results, packing)
-            ended = self._tick()
-        if not cuda:
-            return _Part(batch.packing, results, status, (began, ended), None, None, peaks)
+            tokens, packing = self._copy_in(batch) if on_gpu else (batch.tokens, batch.packing)
+            timer = _Timer(self.device)
+            results = self.output.pool(self.model(tokens, packing, self.output.layers), packing)
+            status = finite_status(results, packing)
+            timer.stop()
+        if not on_gpu:
+            return _Pass(batch.packing, results, status, timer, None, None, peaks)
         on_device = results, status
-        results, status, done = self._copied_out(results, status)
-        part = _Part(batch.packing, results, status, (began, ended), done, on_device, peaks)
-        self.parts.add(part)
-        return part
+        results, status, copied = self._copy_out(results, status)
+        started = _Pass(batch.packing, results, status, timer, copied, on_device, peaks)
+        self.unsettled.add(started)
+        return started
 
-    def _copied_in(self, batch: _Batch) -> tuple[Tensor, Packing]:
+    def _copy_in(self, batch: _Batch) -> tuple[Tensor, Packing]:
+        """Start the copies of a batch to the GPU, on a stream of their own."""
         with torch.cuda.stream(self.incoming):
             tokens, packing = batch.tokens.to(self.device, non_blocking=True), batch.packing.to(self.device)
         compute = torch.cuda.current_stream(self.device)
@@ -298,106 +299,85 @@ class Engine:
             tensor.record_stream(compute)
         return tokens, packing
 
-    def _copied_out(self, results: dict[str, Tensor], status: Tensor) -> tuple[dict[str, Tensor], Tensor, object]:
+    def _copy_out(
+        self, results: dict[str, Tensor], status: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor, torch.cuda.Event]:
+        """Start the copies of a batch's results to the host, on a stream of their own."""
         self.outgoing.wait_stream(torch.cuda.current_stream(self.device))
         on_host = {}
         with torch.cuda.stream(self.outgoing):
             for name, value in {**results, "status": status}.items():
-                # torch keeps pinned memory for the next batch: after a few there are no new ones.
+                # torch reuses pinned memory: after a few batches nothing is pinned anew.
                 on_host[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
                 on_host[name].copy_(value, non_blocking=True)
-            done = self.outgoing.record_event()
-        return on_host, on_host.pop("status"), done
+            copied = self.outgoing.record_event()
+        return on_host, on_host.pop("status"), copied
 
-    def _finish(self, started: tuple[list[_Part], int], waited_ms: float) -> BatchResult:
-        """Wait for a batch's results; rows of sequences that are not good become NaN."""
-        parts, splits = started
-        joined = [_on_host(part) for part in parts]
-        arrays, status = joined[0]
-        if len(joined) > 1:
-            arrays = {name: np.concatenate([each[name] for each, _ in joined]) for name in arrays}
-            status = np.concatenate([each for _, each in joined])
-        device_ms = sum(_elapsed_ms(*part.ticks) for part in parts if part.ticks)
-        peaks = [
-            max((peak for part in parts if (peak := getattr(part.peaks, kind)) is not None), default=None)
-            for kind in ("allocated", "reserved", "resident")
-        ]
-        return BatchResult(arrays, status, device_ms, waited_ms, *peaks, splits)
+    def _finish(self, started: _StartedBatch, waited_ms: float) -> BatchResult:
+        """Wait for a batch's results, and join those of its forward passes."""
+        passes = started.passes
+        for one in passes:
+            one.settle()
+            fill_bad_with_nan(one.arrays, one.status, one.packing)
+        return BatchResult(
+            arrays={name: _joined([one.arrays[name] for one in passes]) for name in passes[0].arrays},
+            status=_joined([one.status for one in passes]),
+            device_ms=sum(one.timer.elapsed_ms() for one in passes if one.timer),
+            wait_read_ms=waited_ms,
+            peak_allocated_bytes=_largest(one.peaks.allocated for one in passes),
+            peak_reserved_bytes=_largest(one.peaks.reserved for one in passes),
+            peak_rss_bytes=_largest(one.peaks.resident for one in passes),
+            oom_splits=started.oom_splits,
+        )
 
-    def _pool(self, hidden: dict[int, Tensor], packing: Packing) -> dict[str, Tensor]:
-        """What is stored: residue rows in the storage type; means (over residues alone) and BOS rows in float32."""
-        results = {}
-        for layer in self.output.layers:
-            residues = hidden[layer].index_select(0, packing.residues)  # [R, D]
-            if "residue" in self.output.outputs:
-                results[f"layer_{layer}"] = residues.to(DTYPES[self.output.storage_dtype])
-            if "mean" in self.output.outputs:
-                counts = packing.bounds.diff().long() - 2  # [N]
-                results[f"mean_{layer}"] = torch.segment_reduce(residues, "mean", lengths=counts, unsafe=True)
-            if "bos" in self.output.outputs:
-                results[f"bos_{layer}"] = hidden[layer].index_select(0, packing.bounds[:-1])  # [N, D]
-        return results
-
-    def _tick(self) -> "float | torch.cuda.Event":
-        if self.device.type == "cpu":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _give_memory_back(self) -> None:
-        for part in self.parts:
-            part.settle()
+    def _release_memory(self) -> None:
+        for one in self.unsettled:
+            one.settle()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
 
-    def _warn_of(self, length: int) -> None:
+    def _does_not_fit(self, batch: _Batch) -> _Pass:
+        """NaN rows for a sequence that does not fit into memory even alone, after a warning."""
+        residues = len(batch.sequences[0])
         log.warning(
-            "a sequence of %s residues does not fit into the memory of %s even alone: it would need about %.1f GB beside "
-            "the weights; its rows are NaN, its record is rejected, and retry_rejected takes it up on a larger device",
-            f"{length:,}",
+            "a sequence of %s residues does not fit into the memory of %s, even alone: it would need about %.1f GB beside the "
+            "weights; its rows are NaN and its record is rejected; set retry_rejected to embed it on a larger device",
+            f"{residues:,}",
             device_name(self.device),
-            self.bytes_per_token * (length + 2) / 1e9,
+            self.bytes_per_token * (residues + 2) / 1e9,
         )
-
-    def _nothing(self, batch: _Batch) -> _Part:
-        """The rows of a sequence that cannot be embedded."""
-        width, residues = self.model.config.embed_dim, len(batch.sequences[0])
-        arrays = {}
-        for layer in self.output.layers:
-            for output in self.output.outputs:
-                if output == "residue":
-                    dtype = DTYPES[self.output.storage_dtype]
-                    arrays[f"layer_{layer}"] = torch.full((residues, width), torch.nan, dtype=dtype)
-                else:
-                    arrays[f"{output}_{layer}"] = torch.full((1, width), torch.nan)
+        arrays = self.output.of_nan(residues, self.model.config.embed_dim)
         status = torch.full((1,), Status.DOES_NOT_FIT, dtype=torch.uint8)
-        return _Part(batch.packing, arrays, status, None, None, None, Peaks())
+        return _Pass(batch.packing, arrays, status, None, None, None, Peaks())
 
 
-def _on_host(part: _Part) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    part.settle()
-    arrays, status = {name: value.numpy() for name, value in part.arrays.items()}, part.status.numpy()
-    if (bad := status != Status.GOOD).any():
-        counts = part.packing.bounds.diff().numpy() - 2  # [N]
-        for name, value in arrays.items():
-            value[bad.repeat(counts) if name.startswith("layer_") else bad] = np.nan
-    return arrays, status
+class _Timer:
+    """Milliseconds between its creation and `stop`, by the device's own clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.events: list[torch.cuda.Event] = []
+        self.seconds: list[float] = []
+        self.on_gpu = device.type == "cuda"
+        self.stop()
+
+    def stop(self) -> None:
+        if self.on_gpu:
+            self.events.append(torch.cuda.Event(enable_timing=True))
+            self.events[-1].record()
+        else:
+            self.seconds.append(time.perf_counter())
+
+    def elapsed_ms(self) -> float:
+        if self.on_gpu:
+            return self.events[0].elapsed_time(self.events[-1])
+        return (self.seconds[-1] - self.seconds[0]) * 1000
 
 
-def _elapsed_ms(began, ended) -> float:
-    return (ended - began) * 1000 if isinstance(began, float) else began.elapsed_time(ended)
+def _joined(parts: list[Tensor]) -> np.ndarray:
+    return parts[0].numpy() if len(parts) == 1 else np.concatenate([part.numpy() for part in parts])
 
 
-def _status(results: dict[str, Tensor], packing: Packing) -> Tensor:
-    """[N] uint8 on the device: whether all that is stored of a sequence is finite, in the type that it is stored in."""
-    finite = torch.ones(len(packing.lengths), dtype=torch.bool, device=packing.bounds.device)
-    for name, value in results.items():
-        rows = value.isfinite().all(dim=1)  # [R] or [N]
-        if name.startswith("layer_"):
-            counts = packing.bounds.diff().long() - 2  # [N]
-            rows = torch.segment_reduce(rows.float(), "min", lengths=counts, unsafe=True) > 0  # [N]
-        finite &= rows
-    return torch.where(finite, Status.GOOD, Status.NON_FINITE).to(torch.uint8)
+def _largest(peaks: Iterable[int | None]) -> int | None:
+    return max((peak for peak in peaks if peak is not None), default=None)

@@ -15,8 +15,9 @@ from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.costs import forecast_seconds
 from lengthwise.esm2.devices import device_name, resolve_device, set_threads
-from lengthwise.esm2.engine import Engine, Output
+from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.meters import driver_version
+from lengthwise.esm2.outputs import Output
 from lengthwise.esm2.status import Status
 from lengthwise.jobs.heartbeat import Heartbeat
 from lengthwise.jobs.parity import ParityError, receipt

@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lengthwise.esm2 import checkpoint
+from lengthwise.esm2 import checkpoint, rotary
 from lengthwise.esm2 import model as model_module
 from lengthwise.esm2 import tokens as tokens_module
-from lengthwise.esm2.batching import ahead
-from lengthwise.esm2.config import MODELS, ModelConfig
-from lengthwise.esm2.engine import AUTO_BATCH_TOKENS, Engine, Output
+from lengthwise.esm2.batching import prefetch
+from lengthwise.esm2.config import AUTO_BATCH_TOKENS, MODELS, ModelConfig
+from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.meters import host_available
 from lengthwise.esm2.model import Packing
+from lengthwise.esm2.outputs import Output
 
 CPU = torch.device("cpu")
 # Float32 sums in another order: measured errors are about 4e-6 of the RMS; a wrong formula is off by 1e-3 and more.
@@ -177,11 +178,11 @@ def test_a_gpus_padded_attention_equals_attention_sequence_by_sequence(lengths):
 def test_a_rotation_written_out_equals_the_complex_product(monkeypatch):
     """GPUs and compiled code compute with real numbers what the CPU computes with complex ones."""
     q, k, _ = random_qkv([9, 4])
-    turn = model_module.rotations(1 / 10_000 ** (torch.arange(8) / 8), Packing.of([9, 4]))
+    angles = rotary.rotary_angles(1 / 10_000 ** (torch.arange(8) / 8), Packing.of([9, 4]).positions)
     x = torch.stack((q, k), 1)
-    complex_ = model_module.rotate(x, turn)
+    complex_ = rotary.rotate(x, angles)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    torch.testing.assert_close(model_module.rotate(x, turn), complex_, rtol=0, atol=1e-6)
+    torch.testing.assert_close(rotary.rotate(x, angles), complex_, rtol=0, atol=1e-6)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
@@ -232,11 +233,11 @@ def test_before_a_second_try_the_results_of_earlier_batches_leave_the_device(any
         part = original(self, batch)
         part.on_device = "results"  # as on a GPU, where they wait to be copied out
         waiting.append(part)
-        self.parts.add(part)
+        self.unsettled.add(part)
         return part
 
     monkeypatch.setattr(Engine, "_forward", crowded)
-    batches = ahead(engine._prepare, [[sequence] for sequence in random_sequences([5, 6, 7])])
+    batches = prefetch(engine._prepare, [[sequence] for sequence in random_sequences([5, 6, 7])])
     results = list(engine._embed_on_gpu(batches))
     assert [(result.status.tolist(), result.oom_splits) for result in results] == [([0], 0)] * 3
 

@@ -9,7 +9,7 @@ import torch
 
 from lengthwise.esm2 import engine
 from lengthwise.esm2.checkpoint import reference_model
-from lengthwise.esm2.engine import Engine
+from lengthwise.esm2.outputs import Output
 from lengthwise.esm2.status import Status
 from lengthwise.ingest.digests import digest_name
 from lengthwise.jobs import embed_job, parity
@@ -122,26 +122,26 @@ def test_a_wrong_rotary_frequency_fails_the_job_and_removes_its_shards(new, refu
 @pytest.mark.parametrize("name", ["layer_0", "layer_2", "mean_0", "mean_2", "bos_0", "bos_2"])
 def test_whichever_tensor_is_wrong_is_found(new, refused, monkeypatch, name):
     store, (job,) = new(layers=[0, -1], outputs=["residue", "mean", "bos"])
-    pool = Engine._pool
+    pool = Output.pool
 
     def wrong(self, hidden, packing):
         results = pool(self, hidden, packing)
         results[name] += 0.01
         return results
 
-    monkeypatch.setattr(Engine, "_pool", wrong)
+    monkeypatch.setattr(Output, "pool", wrong)
     assert_it_fails(store, job, refused, name)
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_half_precision_that_is_wrong_fails_the_job(new, refused, monkeypatch, precision):
     store, (job,) = new(precision=precision)
-    pool = Engine._pool
+    pool = Output.pool
 
     def wrong(self, hidden, packing):
         return pool(self, {layer: rows.roll(1, 0) for layer, rows in hidden.items()}, packing)
 
-    monkeypatch.setattr(Engine, "_pool", wrong)
+    monkeypatch.setattr(Output, "pool", wrong)
     assert_it_fails(store, job, refused, "cosine")
 
 
@@ -197,7 +197,7 @@ def test_a_reference_that_does_not_fit_is_skipped_with_the_reason(new, monkeypat
 
 def test_sequences_that_overflowed_are_not_compared(new, monkeypatch):
     store, (job,) = new()
-    status = engine._status
-    monkeypatch.setattr(engine, "_status", lambda *a: torch.full_like(status(*a), Status.NON_FINITE))
+    status = engine.finite_status
+    monkeypatch.setattr(engine, "finite_status", lambda *a: torch.full_like(status(*a), Status.NON_FINITE))
     assert "skipped" in store.embed(job)["parity"]
     assert all((Shard(path)["status"] == Status.NON_FINITE).all() for path in store.shard_files())
