@@ -50,7 +50,8 @@ def block_bytes(request, monkeypatch):
     monkeypatch.setattr("lengthwise.ingest.decompress.BLOCK_BYTES", request.param)
 
 
-headers = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), max_size=30).map(lambda text: "r" + text)
+# No backslash: one before xNN is escaped, which has a test of its own.
+headers = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\\"), max_size=30).map(lambda text: "r" + text)
 sequences = st.text(RESIDUES.decode(), max_size=200)
 
 
