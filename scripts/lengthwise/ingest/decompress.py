@@ -1,10 +1,11 @@
-"""A file's text in blocks, whatever it is compressed with."""
+"""Decompression: a file's content in blocks, from plain, gzip or zstd, told apart by content."""
 
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from isal.igzip_lib import DECOMP_GZIP, IgzipDecompressor, IsalError
 
@@ -16,16 +17,16 @@ if sys.version_info >= (3, 14):
 else:
     from backports.zstd import ZstdDecompressor, ZstdError
 
-# Small enough that a block and what is made of it stay in the processor's cache.
+# Small enough that a block and its arrays stay in the processor's cache.
 BLOCK_BYTES = 2 << 20
 
 _MAGIC_BYTES = 4
 
-_MAX_HEADER_BYTES = 1 << 20  # of gzip, where any name fits
+_MAX_HEADER_BYTES = 1 << 20  # of a gzip member; its file name has no limit
 
 
 def _has_gzip_header(start: bytes) -> bool:
-    """Whether a member's header (RFC 1952, 2.3) is whole: ISA-L forgets what it has seen of one that is not."""
+    """Whether a gzip member's header (RFC 1952, 2.3) is complete: ISA-L cannot resume inside a header."""
     if len(start) < 12:
         return False
     flags, end = start[3], 10
@@ -37,10 +38,10 @@ def _has_gzip_header(start: bytes) -> bool:
     return end + (flags & 2) <= len(start) or len(start) > _MAX_HEADER_BYTES
 
 
-# How data begin, their decompressor, and whether there are enough of them for it to begin.
-_COMPRESSIONS = {
+# By name: the first bytes, the decompressor, and whether enough bytes are there to start it.
+_COMPRESSIONS: dict[str, tuple[re.Pattern[bytes], Callable[[], Any], Callable[[bytes], bool]]] = {
     "gzip": (re.compile(rb"\x1f\x8b"), lambda: IgzipDecompressor(flag=DECOMP_GZIP), _has_gzip_header),
-    # The second kind of frame holds no data; pzstd begins with one.
+    # The second pattern is a skippable frame; pzstd writes one first.
     "zstd": (
         re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
         ZstdDecompressor,
@@ -48,26 +49,35 @@ _COMPRESSIONS = {
     ),
 }
 
+# The decompressors' errors on damaged data (isal's type stub declares IsalError as an instance).
+_DAMAGED: Any = (IsalError, ZstdError)
+
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def read_text(fasta: Path, seen: Callable[[bytes], None] = lambda raw: None) -> Iterator[bytes]:
+def read_text(fasta: Path, on_raw_bytes: Callable[[bytes], None] = lambda raw: None) -> Iterator[bytes]:
     """Yield a file's decompressed content, block by block, without a byte-order mark."""
-    content = read_content(fasta, seen)
+    content = read_content(fasta, on_raw_bytes)
     yield next(content).removeprefix(BYTE_ORDER_MARK)
     yield from content
 
 
-def read_content(fasta: Path, seen: Callable[[bytes], None] = lambda raw: None) -> Iterator[bytes]:
-    """A file's decompressed content, one block or more."""
+def read_content(fasta: Path, on_raw_bytes: Callable[[bytes], None] = lambda raw: None) -> Iterator[bytes]:
+    """Yield a file's decompressed content, at least one block.
+
+    Raises
+    ------
+    LengthwiseError
+        The file cannot be read, is damaged or cut short, or changes while it is read.
+    """
     try:
         before = stamp(fasta)
         with open(fasta, "rb") as file:
-            pieces = _seen_by(seen, iter(lambda: file.read(BLOCK_BYTES), b""))
+            pieces = _reported(on_raw_bytes, iter(lambda: file.read(BLOCK_BYTES), b""))
             first = next(pieces, b"")
             pieces = chain([first], pieces)
             if name := compression_of(first):
-                pieces = _gathered(_decompressed(fasta, pieces, name))
+                pieces = _as_blocks(_decompressed(fasta, pieces, name))
             yield from pieces
         if stamp(fasta) != before:
             raise LengthwiseError(f"{fasta}: changed while it was read; run again once nothing writes to it")
@@ -76,7 +86,7 @@ def read_content(fasta: Path, seen: Callable[[bytes], None] = lambda raw: None) 
 
 
 def compression_of(start: bytes) -> str:
-    """What bytes that begin so are compressed with, if they are."""
+    """The compression, gzip or zstd, of data with these first bytes; empty if there is none."""
     return next((name for name, (magic, *_) in _COMPRESSIONS.items() if magic.match(start)), "")
 
 
@@ -86,20 +96,21 @@ def is_compressed(fasta: Path) -> bool:
 
 
 def _decompressed(fasta: Path, pieces: Iterable[bytes], name: str) -> Iterator[bytes]:
-    """Decompress members (gzip) or frames (zstd) one after another; the last must be whole, and nothing may follow it.
+    """Decompress gzip members or zstd frames. The last must be complete, and no data may follow it.
 
-    Zeros after the last gzip member are padding, as gzip itself has it.
+    Zeros after the last gzip member are padding, as for gzip itself.
     """
     magic, new, has_begun = _COMPRESSIONS[name]
-    decompressor, read, few = None, 0, b""  # bytes too few to tell what begins there
+    decompressor: Any = None
+    read, undecided = 0, b""  # bytes read; bytes too few to start a decompressor
     for piece in chain(pieces, [b""]):
         read += len(piece)
-        last, piece, few = not piece, few + piece, b""
+        last, piece, undecided = not piece, undecided + piece, b""
         while piece or not (decompressor is None or decompressor.needs_input or decompressor.eof):
             if decompressor is None or decompressor.eof:
                 piece = piece.lstrip(b"\0") if name == "gzip" else piece
                 if not (last or has_begun(piece)):
-                    few = piece
+                    undecided = piece
                     break
                 if not piece:
                     break
@@ -111,7 +122,7 @@ def _decompressed(fasta: Path, pieces: Iterable[bytes], name: str) -> Iterator[b
                 decompressor = new()
             try:
                 yield decompressor.decompress(piece, BLOCK_BYTES)
-            except (IsalError, ZstdError) as error:
+            except _DAMAGED as error:
                 where, what = f"damaged before byte {read:,} ({error})", "fetch or compress the file again"
                 if "too much memory" in str(error):
                     where, what = (
@@ -126,8 +137,8 @@ def _decompressed(fasta: Path, pieces: Iterable[bytes], name: str) -> Iterator[b
         )
 
 
-def _gathered(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Pieces joined to blocks."""
+def _as_blocks(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Join pieces to blocks of at least BLOCK_BYTES."""
     parts, size = [], 0
     for piece in pieces:
         parts.append(piece)
@@ -138,7 +149,7 @@ def _gathered(pieces: Iterable[bytes]) -> Iterator[bytes]:
     yield b"".join(parts)
 
 
-def _seen_by(seen: Callable[[bytes], None], pieces: Iterable[bytes]) -> Iterator[bytes]:
+def _reported(on_raw_bytes: Callable[[bytes], None], pieces: Iterable[bytes]) -> Iterator[bytes]:
     for piece in pieces:
-        seen(piece)
+        on_raw_bytes(piece)
         yield piece

@@ -16,16 +16,27 @@ def digest(sequence: bytes) -> bytes:
 
 
 def digest_all(residues: bytes, bounds: np.ndarray) -> np.ndarray:
-    """The digests of sequences that lie end to end between these bounds, as uint8 of n rows and 24 columns."""
-    new, long = hashlib.sha512().copy, []  # a copy of what is there is made faster than a new one
+    """The digests of many sequences.
+
+    Parameters
+    ----------
+    residues
+        All sequences, end to end.
+    bounds
+        [n + 1]; sequence i is ``residues[bounds[i]:bounds[i + 1]]``.
+
+    Returns
+    -------
+    [n, 24] uint8
+    """
+    new, digests = hashlib.sha512().copy, []  # a copy costs less than a new hash
     for start, stop in pairwise(bounds.tolist()):
         sha512 = new()
         sha512.update(residues[start:stop])
-        long.append(sha512.digest())
-    long = b"".join(long)
-    return np.ascontiguousarray(np.frombuffer(long, np.uint8).reshape(-1, 64)[:, :24])
+        digests.append(sha512.digest())
+    return np.ascontiguousarray(np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 64)[:, :24])
 
 
 def digest_name(raw: bytes) -> str:
-    """A digest as people write it: ``SQ.`` and base64url."""
+    """A digest in its text form: ``SQ.`` and base64url."""
     return "SQ." + base64.urlsafe_b64encode(raw).decode()

@@ -1,4 +1,4 @@
-"""Reading FASTA in blocks: any compression and line ends, nothing lost between two blocks, what is no FASTA refused."""
+"""Reading FASTA: text in chunks of whole records, chunks as Arrow arrays, and errors for files that are not FASTA."""
 
 import functools
 import re
@@ -32,7 +32,7 @@ _OTHER_FORMATS = [
     (re.compile(rb"\x1f\x8b|\x28\xb5\x2f\xfd"), "a file compressed twice; decompress it once"),
     (re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff|>\0\0\0|\0\0\0>"), "UTF-32 text; convert it to UTF-8"),
     (re.compile(rb"\xff\xfe|\xfe\xff|>\0|\0>"), "UTF-16 text; convert it to UTF-8"),
-    # Named because it begins with '>': a title of nothing but letters would be taken for residues.
+    # Named because it begins with '>', so that its title would be read as residues.
     (re.compile(rb">(P1|F1|D[LC]|R[LC]|N[13]|XX);\S+[ \t]*[\r\n].*\*", re.DOTALL), "PIR (NBRF); convert it to FASTA"),
     # A SAM file's lines begin with '@', two letters and a tab.
     (re.compile(rb"@(?![A-Z]{2}\t)"), "FASTQ; convert it to FASTA and translate it to proteins"),
@@ -46,8 +46,8 @@ _OTHER_FORMATS = [
 
 _LINE_END, _HEADER_MARK, _SPACE, _DELETE = b"\n> \x7f"
 
-# Where files were put together: how one seems to begin within a record of another, and what to do. Before the mark of a
-# header may be half of a literal token of ESM-2, which somebody wrote into a sequence.
+# Concatenated files: how a second file seems to begin inside a record, and what to do. A '>' may also end a literal token of
+# ESM-2 in a sequence, such as <mask>.
 _OTHER_FILES = [
     (
         rb"(?<!<cls)(?<!<pad)(?<!<eos)(?<!<unk)(?<!<mask)>",
@@ -58,7 +58,7 @@ _OTHER_FILES = [
         rb"\x1f\x8b\x08|\x28\xb5\x2f\xfd",
         "gzip or zstd data in a sequence; decompress a file before it is added to another",
     ),
-    (rb"(?<=[\r\n])@", "'@' begins a line, as in FASTQ and SAM; take out what is no FASTA"),
+    (rb"(?<=[\r\n])@", "'@' begins a line, as in FASTQ and SAM; remove all that is not FASTA"),
     (rb"(?<=[\r\n])\0|\0\0", "NUL bytes in a sequence; remove them, or fetch the file again"),
 ]
 
@@ -70,33 +70,33 @@ _LIKE_AN_ESCAPE = re.compile(rb"\\(?=x[0-9a-f]{2})")
 
 _HEADER, _BREAK = re.compile(rb"(?<=[\r\n])>"), re.compile(rb"[\r\n]")
 
-_PATTERN_BYTES = 8  # none of the patterns above sees more of a text
+_PATTERN_BYTES = 8  # no pattern above matches or looks behind further
 
 
-def read_chunks(fasta: Path, seen: Callable[[bytes], None] = lambda raw: None) -> Iterator[bytes]:
+def read_chunks(fasta: Path, on_raw_bytes: Callable[[bytes], None] = lambda raw: None) -> Iterator[bytes]:
     """Yield a FASTA file's text in chunks of whole records: each begins with ``>``, and every line in it ends with LF.
 
     Parameters
     ----------
     fasta
         Plain, gzip (bgzip, several members) or zstd, told apart by content.
-    seen
-        Is given the file's bytes as they are read.
+    on_raw_bytes
+        Called with the file's bytes, before decompression, as they are read.
 
     Raises
     ------
     LengthwiseError
-        The file cannot be read whole, changes meanwhile, or is not FASTA.
+        The file cannot be read to its end, changes while it is read, has a record of more than 64 MiB, or is not FASTA.
     """
     chunks, record, rest, returns = 0, b"", b"", b""
-    for block in _from_first_header(fasta, read_text(fasta, seen)):
+    for block in _from_first_header(fasta, read_text(fasta, on_raw_bytes)):
         block = returns + block
-        returns = b"\r" if block.endswith(b"\r") else b""  # perhaps half of a CRLF
+        returns = b"\r" if block.endswith(b"\r") else b""  # may be the first half of a CRLF
         block = block.removesuffix(returns)
         if b"\r" in block:
             block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         cut = block.rfind(b"\n>") + 1
-        if not cut:  # perhaps between two blocks
+        if not cut:  # the boundary may lie between two blocks
             searched = max(len(rest) - 1, 0)
             rest, block = b"", rest + block
             cut = block.rfind(b"\n>", searched) + 1
@@ -110,43 +110,43 @@ def read_chunks(fasta: Path, seen: Callable[[bytes], None] = lambda raw: None) -
             if len(record) + len(rest) > MAX_RECORD_BYTES:
                 raise LengthwiseError(
                     f"{fasta}: a record of more than {MAX_RECORD_BYTES >> 20} MiB begins at {place(fasta, number())}: no "
-                    "protein is so long; take it out, or translate it if it is a genome"
+                    "protein is so long; remove it, or translate it if it is a genome"
                 )
     yield record + rest + b"\n"
 
 
 def _with_lines_joined(fasta: Path, number: Callable[[], int], record: bytes, rest: bytes) -> tuple[bytes, bytes]:
-    """A long record's header and one line of all whole lines, and what follows: lines of no length need no memory."""
+    """Move a long record's complete lines from `rest` to `record`, without line ends, so that blank lines need no memory."""
     if not record:
         end = rest.find(b"\n")
         record, rest = rest[: end + 1], rest[max(end, 0) :]
     if record:
         refuse_another_file(fasta, number, rest)
         last = rest.rfind(b"\n")
-        lines = map(bytes.rstrip, rest[:last].split(b"\n"))
-        if _may_begin_another(rest):  # joined, two lines could look like what is in neither
+        lines = [line.rstrip() for line in rest[:last].split(b"\n")]
+        if _may_begin_another(rest):  # joined lines could match a pattern that neither matches
             lines = [line + b"\n" for line in lines if line]
         record, rest = record + b"".join(lines), rest[last:]
     return record, rest
 
 
 def joined_lines(lines: list[bytes]) -> bytes:
-    """A sequence as the file has it: whitespace at the end of a line is no part of it."""
+    """A raw sequence from its lines, without whitespace at their ends."""
     return b"".join(map(bytes.rstrip, lines))
 
 
 def refuse_another_file(fasta: Path, number: Callable[[], int], text: bytes) -> None:
-    """Raise if another file seems to begin within a record, whose own records would be lost without a word.
+    """Raise LengthwiseError if another file seems to begin inside a record: its records would be lost silently.
 
     Parameters
     ----------
     number
-        Gives the record's number.
+        Returns the record's number; called only for the error.
     text
-        Its lines, each after an LF.
+        The record's lines, each after an LF.
     """
     if _may_begin_another(text) and (found := _ANOTHER_FILE.search(text)):
-        what = _OTHER_FILES[found.lastindex - 1][1]
+        what = _OTHER_FILES[(found.lastindex or 1) - 1][1]
         raise LengthwiseError(f"{fasta}: {place(fasta, number(), _ANOTHER_FILE)}: {what}")
 
 
@@ -155,18 +155,19 @@ def _may_begin_another(text: bytes) -> bool:
 
 
 def _number_after(fasta: Path, chunks: int) -> int:
-    """The number of the record after so many chunks."""
+    """The number of the first record after this many chunks."""
     return sum(chunk.count(b"\n>") + 1 for chunk in islice(read_chunks(fasta), chunks)) + 1
 
 
-def place(fasta: Path, record_no: int, inside: re.Pattern | None = None) -> str:
-    """Where a record is, or the first match in the lines of its sequence, for people; reads the file once more."""
+def place(fasta: Path, record_no: int, inside: re.Pattern[bytes] | None = None) -> str:
+    """Byte and line, in words, of a record or of the first match of `inside` in its sequence; reads the file again."""
     steps = chain(repeat(_HEADER, record_no), [_BREAK, inside] if inside else [])
-    step, at = next(steps), 0
+    step: re.Pattern[bytes] | None = next(steps)
+    at = 0
     text, offset, line, before = b"\n", -1, 0, b""  # as if the file began after a line
     for block in read_text(fasta):
         text += block
-        while found := step.search(text, at):
+        while step and (found := step.search(text, at)):
             at, step = found.end(), next(steps, None)
             if step is None:
                 return _place(fasta, offset + found.start(), line + _line_ends(text[: found.start()], before))
@@ -178,7 +179,7 @@ def place(fasta: Path, record_no: int, inside: re.Pattern | None = None) -> str:
 
 
 def _place(fasta: Path, offset: int, line: int) -> str:
-    """For people, a place in what `read_text` yields."""
+    """Byte and line, in words, from an offset and line in the output of `read_text`."""
     if next(read_content(fasta)).startswith(BYTE_ORDER_MARK):
         offset += len(BYTE_ORDER_MARK)
     return f"byte {offset:,}, line {line:,}" + (" of its decompressed content" if is_compressed(fasta) else "")
@@ -190,16 +191,16 @@ def _line_ends(text: bytes, before: bytes) -> int:
 
 
 def split_records(chunk: bytes) -> tuple[pa.Array, pa.Array, np.ndarray]:
-    """The records of a chunk, as Arrow binary arrays and in no Python loop.
+    """Split a chunk into records, without a Python loop.
 
     Returns
     -------
     (headers, lines, first)
-        Headers without ``>``; all lines of sequences without their ends; where in `lines` each record begins, and the last ends.
+        [n] headers without ``>``; all sequence lines without line ends; [n + 1] index of each record's first line in `lines`.
     """
     codes = np.frombuffer(chunk, np.uint8)
     line_ends = np.flatnonzero(codes == _LINE_END)
-    bounds = np.empty(2 * len(line_ends) + 1, np.int32)  # of each line and what is between it and the next
+    bounds = np.empty(2 * len(line_ends) + 1, np.int32)  # of each line and each line end
     bounds[0], bounds[1::2], bounds[2::2] = 0, line_ends, line_ends + 1
     is_header = codes[bounds[:-1:2]] == _HEADER_MARK
     header_lines = np.flatnonzero(is_header)
@@ -212,10 +213,10 @@ def split_records(chunk: bytes) -> tuple[pa.Array, pa.Array, np.ndarray]:
 def split_headers(headers: pa.Array) -> tuple[pa.Array, pa.Array]:
     """(ids, descriptions): the first word of each header and, up to `MAX_DESCRIPTION` characters, the rest.
 
-    Bytes that are not UTF-8 become ``\\xNN``; the backslash of what only looks so becomes ``\\x5c``.
+    Bytes that are not UTF-8 become ``\\xNN``; the backslash of text that looks like that becomes ``\\x5c``.
     """
     text, bounds = joined(headers)
-    codes = np.frombuffer(text + b"-", np.uint8)  # one more, to look behind the last header
+    codes = np.frombuffer(text + b"-", np.uint8)  # one more byte, to index behind the last header
     spaces = pc.find_substring(headers, " ").to_numpy()
     ends = np.where(spaces < 0, bounds[1:], bounds[:-1] + spaces)  # of the ids
     starts = np.minimum(ends + 1, bounds[1:])  # of the descriptions
@@ -247,36 +248,37 @@ def _decoded(header: bytes) -> str:
 
 
 def joined(array: pa.Array) -> tuple[bytes, np.ndarray]:
-    """All values of a fresh binary array end to end, and their bounds."""
+    """All values of an unsliced binary array end to end, and their [n + 1] bounds."""
     _, offsets, data = array.buffers()
     bounds = np.frombuffer(offsets, np.int32, len(array) + 1)
     return data.to_pybytes()[: bounds[-1]] if data else b"", bounds
 
 
 def _slices(kind: pa.DataType, text: bytes, bounds: np.ndarray) -> pa.Array:
-    """The pieces of a text between these bounds, not copied."""
+    """An array of the pieces of a text between bounds, without a copy."""
     return pa.Array.from_buffers(kind, len(bounds) - 1, [None, pa.py_buffer(bounds), pa.py_buffer(text)])
 
 
 def _from_first_header(fasta: Path, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """The blocks without blank lines before the first header, which there must be."""
+    """The blocks without blank lines before the first header; LengthwiseError if no header comes first."""
     offset, line = 0, 1
     for block in blocks:
         text = block.lstrip()
         if not text:
             offset, line = offset + len(block), line + _line_ends(block, b"")
             continue
-        blank = re.match(rb"(?:\s*[\r\n])?", block[: len(block) - len(text)]).group()
+        space = block[: len(block) - len(text)]
+        blank = space[: max(space.rfind(b"\n"), space.rfind(b"\r")) + 1]
         start = block[len(blank) :]
         what = next((what for magic, what in _OTHER_FORMATS if magic.match(start)), "")
         if what or not start.startswith(b">"):
             where = _place(fasta, offset + len(blank), line + _line_ends(blank, b""))
             if compression_of(start) and not is_compressed(fasta):
-                what = "compressed data after something else; remove what is before them"
+                what = "compressed data after other bytes; remove the bytes before them"
             first = repr(re.split(rb"[\r\n]", start, maxsplit=1)[0][:40])[1:]
             why = f": this is {what}" if what else ", and should begin with '>'; give a FASTA file"
             raise LengthwiseError(f"{fasta}: not FASTA: {where} begins {first}{why}")
         yield start
         yield from blocks
         return
-    raise LengthwiseError(f"{fasta}: the file is empty; give a FASTA file, or take it out of 'inputs'")
+    raise LengthwiseError(f"{fasta}: the file is empty; give a FASTA file, or remove it from 'inputs'")

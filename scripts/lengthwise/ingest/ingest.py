@@ -1,8 +1,7 @@
 """Ingest: one FASTA file becomes a table of all its records and a table of its distinct sequences.
 
-One pass, a chunk of records at a time. What stays in memory of a record is eight bytes of its digest, to tell repeats; what
-must be known of all records together (whether those eight bytes were enough, and whether an id stands for two sequences) is
-asked of the table afterwards, out of core.
+One pass, a chunk of records at a time. Eight bytes of each digest stay in memory, to find duplicates. Out-of-core queries over
+the written table then check that those eight bytes were enough, and that no id names two sequences.
 """
 
 import hashlib
@@ -15,9 +14,9 @@ import pyarrow as pa
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.ingest.fasta import place, read_chunks
-from lengthwise.ingest.judge import Policy, judge
-from lengthwise.ingest.nucleotides import Nucleotides
-from lengthwise.ingest.repeats import DIGEST_WORDS, Seen, repeats_are_repeats, settle_ids, shown
+from lengthwise.ingest.judge import Policy, judge_chunk
+from lengthwise.ingest.nucleotides import NucleotideCounter
+from lengthwise.ingest.repeats import DIGEST_WORDS, RepeatFinder, quoted, repeats_are_repeats, settle_ids
 from lengthwise.ingest.tables import RECORDS, SEQUENCES, STATUS, TableWriter
 from lengthwise.system.database import out_of_core
 from lengthwise.system.files import atomic, scratch_folder, write_json
@@ -40,9 +39,9 @@ def ingest(
     records, sequences, summary
         The Parquet tables and the JSON to write, in one folder: see `RECORDS` and `SEQUENCES`.
     policy
-        What becomes of records that are not plain proteins.
+        The policy for records that are not plain proteins.
     memory_bytes
-        What the questions to the whole table may take before they spill to disk.
+        Memory of the queries over the whole table, which spill to disk beyond it.
 
     Returns
     -------
@@ -65,7 +64,7 @@ def ingest(
             if repeats_are_repeats(database, records_part, counts):
                 break
         else:
-            raise RuntimeError("three times two digests had the same eight bytes; please report this file")
+            raise RuntimeError("two different digests agree in every eight-byte word; please report this file")
         settle_ids(database, fasta, records_part, counts, policy)
     result = {"input": str(fasta), **counts, "policy": asdict(policy)}
     write_json(summary, result)
@@ -73,22 +72,25 @@ def ingest(
 
 
 def _read(fasta: Path, records: Path, sequences: Path, policy: Policy, word: int) -> dict:
-    """Write the two tables, telling repeats by this word of their digests; returns the summary."""
-    size, sha256, seen = 0, hashlib.sha256(), Seen()
-    status, reasons, changes, rare, residues = Counter(), Counter(), Counter(), Counter(), 0
-    first_rejected, nucleotides = None, Nucleotides(fasta)
+    """Write the two tables, finding duplicates by one word of their digests; returns the summary."""
+    size, sha256, repeats, nucleotides = 0, hashlib.sha256(), RepeatFinder(), NucleotideCounter(fasta)
+    status: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    changes: Counter[str] = Counter()
+    rare: Counter[int] = Counter()
+    residues, first_rejected = 0, None
 
-    def read(raw: bytes) -> None:
+    def count_and_hash(raw: bytes) -> None:
         nonlocal size
         size += len(raw)
         sha256.update(raw)
 
     with TableWriter(records, RECORDS) as record_table, TableWriter(sequences, SEQUENCES) as sequence_table:
-        for chunk in read_chunks(fasta, read):
+        for chunk in read_chunks(fasta, count_and_hash):
             first_no = status.total() + 1
-            judged = judge(fasta, chunk, first_no, policy)
+            judged = judge_chunk(fasta, chunk, first_no, policy)
             accepted = judged.good.copy()
-            accepted[judged.good] = ~seen.add(judged.digests.view(np.uint64)[judged.good, word])
+            accepted[judged.good] = ~repeats.find(judged.digests.view(np.uint64)[judged.good, word])
             nucleotides.count(judged.letters, judged.like_nucleotides, first_no)
             record_table.append(judged.records(first_no, accepted))
             sequence_table.append(judged.sequences().filter(pa.array(accepted)))
@@ -106,7 +108,7 @@ def _read(fasta: Path, records: Path, sequences: Path, policy: Policy, word: int
         number, record_id, reason = first_rejected
         raise LengthwiseError(
             f"{fasta}: {status['rejected']:,} of its records would be rejected, and strict is true; the first is record "
-            f"{number} ({place(fasta, number)}), {shown(record_id)}: {reason}; mend it, or set strict: false"
+            f"{number} ({place(fasta, number)}), {quoted(record_id)}: {reason}; correct it, or set strict: false"
         )
     return {
         "input_bytes": size,

@@ -1,9 +1,10 @@
-"""Judging records: accepted, or rejected with a reason."""
+"""Judging: whether a record is accepted or rejected, with the reason and the changes made to its letters."""
 
 import string
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +24,14 @@ TOO_LONG = "too_long"
 
 LIKE_NUCLEOTIDES = "like_nucleotides"
 
-_NO_LETTERS = bytes(set(range(256)) - set(string.ascii_letters.encode()))
+_NON_LETTERS = bytes(set(range(256)) - set(string.ascii_letters.encode()))
 
 _OTHER_CAPITALS = set(range(ord("A"), ord("Z") + 1)) - set(STANDARD)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What becomes of records that are not plain proteins; the config's keys of these names say what each value does."""
+    """The policy for records that are not plain proteins; the config's keys of the same names explain the values."""
 
     letters: Letters = field(default_factory=Letters)
     long_policy: str = "full"
@@ -42,27 +43,28 @@ class Policy:
 
 @dataclass
 class Judged:
-    """The records of one chunk; `residues` holds their sequences end to end, those rejected for their letters empty."""
+    """The n records of a chunk, after judgement; a record rejected for its letters has an empty sequence."""
 
     ids: pa.Array
     descriptions: pa.Array
-    residues: bytes
-    bounds: np.ndarray
-    digests: np.ndarray
-    lengths: np.ndarray
-    reasons: dict[int, str]
-    changed: dict[int, list[str]]
-    rare: Counter
-    letters: int
-    like_nucleotides: dict[int, int]  # the letters of such records
+    residues: bytes  # all sequences, end to end
+    bounds: np.ndarray  # [n + 1] of each sequence in `residues`
+    digests: np.ndarray  # [n, 24] uint8
+    lengths: np.ndarray  # [n] int32
+    reasons: dict[int, str]  # of rejected records, by index
+    changed: dict[int, list[str]]  # the changes, by index
+    rare: Counter[int]  # rare residues
+    letters: int  # ASCII letters of all records
+    like_nucleotides: dict[int, int]  # letters of the records that look like nucleotides, by index
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.good = np.ones(len(self.ids), bool)
         self.good[list(self.reasons)] = False
 
     def records(self, first_no: int, accepted: np.ndarray) -> pa.RecordBatch:
+        """Rows of `RECORDS`; good records that are not accepted are duplicates."""
         n = len(self.ids)
-        fates = np.where(self.good, np.where(accepted, 0, 1), 2).astype(np.int8)
+        status = np.where(self.good, np.where(accepted, 0, 1), 2).astype(np.int8)
         changes = {i: ",".join(names) for i, names in self.changed.items()}
         columns = [
             pa.array(np.arange(first_no, first_no + n)),
@@ -70,13 +72,14 @@ class Judged:
             self.descriptions,
             self._digest_column(self.good),
             pa.array(self.lengths),
-            pa.DictionaryArray.from_arrays(fates, pa.array(STATUS)).cast(pa.string()),
+            pa.DictionaryArray.from_arrays(status, pa.array(STATUS)).cast(pa.string()),
             mostly_empty(self.reasons, n),
             mostly_empty(changes, n),
         ]
         return pa.record_batch(columns, schema=RECORDS)
 
     def sequences(self) -> pa.RecordBatch:
+        """Rows of `SEQUENCES`, one for each record."""
         bounds, residues = pa.py_buffer(self.bounds.astype(np.int32)), pa.py_buffer(self.residues)
         column = pa.Array.from_buffers(pa.binary(), len(self.ids), [None, bounds, residues])
         return pa.record_batch([self._digest_column(None), pa.array(self.lengths), column], schema=SEQUENCES)
@@ -86,42 +89,63 @@ class Judged:
         return pa.Array.from_buffers(pa.binary(24), len(self.ids), [bits, pa.py_buffer(self.digests)])
 
 
-def judge(fasta: Path, chunk: bytes, first_no: int, policy: Policy) -> Judged:
-    """Judge each record by itself; only those with another letter than the twenty amino acids are taken one by one."""
+def judge_chunk(fasta: Path, chunk: bytes, first_no: int, policy: Policy) -> Judged:
+    """Judge the records of a chunk, with a Python loop over only those that hold an unusual byte.
+
+    Parameters
+    ----------
+    fasta
+        The file, named in errors.
+    chunk
+        Whole records, as `read_chunks` yields them.
+    first_no
+        The number of the first record.
+    policy
+        The policy for records that are not plain proteins.
+
+    Raises
+    ------
+    LengthwiseError
+        Another file seems to begin inside a record.
+    """
     headers, lines, first = split_records(chunk)
     ids, descriptions = split_headers(headers)
     residues, line_bounds = joined(lines)
     bounds = line_bounds[first]
     lengths = np.diff(bounds).astype(np.int32)
-    judged_by = {i: residues[bounds[i] : bounds[i + 1]] for i in suspects(residues, bounds)}
-    mended, reasons, changed, rare, letters = {}, {}, {}, Counter(), len(residues)
-    for i in _unusual(residues, bounds):
+    letters_of = {i: residues[bounds[i] : bounds[i + 1]] for i in suspects(residues, bounds)}
+    normalized: dict[int, bytes] = {}
+    reasons: dict[int, str] = {}
+    changed: dict[int, list[str]] = {}
+    rare: Counter[int] = Counter()
+    letters = len(residues)
+    for i in _with_unusual_bytes(residues, bounds):
         own_lines = lines[first[i] : first[i + 1]].to_pylist()
         raw = joined_lines(own_lines)
         sequence, changes, reason = normalize(raw, policy.letters)
         letters -= int(lengths[i])
-        judged_by[i] = raw.translate(None, _NO_LETTERS)
-        letters += len(judged_by[i])
-        lengths[i], mended[i] = len(sequence), b"" if reason else sequence
+        letters_of[i] = raw.translate(None, _NON_LETTERS)
+        letters += len(letters_of[i])
+        lengths[i], normalized[i] = len(sequence), b"" if reason else sequence
         if reason:
             reasons[i] = reason
-            refuse_another_file(fasta, lambda i=i: first_no + i, b"\n" + b"\n".join(own_lines))
+            refuse_another_file(fasta, partial(int, first_no + i), b"\n" + b"\n".join(own_lines))
         if changes:
             changed[i] = changes
-    like = {}
+    like: dict[int, int] = {}
     if policy.nucleotides == "refuse":
-        like = {i: len(own) for i, own in judged_by.items() if look_alike(own)}
+        like = {i: len(own) for i, own in letters_of.items() if look_alike(own)}
     if policy.long_policy == "skip":
         for i in np.flatnonzero(lengths > policy.max_residues).tolist():
             reasons.setdefault(i, f"{TOO_LONG}: {lengths[i]} residues, more than max_residues = {policy.max_residues}")
     for i in np.flatnonzero(pc.binary_length(ids).to_numpy() == 0).tolist():
         reasons[i] = NO_ID
-    for i in mended:
+    for i in normalized:
         if i in reasons:
             changed.pop(i, None)
         else:
-            rare.update(mended[i].translate(None, STANDARD))
-    residues, bounds = _replaced(residues, bounds, mended)
+            rare.update(normalized[i].translate(None, STANDARD))
+    residues, bounds = _replaced(residues, bounds, normalized)
     digests = digest_all(residues, bounds)
     for i in like.keys() - reasons.keys():
         changed.setdefault(i, []).append(LIKE_NUCLEOTIDES)
@@ -131,8 +155,8 @@ def judge(fasta: Path, chunk: bytes, first_no: int, policy: Policy) -> Judged:
     return judged
 
 
-def _unusual(residues: bytes, bounds: np.ndarray) -> list[int]:
-    """The records that are empty, or have a byte in them that is none of the twenty amino acids."""
+def _with_unusual_bytes(residues: bytes, bounds: np.ndarray) -> list[int]:
+    """Indices of the records that are empty or hold a byte other than the twenty amino acids."""
     no_capitals = (np.frombuffer(residues, np.uint8) - ord("A") > ord("Z") - ord("A")).tobytes()
     found, edges = set(np.flatnonzero(np.diff(bounds) == 0).tolist()), bounds.tolist()
     for text, byte in [(no_capitals, 1), *((residues, letter) for letter in _OTHER_CAPITALS)]:
@@ -144,10 +168,10 @@ def _unusual(residues: bytes, bounds: np.ndarray) -> list[int]:
     return sorted(found)
 
 
-def _replaced(residues: bytes, bounds: np.ndarray, mended: dict[int, bytes]) -> tuple[bytes, np.ndarray]:
-    """The residues with these records' instead of their own, and the new bounds."""
+def _replaced(residues: bytes, bounds: np.ndarray, sequences: dict[int, bytes]) -> tuple[bytes, np.ndarray]:
+    """Replace the sequences of some records; returns all residues and their new bounds."""
     parts, end, lengths = [], 0, np.diff(bounds)
-    for i, sequence in mended.items():
+    for i, sequence in sequences.items():
         parts += [residues[end : bounds[i]], sequence]
         end, lengths[i] = bounds[i + 1], len(sequence)
     return b"".join([*parts, residues[end:]]), np.concatenate([[0], np.cumsum(lengths)])

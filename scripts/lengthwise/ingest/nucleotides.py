@@ -1,4 +1,4 @@
-"""Does a file look like nucleotides? All its records say so together, whatever their order, line widths and compression."""
+"""Nucleotides: refuse a file of DNA or RNA, whatever the order, line widths and compression of its records."""
 
 from pathlib import Path
 
@@ -7,19 +7,19 @@ import numpy as np
 from lengthwise.errors import LengthwiseError
 from lengthwise.ingest.fasta import place
 
-# A record looks like nucleotides if at most one letter in twenty is another one, of some that are spread over it at most one,
-# and three bases are there: some proteins are little but two amino acids in turn.
+# A record looks like nucleotides if at most one letter in _ONE_IN is another one, at most one of _SPREAD evenly spaced letters
+# is another one, and it has three different bases (some proteins alternate two amino acids).
 _NUCLEOTIDES, _BASES, _ONE_IN, _SPREAD = b"ACGTUNacgtun", set(b"ACGTU"), 20, 6
 
-# A file is refused if such records have most of its letters, and so many; or of however many letters, as many as this, which
-# is known before a large file is read to its end.
-_FEWEST_NUCLEOTIDES, _MOST_NUCLEOTIDES = 60, 10**7
+# A file is refused if such records hold most of its letters, and at least the first number; or as soon as they hold the
+# second number, so that a large file is refused early.
+_MIN_NUCLEOTIDES, _MOST_NUCLEOTIDES = 60, 10**7
 
 _IS_NUCLEOTIDE = np.isin(np.arange(256), list(_NUCLEOTIDES)).astype(np.int8)
 
 
 def suspects(residues: bytes, bounds: np.ndarray) -> list[int]:
-    """The records of which some letters do not rule out that they look like nucleotides."""
+    """Indices of the records whose evenly spaced letters look like nucleotides: a quick first test."""
     lengths = np.diff(bounds)
     long = np.flatnonzero(lengths >= _ONE_IN)
     codes, begin, lengths = np.frombuffer(residues, np.uint8), bounds[long], lengths[long]
@@ -38,14 +38,24 @@ def look_alike(letters: bytes) -> bool:
     )
 
 
-class Nucleotides:
-    """The letters of a file, and of those of its records that look like nucleotides: wherever they are, the same counts."""
+class NucleotideCounter:
+    """Counts a file's letters, and those in records that look like nucleotides."""
 
-    def __init__(self, fasta: Path):
+    def __init__(self, fasta: Path) -> None:
         self.fasta, self.first, self.letters, self.like = fasta, 0, 0, 0
 
     def count(self, letters: int, like: dict[int, int], first_no: int) -> None:
-        """Of the next records, from this number on, all letters, and {place: letters} of those that look like nucleotides."""
+        """Add a chunk of records.
+
+        Parameters
+        ----------
+        letters
+            All letters of the chunk.
+        like
+            {index in the chunk: letters} of the records that look like nucleotides.
+        first_no
+            The number of the chunk's first record.
+        """
         self.letters += letters
         self.like += sum(like.values())
         if like and not self.first:
@@ -54,8 +64,8 @@ class Nucleotides:
             self._refuse()
 
     def decide(self) -> None:
-        """After the last record: raise if the file looks like nucleotides."""
-        if self.like >= _FEWEST_NUCLEOTIDES and 2 * self.like > self.letters:
+        """Raise LengthwiseError if the file looks like nucleotides; called after the last record."""
+        if self.like >= _MIN_NUCLEOTIDES and 2 * self.like > self.letters:
             self._refuse()
 
     def _refuse(self) -> None:

@@ -1,4 +1,4 @@
-"""Repeated sequences and shared ids, over all records of a file."""
+"""Duplicates and shared ids, over all records of a file."""
 
 from pathlib import Path
 
@@ -18,17 +18,17 @@ DIGEST_WORDS = 3  # of eight bytes
 ID_SUFFIXED = "id_suffixed"
 
 
-class Seen:
-    """Which keys came before: sorted runs, each at least four times as long as the next, eight bytes a key."""
+class RepeatFinder:
+    """Finds repeated keys, at eight bytes a key: sorted runs, each at least four times as long as the next."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.runs: list[np.ndarray] = []
 
-    def add(self, keys: np.ndarray) -> np.ndarray:
-        """Whether each key is a repeat; from now on all of them are known."""
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Whether each of the [n] uint64 keys occurred before, in this call or an earlier one: [n] bool."""
         if not len(keys):
             return np.zeros(0, bool)
-        order = np.argsort(keys)  # not a stable sort, which takes longer: the first of equal keys has the least number
+        order = np.argsort(keys)  # not stable, which is slower: `first` below takes the least index of equal keys
         keys = keys[order]
         starts = np.append(0, np.flatnonzero(np.diff(keys)) + 1)
         first, keys = np.minimum.reduceat(order, starts), keys[starts]
@@ -38,14 +38,16 @@ class Seen:
         if not known.all():
             self.runs.append(keys[~known])
         while len(self.runs) > 1 and len(self.runs[-2]) < 4 * len(self.runs[-1]):
-            self.runs[-2:] = [np.sort(np.concatenate(self.runs[-2:]), kind="stable")]  # merges what is sorted already
+            self.runs[-2:] = [
+                np.sort(np.concatenate(self.runs[-2:]), kind="stable")
+            ]  # a stable sort merges sorted runs quickly
         repeats = np.ones(len(order), bool)
         repeats[first] = known
         return repeats
 
 
 def repeats_are_repeats(database: duckdb.DuckDBPyConnection, records: Path, counts: dict) -> bool:
-    """Whether every duplicate has the whole digest of an accepted record, and not only a word of it."""
+    """Whether every duplicate has the same whole digest as an accepted record, not only the same word of it."""
     if not counts["duplicate"]:
         return True
     database.execute(
@@ -61,7 +63,10 @@ def repeats_are_repeats(database: duckdb.DuckDBPyConnection, records: Path, coun
 
 
 def settle_ids(database: duckdb.DuckDBPyConnection, fasta: Path, records: Path, counts: dict, policy: Policy) -> None:
-    """One id must not stand for two sequences, reading by id could not tell them apart: refuse it, or rename the later."""
+    """If one id names two sequences, raise LengthwiseError or rename the later records, as the policy says.
+
+    Reading by id could not tell the two sequences apart.
+    """
     database.execute(
         "CREATE TABLE shared AS SELECT hash(id) AS key FROM read_parquet(?) GROUP BY key HAVING count(*) > 1",
         [str(records)],
@@ -85,7 +90,7 @@ def settle_ids(database: duckdb.DuckDBPyConnection, fasta: Path, records: Path, 
     ((one, other, record_id),) = found
     if policy.duplicate_ids == "error":
         raise LengthwiseError(
-            f"{fasta}: records {one} and {other} have the same id {shown(record_id)} and different sequences "
+            f"{fasta}: records {one} and {other} have the same id {quoted(record_id)} and different sequences "
             f"({place(fasta, one)}; {place(fasta, other)}); rename one of them, or set duplicate_ids: suffix"
         )
     taken = database.execute(
@@ -95,14 +100,14 @@ def settle_ids(database: duckdb.DuckDBPyConnection, fasta: Path, records: Path, 
     ).fetchall()
     for number, old, new, other in taken:
         raise LengthwiseError(
-            f"{fasta}: record {number}, {shown(old)}, should be renamed to {shown(new)}, which record {other} is called "
+            f"{fasta}: record {number}, {quoted(old)}, would be renamed to {quoted(new)}, but record {other} has that id "
             "already; rename one of them"
         )
     counts["changes"][ID_SUFFIXED] = _rename(database, records)
 
 
 def _rename(database: duckdb.DuckDBPyConnection, records: Path) -> int:
-    """Write the records again with their new ids; returns how many have one."""
+    """Rewrite the records with their new ids; returns the number of renamed records."""
     renamed = database.sql("SELECT record_no, new FROM renamed ORDER BY record_no").to_arrow_table()
     numbers, new = renamed.column("record_no").to_numpy(), renamed.column("new")
     with atomic(records) as part, TableWriter(part, RECORDS) as table:
@@ -118,5 +123,5 @@ def _rename(database: duckdb.DuckDBPyConnection, records: Path) -> int:
     return len(renamed)
 
 
-def shown(record_id: str) -> str:
+def quoted(record_id: str) -> str:
     return repr(record_id if len(record_id) <= 80 else record_id[:77] + "...")

@@ -1,4 +1,4 @@
-"""The two tables of ingest: all records, and the distinct sequences."""
+"""The tables of ingest: their columns, and a writer of Parquet files."""
 
 from pathlib import Path
 
@@ -27,14 +27,14 @@ STATUS = ("accepted", "duplicate", "rejected")
 
 
 def mostly_empty(values: dict[int, str], n: int) -> pa.Array:
-    """A column of n strings: these, and empty ones."""
+    """A column of n strings: ``values`` at their indices, empty elsewhere."""
     numbers = np.zeros(n, np.int32)
     numbers[list(values)] = range(1, len(values) + 1)
     return pa.DictionaryArray.from_arrays(numbers, pa.array(["", *values.values()], pa.string())).cast(pa.string())
 
 
 class TableWriter:
-    """Batches into a Parquet file, many to a row group. Digests and sequences would hardly shrink, so they are left plain."""
+    """Writes batches to a Parquet file, many to a row group. Digests and sequences stay uncompressed: they hardly shrink."""
 
     REPETITIVE = ("length", "status", "reason", "changes")
     COMPRESSED = ("id", "description", "reason")
@@ -60,10 +60,10 @@ class TableWriter:
         self.writer.write_table(pa.Table.from_batches(self.batches, self.schema))
         self.batches = []
 
-    def __enter__(self):
+    def __enter__(self) -> "TableWriter":
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.flush()
         self.writer.close()

@@ -413,7 +413,7 @@ def test_an_accepted_residue_without_a_token_of_its_own_stops_ingest(run, monkey
     monkeypatch.setattr(judge, "normalize", lambda raw, letters: (raw, [], ""))
     with pytest.raises(RuntimeError, match="no token of its own"):
         run(data)
-    monkeypatch.setattr("lengthwise.ingest.judge._unusual", lambda residues, bounds: [])
+    monkeypatch.setattr("lengthwise.ingest.judge._with_unusual_bytes", lambda residues, bounds: [])
     with pytest.raises(RuntimeError, match="no token of its own"):
         run(data)
 
