@@ -8,12 +8,12 @@ from lengthwise.system.text import count
 with reporting(snakemake.log[0], snakemake.scriptdir):
     from lengthwise.store.settings import device_of
     from lengthwise.system.gpus import leased
-    from lengthwise.system.slurm import deadline, place
+    from lengthwise.system.slurm import deadline, describe_host
 
     store = Path(snakemake.params.store)
     device = device_of(store, snakemake.config["device"])
     with leased(device):
-        log.info("on %s", place())
+        log.info("on %s", describe_host())
         from lengthwise.jobs.embed_job import embed_job
 
         job_record = embed_job(

@@ -15,7 +15,7 @@ from typing import ClassVar
 import pyarrow.parquet as pq
 from project import ROOT, Project, Run
 
-from lengthwise.system.locks import at_work
+from lengthwise.system.locks import shared_store_lock
 
 SCRIPT = Path(__file__).with_name("cluster")
 STATE = Path("/run/lengthwise-slurm")
@@ -184,8 +184,10 @@ class Gate:
         self.earlier = [folder / name[:2] / f"{name}.safetensors" for name in earlier]
         self.path = folder / shard[:2] / f".{shard}.tmp"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.at_work = ExitStack()
-        self.at_work.enter_context(at_work(project.store))  # or a run that begins would remove the file
+        self.shared_store_lock = ExitStack()
+        self.shared_store_lock.enter_context(
+            shared_store_lock(project.store)
+        )  # or a run that begins would remove the file
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT)
         fcntl.flock(self.descriptor, fcntl.LOCK_EX)
 
@@ -203,4 +205,4 @@ class Gate:
     def open(self) -> None:
         self.path.unlink(missing_ok=True)
         os.close(self.descriptor)
-        self.at_work.close()
+        self.shared_store_lock.close()

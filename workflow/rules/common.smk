@@ -24,11 +24,11 @@ from lengthwise.maintain.run_summary import failure_lines_of, forecast_lines_of,
 from lengthwise.store.paths import store_name
 from lengthwise.store.settings import guard, load
 from lengthwise.store.weights import note_new_time
-from lengthwise.system.files import stamp, state, write_json
+from lengthwise.system.files import size_and_mtime, stamp, write_json
 from lengthwise.system.gpus import refuse_missing_gpu
-from lengthwise.system.locks import at_work
-from lengthwise.system.logging import FAILED
-from lengthwise.system.runs import note_run, refusal
+from lengthwise.system.locks import shared_store_lock
+from lengthwise.system.logging import ERROR_PREFIX
+from lengthwise.system.runs import explain_lock, record_run
 
 STARTED = time.time()
 PRESENCE = ExitStack()
@@ -76,28 +76,28 @@ def put_right(store):
         if lost:
             write_json(store / "settings.json", lost)
         remove_leftovers(store)
-        PRESENCE.enter_context(at_work(store))
+        PRESENCE.enter_context(shared_store_lock(store))
 
 
 def say_why_refused(why):
     """After Snakemake's own lines about the lock, unless it did not mind."""
     if not BEGUN:
-        print(f"{FAILED}{why}", file=sys.stderr)
+        print(f"{ERROR_PREFIX}{why}", file=sys.stderr)
 
 
 try:
     config.update(lengthwise.config.validate(config, Path(workflow.basedir) / "schemas" / "config.schema.yaml"))
     DATASETS = lengthwise.config.datasets(config["inputs"])
-    STATES = {dataset: state(path) for dataset, path in DATASETS.items()}
+    STATES = {dataset: size_and_mtime(path) for dataset, path in DATASETS.items()}
     STAMPS = {dataset: stamp(path) for dataset, path in DATASETS.items()}
     STORE = str(Path(config["results"]) / store_name(config["model"]))
     guard(Path(STORE), config)
     if workflow.is_main_process:
         put_right(Path(STORE))
         if locked() and may_change_files():
-            atexit.register(say_why_refused, refusal(RUN))
+            atexit.register(say_why_refused, explain_lock(RUN))
 except (LengthwiseError, OSError) as error:
-    sys.exit(f"{FAILED}{error}")  # one line; an exception would show the Snakefile's own lines too
+    sys.exit(f"{ERROR_PREFIX}{error}")  # one line; an exception would show the Snakefile's own lines too
 
 MANIFEST = f"{STORE}/datasets/{{dataset}}/manifest.json"
 WEIGHTS = f"{STORE}/weights.json"
@@ -178,11 +178,11 @@ def begin():
     if workflow.is_main_process:
         BEGUN.append(True)
         try:
-            note_run(RUN)
+            record_run(RUN)
             note_new_time(Path(STORE))
             write_json(Path(PLANNED_INPUTS), STAMPS)  # a job on another node reads its config and inputs again
         except LengthwiseError as error:
-            sys.exit(f"{FAILED}{error}")
+            sys.exit(f"{ERROR_PREFIX}{error}")
 
 
 def require_device():
@@ -192,7 +192,7 @@ def require_device():
         try:
             refuse_missing_gpu()
         except LengthwiseError as error:
-            sys.exit(f"{FAILED}{error}")
+            sys.exit(f"{ERROR_PREFIX}{error}")
 
 
 def success_lines():

@@ -17,7 +17,7 @@ from lengthwise.export.pt import write_pt
 from lengthwise.export.source import Source
 from lengthwise.store.sizes import tensors_of
 from lengthwise.system.files import fsync_folder, scratch_folder, writing
-from lengthwise.system.locks import at_work, lock
+from lengthwise.system.locks import lock, shared_store_lock
 
 
 def export(dataset: Path, kind: str, memory_bytes: int = 1 << 30) -> int:
@@ -49,7 +49,7 @@ def export(dataset: Path, kind: str, memory_bytes: int = 1 << 30) -> int:
     folder = dataset / "exports" / kind
     try:
         with (
-            at_work(dataset.resolve().parent.parent),
+            shared_store_lock(dataset.resolve().parent.parent),
             _replace_folder(folder) as part,
             Source(dataset, part.with_name("spill"), memory_bytes) as source,
         ):

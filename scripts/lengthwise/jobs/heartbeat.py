@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lengthwise.system.files import going_with_this_process, temporary
+from lengthwise.system.files import removed_on_sigterm, temporary
 
 FIRST_BEAT_SECONDS, BEAT_SECONDS = 0.5, 5.0
 
@@ -45,7 +45,7 @@ class Heartbeat:
         while True:
             done, residues, seconds = self.state()
             now = {"time": time.time(), "done": done, "residues": residues, "seconds": round(seconds, 3)}
-            with going_with_this_process(self.path):
+            with removed_on_sigterm(self.path):
                 try:
                     part.write_text(json.dumps(self.known | now))
                     os.replace(part, self.path)  # not synced: it is of no use after a power cut

@@ -23,7 +23,7 @@ from lengthwise.store.metrics import write_metrics
 from lengthwise.store.paths import metrics_path
 from lengthwise.store.shard_writer import ShardWriter
 from lengthwise.store.weights import require_unchanged
-from lengthwise.system.locks import at_work
+from lengthwise.system.locks import shared_store_lock
 from lengthwise.system.text import count, duration
 
 log = logging.getLogger("lengthwise")
@@ -101,7 +101,7 @@ class ShardPipeline:
         self.begun = 0  # residues of all shards that were begun
         self.writes: deque[Future] = deque()
         self.stack = ExitStack()
-        self.stack.enter_context(at_work(store))
+        self.stack.enter_context(shared_store_lock(store))
         self.thread = ThreadPoolExecutor(1)
 
     def make(self, shards: list[PlannedShard], batch_tokens: int) -> set[str]:

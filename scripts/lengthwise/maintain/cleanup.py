@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.system.files import read_json
-from lengthwise.system.locks import alone
+from lengthwise.system.locks import exclusive_store_lock
 
 
 def broken_job_records(store: Path) -> dict[Path, list[str]]:
@@ -47,7 +47,7 @@ def leftovers(store: Path) -> list[Path]:
 
 def remove_leftovers(store: Path) -> None:
     """Remove the leftovers that this user may remove; none while a run or a job works in the store."""
-    with suppress(LengthwiseError), alone(store):
+    with suppress(LengthwiseError), exclusive_store_lock(store):
         for path in leftovers(store):
             with suppress(OSError):
                 remove(path)

@@ -13,7 +13,7 @@ from lengthwise.plan.planner import read_jobs
 from lengthwise.store.manifest import read_manifest
 from lengthwise.store.paths import job_record_path, work_order_path
 from lengthwise.system.files import read_json
-from lengthwise.system.locks import alone
+from lengthwise.system.locks import exclusive_store_lock
 
 
 def prune(store: Path, delete: bool = False) -> dict[Path, int]:
@@ -41,7 +41,7 @@ def prune(store: Path, delete: bool = False) -> dict[Path, int]:
     """
     if not (store / "settings.json").exists():
         raise LengthwiseError(f"{store}/settings.json: No such file; only a store with its settings is pruned")
-    with alone(store):
+    with exclusive_store_lock(store):
         unused = {path: _size_bytes(path) for path in _unused(store)}
         if delete:
             for path in unused:

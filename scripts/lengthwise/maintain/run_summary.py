@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from lengthwise.system.files import read_json
-from lengthwise.system.logging import FAILED
+from lengthwise.system.logging import ERROR_PREFIX
 from lengthwise.system.text import count
 
 
@@ -69,7 +69,7 @@ def failure_lines_of(store: Path, since: float) -> list[str]:
     reasons = []
     for log in sorted((store / "logs").rglob("*.log")):
         if log.stat().st_mtime >= since:
-            reasons += [line for line in log.read_text(errors="replace").splitlines() if line.startswith(FAILED)]
+            reasons += [line for line in log.read_text(errors="replace").splitlines() if line.startswith(ERROR_PREFIX)]
     if reasons:
         return ["", *dict.fromkeys(reasons), "Finished work is kept: mend that, then run the same command again."]
     return [

@@ -11,7 +11,7 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.store.layout import layout
 from lengthwise.store.paths import shard_path
 from lengthwise.store.shard import is_complete
-from lengthwise.system.files import claim, discard, fsync_folder, outlive_others, reserve, writing
+from lengthwise.system.files import create_locked, discard, fsync_folder, reserve, wait_for_writers, writing
 
 # After so many bytes the kernel begins to write them to the disk, so that the fsync in `commit` is short.
 FLUSH_BYTES = 16 << 20
@@ -54,7 +54,7 @@ class ShardWriter:
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         self._is_open = False
-        outlive_others(self.path, wait)
+        wait_for_writers(self.path, wait)
         self.already_there = is_complete(self.path, digests, settings["fingerprint"])
         if self.already_there:
             return
@@ -66,7 +66,7 @@ class ShardWriter:
         self.file_bytes = max(tensor.start + tensor.nbytes for tensor in self.tensors.values())
         self._unflushed_bytes = 0
         with writing(self.path):
-            self.part, self._descriptor = claim(self.path)
+            self.part, self._descriptor = create_locked(self.path)
         self._is_open = True
         try:
             self._reserve_space()

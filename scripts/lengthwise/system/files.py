@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writes, temporary files and folders, JSON files, checksums."""
 
 import ctypes
 import errno
@@ -16,23 +16,30 @@ from pathlib import Path
 from lengthwise.errors import LengthwiseError
 from lengthwise.system.locks import UNSUPPORTED, lock, opened
 
-# What only writing is refused for, whatever else a rule does meanwhile.
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+# errno values that always mean 'cannot write'.
+_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 _temporaries: set[Path] = set()
 
-_removal = threading.Lock()
+# `remove_temporaries` keeps this lock, so that no thread creates another file while the process ends.
+_temporaries_lock = threading.Lock()
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Write to the temporary path that this yields; it becomes `path` on success, fsynced, and vanishes on failure."""
+    """Write a file atomically: yield a temporary path; fsync and rename it to `path` on success, remove it on failure.
+
+    Raises
+    ------
+    LengthwiseError
+        The file cannot be written, for example because the disk is full.
+    """
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     part = temporary(path)
     try:
-        with writing(path, _NO_SPACE):
+        with writing(path, _WRITE_ERRORS):
             yield part
         with writing(path):
             with open(part, "rb") as file:
@@ -44,60 +51,69 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def temporary(path: Path) -> Path:
-    """A name beside `path` for what is not finished; no other process, on whatever machine, gets the same.
+    """Return a unique temporary path beside `path`, registered for removal by `remove_temporaries`.
 
-    Nobody gets one after `remove_temporaries`.
+    Blocks for ever once `remove_temporaries` has begun.
     """
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with _removal:
+    with _temporaries_lock:
         _temporaries.add(part)
     return part
 
 
 @contextmanager
-def going_with_this_process(path: Path) -> Iterator[None]:
-    """Write `path` in here, and `remove_temporaries` removes it too, after which nobody gets in here."""
-    with _removal:
+def removed_on_sigterm(path: Path) -> Iterator[None]:
+    """Register `path` for removal by `remove_temporaries`, and delay that removal while the caller writes the file.
+
+    Blocks for ever once `remove_temporaries` has begun.
+    """
+    with _temporaries_lock:
         _temporaries.add(path)
         yield
 
 
 def remove_temporaries() -> None:
-    """Remove what is of use to this process alone, because it ends at once."""
-    _removal.acquire(timeout=1.0)  # for good; a disk that hangs is not waited for
+    """Remove all registered files. Call it only directly before the process ends: `temporary` blocks afterwards."""
+    _temporaries_lock.acquire(timeout=1.0)  # never released; the time limit is for a writer on a disk that hangs
     for part in tuple(_temporaries):
         discard(part)
 
 
 def discard(part: Path) -> None:
-    """Remove a temporary file, if it is there and if that is possible: a later run removes what is left."""
+    """Remove a temporary file and ignore failure: the next run removes leftovers."""
     with suppress(OSError):
         part.unlink()
 
 
-def claim(path: Path) -> tuple[Path, int]:
-    """Make a temporary file for `path` and lock it: the kernel lets go of the lock when this process ends, however it does."""
+def create_locked(path: Path) -> tuple[Path, int]:
+    """Create a temporary file for `path` with an exclusive lock, which the kernel releases when this process ends.
+
+    Returns
+    -------
+    tuple[Path, int]
+        The temporary file and its open descriptor.
+    """
     while True:
         part = temporary(path)
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         lock(descriptor, fcntl.LOCK_EX)
         if part.exists():
             return part, descriptor
-        os.close(descriptor)  # between the two calls another process took it for a leftover
+        os.close(descriptor)  # another process removed it as a leftover before it was locked
 
 
-def outlive_others(path: Path, wait: bool) -> None:
-    """Wait until nobody else is making `path`, and remove what those who died left of it.
+def wait_for_writers(path: Path, wait: bool) -> None:
+    """Wait until no other process is writing `path`, and remove the temporary files of processes that died.
 
     Raises
     ------
     BlockingIOError
-        Somebody is, and `wait` is false.
+        Another process is writing it, and `wait` is false.
     """
     for part in path.parent.glob(f".{path.stem}*.tmp"):
         try:
             descriptor = os.open(part, os.O_RDWR)
-        except (FileNotFoundError, PermissionError):  # renamed by now, or of another user
+        except (FileNotFoundError, PermissionError):  # renamed meanwhile, or owned by another user
             continue
         try:
             if lock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB):
@@ -107,14 +123,24 @@ def outlive_others(path: Path, wait: bool) -> None:
 
 
 def reserve(descriptor: int, size: int, free: int) -> None:
-    """Give a file its bytes on the disk; where the file system cannot reserve any, at least ask whether so many are free.
+    """Preallocate a file's bytes on the disk.
 
-    `os.posix_fallocate` would write zeros there: every byte twice.
+    A file system without preallocation gets a check of the free bytes and a sparse file. There `os.posix_fallocate` would
+    write zeros, so that every byte is written twice.
+
+    Parameters
+    ----------
+    descriptor
+        The open file.
+    size
+        Bytes to preallocate.
+    free
+        Bytes that are free on the file system.
 
     Raises
     ------
     OSError
-        There are not enough.
+        The disk has too little space.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
@@ -129,7 +155,20 @@ def reserve(descriptor: int, size: int, free: int) -> None:
 
 @contextmanager
 def writing(path: Path, refusals: set[int] | None = None) -> Iterator[None]:
-    """Say of an error in here that `path` cannot be written, and why: of any, or of these error numbers alone."""
+    """Turn an OSError of the body into an error that says that `path` cannot be written, and why.
+
+    Parameters
+    ----------
+    path
+        The file or folder to name.
+    refusals
+        errno values to translate; None translates every OSError.
+
+    Raises
+    ------
+    LengthwiseError
+        The body raised such an OSError.
+    """
     try:
         yield
     except OSError as error:
@@ -141,23 +180,29 @@ def writing(path: Path, refusals: set[int] | None = None) -> Iterator[None]:
 
 @contextmanager
 def scratch_folder(folder: Path) -> Iterator[Path]:
-    """A folder of this process's own, named after this one, and gone afterwards; what killed ones left beside it goes first.
+    """Yield a new folder beside `folder` that only this process uses, and remove it afterwards.
 
-    Another process may be at the same work: a job of a dead run, say.
+    First removes the scratch folders of killed processes. A lock protects those of running processes, for example of a
+    job that outlived its run.
+
+    Raises
+    ------
+    LengthwiseError
+        The folder cannot be created.
     """
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f".*{folder.name}"):
-        with suppress(OSError), opened(left) as descriptor:
-            if lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):  # its owner is dead
-                shutil.rmtree(left, ignore_errors=True)
+    for leftover in folder.parent.glob(f".*{folder.name}"):
+        with suppress(OSError), opened(leftover) as descriptor:
+            if lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):  # its process has ended
+                shutil.rmtree(leftover, ignore_errors=True)
     while True:
         own = folder.with_name(f".{secrets.token_hex(4)}{folder.name}")
         with writing(own):
             own.mkdir()
         with opened(own) as descriptor:
             lock(descriptor, fcntl.LOCK_EX)
-            if not own.exists():  # between the two calls another process took it for a leftover
+            if not own.exists():  # another process removed it as a leftover before it was locked
                 continue
             try:
                 yield own
@@ -167,7 +212,7 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make a rename in this folder survive a power cut."""
+    """Flush a folder to disk, so that a rename in it survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -187,7 +232,7 @@ def read_json(path: Path, *keys: str) -> dict:
     Raises
     ------
     LengthwiseError
-        It is damaged.
+        The file is no JSON object, or lacks a key.
     """
     try:
         value = json.loads(Path(path).read_text())
@@ -199,9 +244,9 @@ def read_json(path: Path, *keys: str) -> dict:
 
 
 def stamp(path: Path) -> dict[str, int]:
-    """What changes when a file does: its size, and the times of its content and of its name, in nanoseconds."""
-    state = os.stat(path)
-    return {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns, "ctime_ns": state.st_ctime_ns}
+    """Return a file's size, mtime and ctime (nanoseconds): a change of the file changes at least one of them."""
+    stat = os.stat(path)
+    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
 
 
 def sha256(path: Path) -> str:
@@ -210,7 +255,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def state(fasta: Path) -> str:
-    """A file's size and time in one line: another one means that it changed."""
-    found = os.stat(fasta)
-    return f"{found.st_size} bytes, {found.st_mtime_ns} ns"
+def size_and_mtime(path: Path | str) -> str:
+    """Return a file's size and mtime as text. The ingest rule stores it as a param, so its form must not change."""
+    stat = os.stat(path)
+    return f"{stat.st_size} bytes, {stat.st_mtime_ns} ns"

@@ -1,4 +1,4 @@
-"""The machine's GPUs: which there are, and a lease on one, where no scheduler gives them out."""
+"""The machine's GPUs, and a lease on one of them where no scheduler assigns GPUs."""
 
 import ctypes
 import fcntl
@@ -17,67 +17,78 @@ from lengthwise.errors import LengthwiseError
 
 log = logging.getLogger("lengthwise")
 
-# For all users alike, whatever their TMPDIR.
+# Leases are shared by all users, so the folder must not depend on TMPDIR.
 FOLDER = Path("/tmp")
 
 SECONDS_BETWEEN_TRIES = 0.5
 
 
 @contextmanager
-def leased(kind: str) -> Iterator[None]:
-    """Where the kind of device is cuda, make one of the visible GPUs the only one, and hold it; with all of them held, wait.
+def leased(device: str) -> Iterator[None]:
+    """Lease one visible GPU and hide the others from this process; wait while all are leased.
 
-    CUDA reads CUDA_VISIBLE_DEVICES once: enter this before anything in this process asks for a GPU. In a SLURM job that was
-    given one GPU nothing is leased; where it was given several, the processes in it share them as on a workstation.
+    CUDA reads CUDA_VISIBLE_DEVICES once: enter this before anything in this process uses a GPU. A SLURM job with one GPU
+    leases nothing. The processes of a SLURM job with several GPUs share them by leases, as on a workstation.
+
+    Parameters
+    ----------
+    device
+        ``cuda`` or ``cpu``; ``cpu`` leases nothing.
 
     Raises
     ------
     LengthwiseError
-        The lease's file cannot be used.
+        A lock file cannot be created or opened.
     """
-    devices = [] if kind != "cuda" or _given_one() else visible_uuids()
-    if not devices:
-        yield  # where there should be one, whoever needs it says so
+    uuids = [] if device != "cuda" or _slurm_gave_one_gpu() else visible_uuids()
+    if not uuids:
+        yield  # a missing GPU is reported where the model is loaded
         return
-    with lease(devices) as device:
-        if len(devices) > 1:
-            os.environ["CUDA_VISIBLE_DEVICES"] = device
+    with lease(uuids) as uuid:
+        if len(uuids) > 1:
+            os.environ["CUDA_VISIBLE_DEVICES"] = uuid
         yield
 
 
-def _given_one() -> bool:
-    """Whether SLURM gave this process one GPU."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return "SLURM_JOB_ID" in os.environ and bool(given) and "," not in given
+def _slurm_gave_one_gpu() -> bool:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return "SLURM_JOB_ID" in os.environ and bool(visible) and "," not in visible
 
 
 def visible_uuids() -> list[str]:
-    """The identifiers of the GPUs that CUDA_VISIBLE_DEVICES leaves, asked for by a child: the driver must not start here."""
+    """Return the UUIDs of the visible GPUs. A child process asks, so that the driver does not start in this one."""
     path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    asked = subprocess.run(
+    child = subprocess.run(
         [sys.executable, "-m", "lengthwise.system.gpus"],
         env=os.environ | {"PYTHONPATH": path},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    return asked.stdout.split()
+    return child.stdout.split()
 
 
 @contextmanager
 def lease(devices: list[str], folder: Path = FOLDER) -> Iterator[str]:
-    """Hold one of these devices, the first that nobody holds; yields it.
+    """Lease the first free device and yield its name; wait while all are leased.
+
+    Parameters
+    ----------
+    devices
+        UUIDs of GPUs.
+    folder
+        Folder of the lock files, one per device.
 
     Raises
     ------
     LengthwiseError
-        A file in `folder` cannot be made or opened.
+        A lock file cannot be created or opened.
     """
-    if not (held := _take(devices, folder)):
+    if not (held := _lock_first_free(devices, folder)):
         log.info("waiting for a GPU: all %d are in use", len(devices))
     while not held:
         time.sleep(SECONDS_BETWEEN_TRIES)
-        held = _take(devices, folder)
+        held = _lock_first_free(devices, folder)
     device, descriptor = held
     _held.add(descriptor)
     try:
@@ -87,17 +98,17 @@ def lease(devices: list[str], folder: Path = FOLDER) -> Iterator[str]:
         os.close(descriptor)
 
 
-def _take(devices: list[str], folder: Path) -> tuple[str, int] | None:
-    """A device that nobody held until now, and the descriptor that holds it."""
+def _lock_first_free(devices: list[str], folder: Path) -> tuple[str, int] | None:
+    """The device and the descriptor of its locked file; None while all are leased."""
     for device in devices:
         path = folder / f"lengthwise-{device}.lock"
         try:
-            descriptor = _open(path)
+            descriptor = _open_lock_file(path)
         except OSError as error:
             raise LengthwiseError(f"{path}: {error.strerror}; ask its owner to remove it") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_nlink:  # not one that was removed meanwhile
+            if os.fstat(descriptor).st_nlink:  # the lock of a file that was deleted meanwhile excludes nobody
                 return device, descriptor
         except BlockingIOError:
             pass
@@ -105,27 +116,33 @@ def _take(devices: list[str], folder: Path) -> tuple[str, int] | None:
     return None
 
 
-def _open(path: Path) -> int:
-    """Open a file for locking, made if it is not there; in /tmp the kernel refuses O_CREAT on another user's file."""
+def _open_lock_file(path: Path) -> int:
+    """Open or create a lock file. In /tmp the kernel refuses O_CREAT on another user's file, so open first."""
     flags = os.O_RDONLY | os.O_NOFOLLOW
     for _ in range(2):
         with suppress(FileNotFoundError):
             return os.open(path, flags)
         with suppress(FileExistsError):
             descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL)
-            os.fchmod(descriptor, 0o644)  # others open it too, whatever the umask
+            os.fchmod(descriptor, 0o644)  # other users must be able to open it, whatever the umask
             return descriptor
     return os.open(path, flags)
 
 
-# A lock belongs to the open file: a forked child that outlives this process must not keep it.
+# A lock belongs to the open file: close it in forked children, which may outlive this process.
 _held: set[int] = set()
 
-os.register_at_fork(after_in_child=lambda: [os.close(_held.pop()) for _ in range(len(_held))])
+
+def _close_held() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_close_held)
 
 
 def visible_gpus() -> int:
-    """CUDA devices that this process may use, by the driver's own count (so CUDA_VISIBLE_DEVICES holds)."""
+    """Return the driver's count of CUDA devices, which respects CUDA_VISIBLE_DEVICES."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -137,22 +154,22 @@ def visible_gpus() -> int:
 
 
 def driver_uuids() -> list[str]:
-    """The identifiers of those devices, `GPU-...`; afterwards this process has started the driver."""
-    found = []
+    """Return the UUIDs of those devices, `GPU-...`. This starts the driver in this process."""
+    uuids = []
     for ordinal in range(visible_gpus()):
         driver, uuid = ctypes.CDLL("libcuda.so.1"), ctypes.create_string_buffer(16)
         if driver.cuDeviceGetUuid_v2(uuid, ordinal) == 0:
-            found.append(f"GPU-{UUID(bytes=uuid.raw)}")
-    return found
+            uuids.append(f"GPU-{UUID(bytes=uuid.raw)}")
+    return uuids
 
 
 def auto_device(on_cluster: bool) -> str:
-    """What `device: auto` means when a store is made: cuda where a GPU can be used or jobs go to a cluster, else cpu."""
+    """Return the device of a new store with `device: auto`: cuda with a usable GPU or on a cluster, else cpu."""
     return "cuda" if on_cluster or (visible_gpus() and not _cpu_build()) else "cpu"
 
 
 def refuse_missing_gpu() -> None:
-    """Raise if the device is cuda and this machine cannot serve it.
+    """Raise if this machine cannot run CUDA.
 
     Raises
     ------
@@ -161,15 +178,15 @@ def refuse_missing_gpu() -> None:
     """
     if not visible_gpus():
         raise LengthwiseError(
-            "device: cuda, but no GPU is visible on this machine; nothing falls back to the CPU by itself: "
-            "set device: cpu (in a new 'results'), or run where a GPU is"
+            "device: cuda, but no GPU is visible on this machine, and Lengthwise never falls back to the CPU by itself: "
+            "set device: cpu (in a new 'results'), or run on a machine with a GPU"
         )
     if build := _cpu_build():
         raise LengthwiseError(f"device: cuda, but torch {build} is a CPU build; the README says how to install another")
 
 
 def _cpu_build() -> str | None:
-    """The installed torch's version if it is a CPU build."""
+    """Version of the installed torch if it is a CPU build, else None."""
     installed = version("torch")
     return installed if installed.endswith("+cpu") else None
 

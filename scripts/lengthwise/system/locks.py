@@ -1,4 +1,4 @@
-"""Locks on files and folders, and who is at work in a store."""
+"""Locks (flock) on files and folders, and the lock of a whole store."""
 
 import errno
 import fcntl
@@ -11,10 +11,13 @@ from lengthwise.errors import LengthwiseError
 
 
 @contextmanager
-def at_work(store: Path) -> Iterator[None]:
-    """Keep others from having the store alone; the kernel ends it when this process ends, however it does."""
+def shared_store_lock(store: Path) -> Iterator[None]:
+    """Hold a shared lock on a store; the kernel releases it when this process ends.
+
+    Any number of runs, jobs and exports hold it at once. It excludes `exclusive_store_lock`.
+    """
     with ExitStack() as stack:
-        with suppress(OSError):  # whoever cannot write there says so when there is something to write
+        with suppress(OSError):  # the first write reports a store that cannot be written
             store.mkdir(parents=True, exist_ok=True)
         for path in (store, store / "settings.json"):
             with suppress(FileNotFoundError):
@@ -23,22 +26,22 @@ def at_work(store: Path) -> Iterator[None]:
 
 
 @contextmanager
-def alone(store: Path) -> Iterator[None]:
-    """Have the store for oneself.
+def exclusive_store_lock(store: Path) -> Iterator[None]:
+    """Hold the exclusive lock on a store, which no run, job or export may be using.
 
     Raises
     ------
     LengthwiseError
-        A run or a job is at work in it, or there is no way to know.
+        A run or a job is at work in the store, or its file system has no locks.
     """
     with ExitStack() as stack:
         try:
-            known = lock(stack.enter_context(opened(store, os.O_RDONLY)), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if (store / "settings.json").exists():  # on NFS such a lock needs a file that is open for writing
+            supported = lock(stack.enter_context(opened(store, os.O_RDONLY)), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (store / "settings.json").exists():  # NFS needs a file open for writing to lock it exclusively
                 settings = stack.enter_context(opened(store / "settings.json", os.O_RDWR))
-                known = lock(settings, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not known:
-                raise LengthwiseError(f"{store}: its file system has no locks that would tell whether a job is at work")
+                supported = lock(settings, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not supported:
+                raise LengthwiseError(f"{store}: its file system has no locks, so a job may be at work here unnoticed")
         except BlockingIOError as error:
             raise LengthwiseError(f"{store}: a run or a job is at work in this store; wait until it is done") from error
         except OSError as error:
@@ -46,13 +49,13 @@ def alone(store: Path) -> Iterator[None]:
         yield
 
 
-# What a file system says that has no locks, or cannot reserve bytes; NFS the last, where a folder is to be locked for oneself.
+# errno values of a file system that supports no locks or no preallocation. NFS: EBADF for an exclusive lock on a folder.
 UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF}
 
 
 @contextmanager
 def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    """A file's or a folder's descriptor, to be locked."""
+    """Yield the descriptor of an open file or folder, to lock it."""
     descriptor = os.open(path, flags)
     try:
         yield descriptor
@@ -61,12 +64,24 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
 
 
 def lock(descriptor: int, how: int) -> bool:
-    """Lock an open file; false where the file system has no locks, so that nobody knows who else is there.
+    """Lock an open file.
+
+    Parameters
+    ----------
+    descriptor
+        The open file or folder.
+    how
+        `fcntl.LOCK_SH` or `fcntl.LOCK_EX`; with `fcntl.LOCK_NB` it does not wait.
+
+    Returns
+    -------
+    bool
+        False if the file system supports no locks.
 
     Raises
     ------
     BlockingIOError
-        Another holds it, and `how` says not to wait.
+        Another process holds the lock, and `how` says not to wait.
     """
     try:
         fcntl.flock(descriptor, how)

@@ -1,4 +1,4 @@
-"""What a rule says: to the terminal and its log, and of a failure one line."""
+"""A rule's log: messages to the terminal and a file, and a failure as one line."""
 
 import logging
 import os
@@ -16,22 +16,22 @@ from lengthwise.system.files import remove_temporaries
 
 log = logging.getLogger("lengthwise")
 
-FAILED = "lengthwise: error: "
+ERROR_PREFIX = "lengthwise: error: "
 
 
 @contextmanager
 def reporting(log_file: str, scripts: str) -> Iterator[None]:
-    """Run a rule's work: log to the terminal and to `log_file`; a failure becomes one line, with exit code 1.
+    """Run a rule's work: log to the terminal and to `log_file`, and turn an exception into one line and exit code 1.
 
-    A failure that is nobody's mistake but the program's has its traceback in the log. A SIGTERM ends the process at once. Where
-    the disk is full there is no log, and the terminal has it all.
+    An unexpected exception also writes its traceback into the log. A SIGTERM ends the process at once. If the disk is full,
+    only the terminal gets the messages.
 
     Parameters
     ----------
     log_file
-        The rule's log.
+        Path of the rule's log.
     scripts
-        The folder of the rule's script: the package must be the one beside it.
+        Folder of the rule's script. Python must import the package from this folder.
     """
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     with suppress(OSError):
@@ -41,7 +41,7 @@ def reporting(log_file: str, scripts: str) -> Iterator[None]:
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
     log.setLevel(logging.INFO)
-    _end_at_once_on_sigterm(log_file)
+    _exit_on_sigterm(log_file)
     try:
         _require_own_package(scripts)
         yield
@@ -53,7 +53,7 @@ def reporting(log_file: str, scripts: str) -> Iterator[None]:
         if not isinstance(error, LengthwiseError):
             line = f"unexpected {type(error).__name__}: {line.splitlines()[0] if line else ''} (details in {log_file})"
             details = traceback.format_exc()
-        _say_why(log_file, line, details)
+        _report_error(log_file, line, details)
         sys.exit(1)
     finally:
         for handler in handlers:
@@ -62,7 +62,7 @@ def reporting(log_file: str, scripts: str) -> Iterator[None]:
 
 
 class _LogFile(logging.FileHandler):
-    """Says nothing of a disk that is full: that would hide what the work says of it."""
+    """Ignores errors of writing the log: on a full disk they would hide the error of the work itself."""
 
     def flush(self) -> None:
         with suppress(OSError):
@@ -72,17 +72,17 @@ class _LogFile(logging.FileHandler):
         pass
 
 
-def _say_why(log_file: str, line: str, details: str = "") -> None:
-    """To the terminal first: the log may be on a disk that is full."""
-    print(f"{FAILED}{line}", file=sys.stderr, flush=True)
+def _report_error(log_file: str, line: str, details: str = "") -> None:
+    """Print the error to the terminal first: the log may be on a full disk."""
+    print(f"{ERROR_PREFIX}{line}", file=sys.stderr, flush=True)
     with suppress(OSError), open(log_file, "a") as file:
-        file.write(f"{details}{FAILED}{line}\n")
+        file.write(f"{details}{ERROR_PREFIX}{line}\n")
 
 
-def _end_at_once_on_sigterm(log_file: str) -> None:
-    """Schedulers send it before they kill: whatever the process is in the middle of, a thread of its own ends it.
+def _exit_on_sigterm(log_file: str) -> None:
+    """Start a thread that ends the process on SIGTERM, which schedulers send before they kill.
 
-    Python's own handlers would wait for the main thread to come back from what it computes or loads.
+    A Python signal handler would wait until the main thread returns from native code.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -91,20 +91,20 @@ def _end_at_once_on_sigterm(log_file: str) -> None:
         while signal.SIGTERM not in os.read(reading, 1):
             pass
         try:
-            _say_why(
+            _report_error(
                 log_file, "ended by SIGTERM: cancelled, preempted or out of time; what is finished is kept, run again"
             )
         finally:
-            remove_temporaries()  # last: the main thread would say that its file is gone
+            remove_temporaries()  # last, or the main thread might report a missing file first
             os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
-    signal.set_wakeup_fd(writing)  # written to at once, whatever Python does
+    signal.set_wakeup_fd(writing)  # the C-level handler writes the signal number to this pipe at once
     signal.signal(signal.SIGTERM, lambda *_: None)
 
 
 def _require_own_package(scripts: str) -> None:
-    """Another installed version would win over the one beside the workflow, because `scripts` comes last in the path."""
+    """Refuse another installed copy of the package: it comes before the folder `scripts` in Python's path."""
     imported, own = Path(lengthwise.errors.__file__).resolve().parent, Path(scripts).resolve() / "lengthwise"
     if imported != own:
         raise LengthwiseError(

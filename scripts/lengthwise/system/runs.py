@@ -1,4 +1,4 @@
-"""Which run works in a folder: noted when it begins, told to a second one."""
+"""The record of the run in a working folder, which explains the folder's lock to a second run."""
 
 import math
 import os
@@ -10,36 +10,36 @@ import psutil
 
 from lengthwise.system.files import read_json, write_json
 
-# The time of a process's creation moves with the clock, which may be set meanwhile.
-_SLACK_SECONDS = 60
+# A process's creation time shifts when the system clock is set.
+_CREATION_TOLERANCE_SECONDS = 60
 
 
-def note_run(path: Path) -> None:
-    """Note that this process runs here."""
+def record_run(path: Path) -> None:
+    """Write the host, process id and start of this run to the JSON file `path`."""
     began = datetime.now().isoformat(sep=" ", timespec="seconds")
-    created = psutil.Process().create_time()  # as psutil computes it, not by `began`: in a container the two may differ
+    created = psutil.Process().create_time()  # in a container it may differ from `began`
     write_json(path, {"host": platform.node(), "process": os.getpid(), "began": began, "created": created})
 
 
-def refusal(path: Path) -> str:
-    """What somebody whose run the other one's lock refuses should know and do, in one line."""
-    unlock = "run snakemake --unlock, then the same command again; jobs that it left at work do no harm"
+def explain_lock(path: Path) -> str:
+    """Return one line for the user of a second run: who holds the folder's lock, and what to do."""
+    unlock = "run snakemake --unlock, then the same command again; jobs of that run that still work do no harm"
     if not path.exists():
-        return f"another run holds this folder's lock, or was killed: once none is at work, {unlock}"
+        return f"another run holds this folder's lock, or was killed: once no run is at work, {unlock}"
     run = read_json(path, "host", "process", "began")
-    told = f"the run of {run['began']} on {run['host']} (process {run['process']})"
+    first_run = f"the run of {run['began']} on {run['host']} (process {run['process']})"
     if run["host"] != platform.node():
-        return f"{told} holds this folder's lock: let it finish; if it is gone, {unlock}"
-    if _is_alive(run["process"], run.get("created", math.inf)):  # a record of an earlier version lacks it
-        return f"{told} is at work here: let it finish; a second one would do the same work"
-    return f"{told} was killed: {unlock}"
+        return f"{first_run} holds this folder's lock: let it finish; if it is gone, {unlock}"
+    if _is_alive(run["process"], run.get("created", math.inf)):  # records of earlier versions lack "created"
+        return f"{first_run} is at work here: let it finish; a second run would do the same work"
+    return f"{first_run} was killed: {unlock}"
 
 
 def _is_alive(process: int, created: float) -> bool:
-    """Whether a process is still there; one that was created later only has its number."""
+    """Whether the process exists. A process created later reuses the id."""
     if not psutil.pid_exists(process):
         return False
     try:
-        return psutil.Process(process).create_time() <= created + _SLACK_SECONDS
-    except psutil.Error:  # hidden by the system; to take it for alive does no harm
+        return psutil.Process(process).create_time() <= created + _CREATION_TOLERANCE_SECONDS
+    except psutil.Error:  # the system hides the process; assume it is alive, which only means to wait
         return True

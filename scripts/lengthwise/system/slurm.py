@@ -1,4 +1,4 @@
-"""What this process was given, by a scheduler or a machine: a place, cores, and until when it may run."""
+"""Where this process runs, and when SLURM will end it."""
 
 import math
 import os
@@ -10,23 +10,23 @@ import time
 _SQUEUE_SECONDS = 20
 
 
-def place() -> str:
-    """Where this process runs, for a log: the machine, the SLURM job, the GPUs that it may use."""
-    given = {"SLURM job": "SLURM_JOB_ID", "GPU": "CUDA_VISIBLE_DEVICES"}
+def describe_host() -> str:
+    """Return the host name, SLURM job and visible GPUs, for a log."""
+    variables = {"SLURM job": "SLURM_JOB_ID", "GPU": "CUDA_VISIBLE_DEVICES"}
     return ", ".join(
-        [platform.node(), *(f"{what} {os.environ[name]}" for what, name in given.items() if name in os.environ)]
+        [platform.node(), *(f"{what} {os.environ[name]}" for what, name in variables.items() if name in os.environ)]
     )
 
 
 def deadline() -> float:
-    """When SLURM is going to end this process, in seconds of the epoch; infinity elsewhere, and where it does not say."""
+    """Return when SLURM will end this process, in seconds since the epoch; infinity without SLURM or without an answer."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return math.inf
-    if end := os.environ.get("SLURM_JOB_END_TIME"):  # of newer versions
+    if end := os.environ.get("SLURM_JOB_END_TIME"):  # only newer versions of SLURM set it
         return float(end)
     try:
-        asked = subprocess.run(
+        squeue = subprocess.run(
             ["squeue", "--noheader", "--format=%L", f"--jobs={job}"],
             capture_output=True,
             text=True,
@@ -34,13 +34,13 @@ def deadline() -> float:
         )
     except (OSError, subprocess.TimeoutExpired):
         return math.inf
-    return time.time() + seconds(asked.stdout)
+    return time.time() + seconds(squeue.stdout)
 
 
 def seconds(text: str) -> float:
-    """SLURM's [days-][hours:]minutes:seconds in seconds; infinity for its words, such as UNLIMITED."""
-    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text.strip())
-    if not found:
+    """Convert SLURM's [days-][hours:]minutes:seconds into seconds; words such as UNLIMITED give infinity."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text.strip())
+    if not match:
         return math.inf
-    days, hours, minutes, rest = (int(part or 0) for part in found.groups())
+    days, hours, minutes, rest = (int(part or 0) for part in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + rest

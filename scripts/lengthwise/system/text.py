@@ -1,23 +1,22 @@
-"""Numbers as people say them."""
+"""Numbers as text for people."""
 
 
 def count(number: int, noun: str) -> str:
-    """1 job, 2 jobs, 3,000 jobs."""
+    """Return a number and its noun: 1 job, 2 jobs, 3,000 jobs."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def size(number: float) -> str:
-    """Bytes as people say them: 42 bytes, 3.1 MB, 2,048 GB."""
-    if number < 1000:
-        return f"{number:.0f} bytes"
-    unit, shown = next(
-        ((u, number / n) for u, n in (("kB", 1e3), ("MB", 1e6)) if number < 1000 * n), ("GB", number / 1e9)
-    )
-    return f"{shown:,.1f} {unit}" if shown < 100 else f"{shown:,.0f} {unit}"
+def size(number_bytes: float) -> str:
+    """Return bytes with a unit: 42 bytes, 3.1 MB, 2,048 GB."""
+    if number_bytes < 1000:
+        return f"{number_bytes:.0f} bytes"
+    unit, unit_bytes = ("kB", 1e3) if number_bytes < 1e6 else ("MB", 1e6) if number_bytes < 1e9 else ("GB", 1e9)
+    number = number_bytes / unit_bytes
+    return f"{number:,.1f} {unit}" if number < 100 else f"{number:,.0f} {unit}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 3 min 05 s, 2 h 07 min."""
+    """Return seconds with units: 42 s, 3 min 05 s, 2 h 07 min."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

@@ -32,7 +32,7 @@ from lengthwise.store.paths import shard_path
 from lengthwise.store.settings import fingerprint
 from lengthwise.store.shard import Shard
 from lengthwise.system.files import write_json
-from lengthwise.system.locks import alone
+from lengthwise.system.locks import exclusive_store_lock
 
 KINDS = ("h5", "pt", "biotrainer", "parquet")
 ODD_IDS = [
@@ -341,7 +341,7 @@ def test_nobody_prunes_while_an_export_is_written(small, monkeypatch, refused):
     tried = []
 
     def prune_now():
-        with refused("at work in this store"), alone(small.parent.parent):
+        with refused("at work in this store"), exclusive_store_lock(small.parent.parent):
             pass
         tried.append(True)
 

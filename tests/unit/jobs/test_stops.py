@@ -114,7 +114,7 @@ FULL = Path("/dev/full")  # opens, and has no room
     "error", [LengthwiseError("shard: no room"), ZeroDivisionError("odd")], ids=["ours", "unexpected"]
 )
 def test_a_full_disk_does_not_hide_what_failed(capfd, tmp_path, monkeypatch, error):
-    monkeypatch.setattr(logging_module, "_end_at_once_on_sigterm", lambda log_file: None)  # this process goes on
+    monkeypatch.setattr(logging_module, "_exit_on_sigterm", lambda log_file: None)  # this process goes on
     (tmp_path / "job.log").symlink_to(FULL)
 
     def work():
@@ -131,7 +131,7 @@ def test_a_full_disk_does_not_hide_what_failed(capfd, tmp_path, monkeypatch, err
 
 
 def test_a_log_whose_folder_cannot_be_made_stops_no_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(logging_module, "_end_at_once_on_sigterm", lambda log_file: None)
+    monkeypatch.setattr(logging_module, "_exit_on_sigterm", lambda log_file: None)
     (tmp_path / "logs").write_text("")
     done = []
     with reporting(str(tmp_path / "logs" / "job.log"), SCRIPTS):

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 from lengthwise.maintain.cleanup import leftovers, remove_leftovers
-from lengthwise.system.locks import alone, at_work
+from lengthwise.system.locks import exclusive_store_lock, shared_store_lock
 
 
 @pytest.fixture
@@ -32,18 +32,18 @@ def test_leftovers_are_removed_when_nobody_is_at_work(store):
 
 
 def test_leftovers_stay_while_somebody_is_at_work(store, refused):
-    with at_work(store), at_work(store):
+    with shared_store_lock(store), shared_store_lock(store):
         remove_leftovers(store)
         assert len(leftovers(store)) == 3
-        with refused("at work", str(store)), alone(store):
+        with refused("at work", str(store)), exclusive_store_lock(store):
             pass
-    with alone(store), refused("at work"), alone(store):
+    with exclusive_store_lock(store), refused("at work"), exclusive_store_lock(store):
         pass
 
 
 def test_leftovers_of_a_first_run_without_settings_are_removed_too(store):
     (store / "settings.json").unlink()
-    with at_work(store):
+    with shared_store_lock(store):
         (store / "settings.json").write_text("{}")  # by the first run: the lock taken before still counts
         remove_leftovers(store)
         (store / "settings.json").unlink()
@@ -54,7 +54,11 @@ def test_leftovers_of_a_first_run_without_settings_are_removed_too(store):
 
 
 def test_the_first_run_of_a_store_is_at_work_before_its_folder_exists(tmp_path, refused):
-    with at_work(tmp_path / "results/new"), refused("at work"), alone(tmp_path / "results/new"):
+    with (
+        shared_store_lock(tmp_path / "results/new"),
+        refused("at work"),
+        exclusive_store_lock(tmp_path / "results/new"),
+    ):
         pass
 
 
@@ -66,12 +70,12 @@ def test_where_a_folder_cannot_be_locked_the_settings_file_is(store, monkeypatch
 
     flock = fcntl.flock
     monkeypatch.setattr(fcntl, "flock", flock_of_nfs)
-    with at_work(store), refused("at work"), alone(store):
+    with shared_store_lock(store), refused("at work"), exclusive_store_lock(store):
         pass
-    with alone(store):
+    with exclusive_store_lock(store):
         pass
     (store / "settings.json").unlink()
-    with refused("has no locks"), alone(store):
+    with refused("has no locks"), exclusive_store_lock(store):
         pass
 
 
@@ -80,8 +84,8 @@ def test_an_ended_process_is_not_at_work(store, refused, ending):
     program = """
         import sys, time
         from pathlib import Path
-        from lengthwise.system.locks import at_work
-        with at_work(Path(sys.argv[1])):
+        from lengthwise.system.locks import shared_store_lock
+        with shared_store_lock(Path(sys.argv[1])):
             print("here", flush=True)
             time.sleep(600)
     """
@@ -90,11 +94,11 @@ def test_an_ended_process_is_not_at_work(store, refused, ending):
         command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     ) as other:
         assert other.stdout.readline() == b"here\n"
-        with refused("at work"), alone(store):
+        with refused("at work"), exclusive_store_lock(store):
             pass
         getattr(other, ending)()
         other.wait()
-    with alone(store):
+    with exclusive_store_lock(store):
         pass
 
 
@@ -105,10 +109,10 @@ def test_a_new_job_waits_until_a_deletion_is_done(store):
     arrived = threading.Event()
 
     def start_work():
-        with at_work(store):
+        with shared_store_lock(store):
             arrived.set()
 
-    with alone(store):
+    with exclusive_store_lock(store):
         thread = threading.Thread(target=start_work)
         thread.start()
         assert not arrived.wait(0.2)
@@ -118,7 +122,7 @@ def test_a_new_job_waits_until_a_deletion_is_done(store):
 
 def test_a_store_that_does_not_exist_yet_has_no_leftovers(tmp_path):
     remove_leftovers(tmp_path / "none")
-    with at_work(tmp_path / "none"):
+    with shared_store_lock(tmp_path / "none"):
         pass
 
 
@@ -127,10 +131,10 @@ def test_without_locks_nothing_is_removed_and_work_goes_on(store, monkeypatch, r
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    with at_work(store):
+    with shared_store_lock(store):
         remove_leftovers(store)
     assert len(leftovers(store)) == 3
-    with refused("has no locks", str(store)), alone(store):
+    with refused("has no locks", str(store)), exclusive_store_lock(store):
         pass
 
 

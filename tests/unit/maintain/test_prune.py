@@ -11,7 +11,7 @@ from lengthwise.maintain.prune import prune
 from lengthwise.maintain.verify import verify
 from lengthwise.store.paths import job_record_path, work_order_path
 from lengthwise.store.shard_writer import ShardWriter
-from lengthwise.system.locks import at_work
+from lengthwise.system.locks import shared_store_lock
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_quarantined_files_are_unused(store):
 def test_nothing_is_deleted_or_listed_while_somebody_is_at_work(store, without, refused, files_in):
     without("b")
     before = files_in(store.path)
-    with at_work(store.path), at_work(store.path), refused("at work", str(store.path)):
+    with shared_store_lock(store.path), shared_store_lock(store.path), refused("at work", str(store.path)):
         unused(store, delete=True)
     assert files_in(store.path) == before
     assert unused(store, delete=True)

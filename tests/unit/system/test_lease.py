@@ -1,4 +1,4 @@
-"""One process for each GPU, with devices that are only names, and with a driver made for the test."""
+"""Leases of GPUs, with device names that stand for GPUs and with a CUDA driver built for the test."""
 
 import os
 import select
@@ -22,7 +22,7 @@ DEVICES = ["GPU-a", "GPU-b"]
 
 @pytest.fixture
 def python(tmp_path):
-    """Starts a process that runs code with `lease`, `DEVICES` and `folder` at hand."""
+    """Start a process that runs code which may use `lease`, `DEVICES` and `folder`."""
     started = []
 
     def start(code):
@@ -51,7 +51,7 @@ with lease(DEVICES, folder) as device:
 """
 
 
-def test_many_processes_share_two_devices_and_never_one_at_once(python):
+def test_many_processes_share_two_devices_and_never_lease_one_twice(python):
     workers = [
         python("""
             for _ in range(4):
@@ -70,19 +70,19 @@ def test_many_processes_share_two_devices_and_never_one_at_once(python):
             assert float(mine[1]) <= float(theirs[0]) or float(theirs[1]) <= float(mine[0])
 
 
-def test_a_killed_process_gives_its_device_back_and_one_that_waited_takes_it(python):
+def test_a_waiting_process_gets_the_device_of_a_killed_one(python):
     first, second = python(HOLD), python(HOLD)
     given = [process.stdout.readline().strip() for process in (first, second)]
     assert set(given) == set(DEVICES)
     third = python(HOLD)
-    assert not select.select([third.stdout], [], [], 1.5)[0]  # it waits
+    assert not select.select([third.stdout], [], [], 1.5)[0]  # the third process waits
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert third.stdout.readline().strip() == given[0]
     assert second.poll() is None
 
 
-def test_a_child_that_outlives_a_killed_process_does_not_keep_its_device(python, tmp_path):
+def test_a_child_of_a_killed_process_does_not_keep_its_device(python, tmp_path):
     parent = python("""
         with lease(["GPU-a"], folder):
             child = os.fork()
@@ -101,7 +101,7 @@ def test_a_child_that_outlives_a_killed_process_does_not_keep_its_device(python,
         os.kill(child, signal.SIGKILL)
 
 
-def test_waiting_is_said_once(python, tmp_path, caplog):
+def test_waiting_is_logged_once(python, tmp_path, caplog):
     holders = [python(HOLD), python(HOLD)]
     for holder in holders:
         holder.stdout.readline()
@@ -112,7 +112,7 @@ def test_waiting_is_said_once(python, tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records] == ["waiting for a GPU: all 2 are in use"]
 
 
-def test_the_file_is_for_every_user_whatever_the_umask(tmp_path):
+def test_every_user_can_read_the_lock_file_whatever_the_umask(tmp_path):
     before = os.umask(0o077)
     try:
         with lease(["GPU-a"], tmp_path):
@@ -165,7 +165,7 @@ UUIDS = {i: f"GPU-00000000-0000-0000-0000-00000000000{i + 1}" for i in range(3)}
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
-    """A folder with a libcuda that has three GPUs."""
+    """A folder with a libcuda that reports three GPUs."""
     folder = tmp_path_factory.mktemp("driver")
     (folder / "cuda.c").write_text(DRIVER)
     compiler = shutil.which("cc")
@@ -177,7 +177,7 @@ def driver(tmp_path_factory):
 
 @pytest.fixture
 def gpus(driver, tmp_path, monkeypatch):
-    """That driver, no scheduler, and leases in a folder of the test's own."""
+    """The test driver, no scheduler, and lock files in the test's own folder."""
     monkeypatch.setenv("LD_LIBRARY_PATH", str(driver))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
@@ -189,7 +189,7 @@ def gpus(driver, tmp_path, monkeypatch):
     ("visible", "expected"),
     [(None, [0, 1, 2]), ("1,2", [1, 2]), ("2,0", [2, 0]), (f"{UUIDS[2]},{UUIDS[1]}", [2, 1])],
 )
-def test_leases_come_from_the_visible_devices_alone(gpus, monkeypatch, visible, expected):
+def test_only_visible_devices_are_leased(gpus, monkeypatch, visible, expected):
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     held = []
@@ -207,16 +207,16 @@ def test_leases_come_from_the_visible_devices_alone(gpus, monkeypatch, visible, 
     assert [device for _, device in held] == [UUIDS[i] for i in expected]
 
 
-def test_the_same_device_is_the_same_whatever_it_is_called(gpus, monkeypatch):
+def test_a_device_named_by_index_and_by_uuid_has_one_lease(gpus, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     with leased("cuda"):
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"  # the only one: nothing to choose
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"  # one visible GPU: its name stays
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"{UUIDS[1]},{UUIDS[2]}")
         with leased("cuda"):
             assert os.environ["CUDA_VISIBLE_DEVICES"] == UUIDS[2]
 
 
-def test_what_a_scheduler_gave_is_not_leased(gpus, monkeypatch):
+def test_a_slurm_job_with_one_gpu_leases_nothing(gpus, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     with leased("cuda"):
@@ -231,7 +231,7 @@ def test_jobs_inside_one_allocation_of_several_gpus_share_them(gpus, monkeypatch
         assert os.environ["CUDA_VISIBLE_DEVICES"] == UUIDS[0]
 
 
-def test_a_store_of_the_cpu_leases_nothing(gpus):
+def test_device_cpu_leases_nothing(gpus):
     with leased("cpu"):
         assert not list(gpus.iterdir())
 
