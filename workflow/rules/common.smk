@@ -1,10 +1,10 @@
-"""The checked config, the store's paths, and the functions that rules name.
+"""The checked config, the store's paths, and the input functions of the rules.
 
-In: the config. Out: DATASETS, STORE and the functions below.
+In: the config. Out: DATASETS, STORE, the paths and functions below.
+Every job, on every node, runs this file again: what only a run may do asks `workflow.is_main_process`.
 """
 
 import atexit
-import csv
 import functools
 import os
 import sys
@@ -21,6 +21,7 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.config import MODELS
 from lengthwise.maintain.cleanup import broken_job_records, remove_leftovers
 from lengthwise.maintain.run_summary import failure_lines_of, forecast_lines_of, success_lines_of
+from lengthwise.plan.jobs_table import job_rows, planned_job_records
 from lengthwise.store.paths import store_name
 from lengthwise.store.settings import guard, load
 from lengthwise.store.weights import note_new_time
@@ -30,74 +31,84 @@ from lengthwise.system.locks import shared_store_lock
 from lengthwise.system.logging import ERROR_PREFIX
 from lengthwise.system.runs import explain_lock, record_run
 
-STARTED = time.time()
-PRESENCE = ExitStack()
-atexit.register(PRESENCE.close)
-RUN = Path(".snakemake/lengthwise.json")
-BEGUN = []  # with something in it once this run was let in
+STARTED_SECONDS = time.time()
+RUN_RECORD = Path(".snakemake/lengthwise.json")
 
-# What these options of the command line ask for changes no result.
-LOOKS_ONLY = """dryrun unlock touch lint report dag rulegraph filegraph d3dag list_target_rules list_rules summary
+# The run holds the store's lock until its process ends.
+STORE_LOCK = ExitStack()
+atexit.register(STORE_LOCK.close)
+
+# `onstart` appends to this list: Snakemake has got the folder's lock.
+LOCK_ACQUIRED = []
+
+# Command line options with which Snakemake runs no job.
+READ_ONLY_OPTIONS = (
+    """dryrun unlock touch lint report dag rulegraph filegraph d3dag list_target_rules list_rules summary
 detailed_summary list_changes list_untracked cleanup_metadata delete_all_output delete_temp_output archive""".split()
+)
 
 
 @functools.cache
-def options():
-    """The command line, profiles included; None where another program called Snakemake."""
+def command_line():
+    """The parsed command line, profiles included; None if another program called Snakemake."""
     try:
         return snakemake.cli.parse_args(sys.argv[1:])[1]
     except SystemExit:
         return None
 
 
-def may_change_files():
-    """Whether this is a run, and not a look."""
-    given = options()
-    return given is not None and not any(getattr(given, option, None) for option in LOOKS_ONLY)
+def runs_jobs():
+    """Whether this command runs jobs."""
+    options = command_line()
+    return options is not None and not any(getattr(options, option, None) for option in READ_ONLY_OPTIONS)
 
 
-def locked():
-    """Whether another run holds this folder's lock, or left it."""
+def folder_is_locked():
+    """Whether a Snakemake lock is in this folder, of another run or of a killed one."""
     return any(Path(".snakemake/locks").glob("*"))
 
 
-def put_right(store):
-    """A job whose shards are gone runs again once its commit is gone too; lost settings come back from a manifest.
+def recover_store(store):
+    """Repair what a killed run or lost files left, and lock the store against `python -m lengthwise prune`.
 
-    What killed runs left is removed; from then on `python -m lengthwise prune` knows that a run is at work.
+    Removes the job records of lost or truncated shards, so that these jobs run again. Restores lost settings from a
+    manifest. Removes leftover temporary files. A command that runs no jobs only prints what is broken.
     """
     broken = broken_job_records(store)
-    lost = not (store / "settings.json").exists() and load(store)
-    for commit, shards in broken.items():
-        print(f"lengthwise: job {commit.stem}: {shards[0]} is gone or cut short; a run makes it again", file=sys.stderr)
-    if may_change_files() and not locked():
-        for commit in broken:
-            commit.unlink()
-        if lost:
-            write_json(store / "settings.json", lost)
+    lost_settings = not (store / "settings.json").exists() and load(store)
+    for job_record, shards in broken.items():
+        print(
+            f"lengthwise: job {job_record.stem}: the shard {shards[0]} is missing or truncated; a run makes it again",
+            file=sys.stderr,
+        )
+    if runs_jobs() and not folder_is_locked():
+        for job_record in broken:
+            job_record.unlink()
+        if lost_settings:
+            write_json(store / "settings.json", lost_settings)
         remove_leftovers(store)
-        PRESENCE.enter_context(shared_store_lock(store))
+        STORE_LOCK.enter_context(shared_store_lock(store))
 
 
-def say_why_refused(why):
-    """After Snakemake's own lines about the lock, unless it did not mind."""
-    if not BEGUN:
-        print(f"{ERROR_PREFIX}{why}", file=sys.stderr)
+def print_lock_holder(line):
+    """Print after Snakemake's own lines who holds the folder's lock, unless Snakemake has got it (`--nolock`)."""
+    if not LOCK_ACQUIRED:
+        print(f"{ERROR_PREFIX}{line}", file=sys.stderr)
 
 
 try:
     config.update(lengthwise.config.validate(config, Path(workflow.basedir) / "schemas" / "config.schema.yaml"))
     DATASETS = lengthwise.config.datasets(config["inputs"])
-    STATES = {dataset: size_and_mtime(path) for dataset, path in DATASETS.items()}
-    STAMPS = {dataset: stamp(path) for dataset, path in DATASETS.items()}
+    FASTA_STATES = {dataset: size_and_mtime(path) for dataset, path in DATASETS.items()}
+    FASTA_STAMPS = {dataset: stamp(path) for dataset, path in DATASETS.items()}
     STORE = str(Path(config["results"]) / store_name(config["model"]))
     guard(Path(STORE), config)
     if workflow.is_main_process:
-        put_right(Path(STORE))
-        if locked() and may_change_files():
-            atexit.register(say_why_refused, explain_lock(RUN))
+        recover_store(Path(STORE))
+        if folder_is_locked() and runs_jobs():
+            atexit.register(print_lock_holder, explain_lock(RUN_RECORD))
 except (LengthwiseError, OSError) as error:
-    sys.exit(f"{ERROR_PREFIX}{error}")  # one line; an exception would show the Snakefile's own lines too
+    sys.exit(f"{ERROR_PREFIX}{error}")  # an exception would print lines of the Snakefile too
 
 MANIFEST = f"{STORE}/datasets/{{dataset}}/manifest.json"
 WEIGHTS = f"{STORE}/weights.json"
@@ -113,53 +124,35 @@ wildcard_constraints:
 
 
 def fasta_of(wildcards):
+    """The FASTA file of a dataset."""
     return DATASETS[wildcards.dataset]
 
 
 def fasta_state(wildcards):
-    """Size and time: a file replaced by an older one is noticed."""
-    return STATES[wildcards.dataset]
+    """Its size and mtime. As a param it also detects a file replaced by an older one."""
+    return FASTA_STATES[wildcards.dataset]
 
 
 def checkpoint_given(wildcards):
-    """The checkpoint, where the config names one by path."""
+    """The checkpoint file, if the config names the model by path."""
     return ancient(config["model"]) if config["model"].endswith(".pt") else []
 
 
 def weights_of_unknown_shape(wildcards):
-    """A named model need not be downloaded to say what it will take."""
+    """weights.json, unless the model's name already tells its shape: then a forecast needs no download."""
     return [] if config["model"] in MODELS else ancient(WEIGHTS)
 
 
-@functools.lru_cache(maxsize=2)
-def read_plan(size, mtime_ns):
-    """{job: its row} of the plan with this size and time, and {dataset: its commits}; under "" all of them."""
-    with open(JOBS) as table:
-        rows = {row["job"]: row for row in csv.DictReader(table, delimiter="\t")}
-    commits = {"": [f"{STORE}/jobs/{job}.json" for job in rows]}
-    for row, commit in zip(rows.values(), commits[""]):
-        for dataset in row["datasets"].split(","):
-            commits.setdefault(dataset, []).append(commit)
-    return rows, commits
-
-
-def planned():
-    state = os.stat(JOBS)
-    return read_plan(state.st_size, state.st_mtime_ns)
-
-
-def planned_job_records(dataset):
-    return planned()[1].get(dataset, [])
-
-
 def job_records_of_all(wildcards):
+    """The job records of all planned jobs."""
     checkpoints.plan.get()
-    return planned_job_records("")
+    return planned_job_records(STORE)
 
 
 def job_records_of_dataset(wildcards):
+    """The job records of the jobs that embed sequences of a dataset."""
     checkpoints.plan.get()
-    return planned_job_records(wildcards.dataset)
+    return planned_job_records(STORE, wildcards.dataset)
 
 
 def scaling_study(wildcards):
@@ -168,26 +161,26 @@ def scaling_study(wildcards):
 
 
 def captioned(figure, category):
-    """A figure of the report, for Snakemake's own report too."""
+    """A figure of the report, with its caption for `snakemake --report`."""
     return report(f"{STORE}/report/{figure}.svg", caption=f"../report/{figure}.rst", category=category)
 
 
-def begin():
-    """Before any job."""
+def start_run():
+    """Check the device and write the run's record, before any job."""
     require_device()
     if workflow.is_main_process:
-        BEGUN.append(True)
+        LOCK_ACQUIRED.append(True)
         try:
-            record_run(RUN)
+            record_run(RUN_RECORD)
             note_new_time(Path(STORE))
-            write_json(Path(PLANNED_INPUTS), STAMPS)  # a job on another node reads its config and inputs again
+            write_json(Path(PLANNED_INPUTS), FASTA_STAMPS)  # a job refuses a FASTA that changed since
         except LengthwiseError as error:
             sys.exit(f"{ERROR_PREFIX}{error}")
 
 
 def require_device():
-    """Before any job: a run on this machine needs the device that was asked for; a forecast for it does not."""
-    forecast_alone = options() is not None and set(options().targets) == {"forecast"}
+    """End a local run whose device is missing. A forecast alone needs no device."""
+    forecast_alone = command_line() is not None and set(command_line().targets) == {"forecast"}
     if not workflow.non_local_exec and workflow.is_main_process and uses_gpu() and not forecast_alone:
         try:
             refuse_missing_gpu()
@@ -196,16 +189,19 @@ def require_device():
 
 
 def success_lines():
-    if lines := forecast_lines_of(Path(STORE), STARTED):
+    """The forecast if this run made one, else the summary of the run."""
+    if lines := forecast_lines_of(Path(STORE), STARTED_SECONDS):
         return lines
-    commits = planned_job_records("") if os.path.exists(JOBS) else []
-    return success_lines_of(Path(STORE), list(DATASETS), commits, STARTED, time.time() - STARTED)
+    job_records = planned_job_records(STORE) if os.path.exists(JOBS) else []
+    seconds = time.time() - STARTED_SECONDS
+    return success_lines_of(Path(STORE), list(DATASETS), job_records, STARTED_SECONDS, seconds)
 
 
 def failure_lines():
-    return failure_lines_of(Path(STORE), STARTED)
+    """The errors in the logs of this run's jobs."""
+    return failure_lines_of(Path(STORE), STARTED_SECONDS)
 
 
-def say_at_the_end(lines):
-    """Print after Snakemake's own closing lines."""
+def print_at_exit(lines):
+    """Print lines after Snakemake's own closing lines."""
     atexit.register(print, *lines, sep="\n", file=sys.stderr)

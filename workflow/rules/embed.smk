@@ -1,8 +1,8 @@
 """Plan, embed, assemble.
 
-In: sequences of all datasets. Out: jobs.tsv, a commit per job (its shards lie in shards/), an index, its lookup and a manifest
-per dataset. Specs and weights are ancient: their names are their content. jobs.tsv is ancient to all that stands on it, so that
-planning again reruns nothing by itself.
+In: sequences of all datasets. Out: plan/jobs.tsv; a job record per job, with its shards in shards/; per dataset an index, its
+lookup and a manifest. Work orders and weights never change under one name, so they are `ancient`. plan/jobs.tsv is `ancient`
+too: a new plan alone reruns no job.
 """
 
 

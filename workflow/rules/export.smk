@@ -1,6 +1,6 @@
 """Exports: datasets in the layouts of other tools.
 
-In: a dataset's manifest and index. Out: a folder for each export that the config names, replaced as a whole.
+In: a dataset's manifest and index. Out: a folder for each export that the config names, replaced atomically.
 """
 
 EXPORTS = f"{STORE}/datasets/{{dataset}}/exports"
@@ -33,7 +33,7 @@ rule export_h5:
         "../../scripts/export.py"
 
 
-# Its files beside the table are no outputs: there may be thousands, and the table says that they are all there.
+# Only the table is an output: there may be thousands of .pt files, and export writes the table after all of them.
 use rule export_h5 as export_pt with:
     output:
         entries=EXPORTED["pt"],

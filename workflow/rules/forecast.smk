@@ -1,7 +1,7 @@
-"""Forecast: what a run will take, said at the end of `snakemake forecast`.
+"""Forecast: disk, memory and time of a run, printed at the end of `snakemake forecast`.
 
-In: the tables of all datasets; the weights where only they tell the model's shape. Out: forecast.txt and forecast.json
-in forecast/. They are no declared outputs: what is free and what is finished changes, so it is always made anew.
+In: the tables of all datasets; the weights if the model's name does not tell its shape. Out: forecast.txt and forecast.json
+in forecast/. They are no declared outputs, so the rule always runs: free space and finished work change between runs.
 """
 
 

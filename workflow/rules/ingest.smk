@@ -1,6 +1,6 @@
 """Ingest: one FASTA file at a time.
 
-In: a FASTA file. Out: a table of all its records, a table of its distinct sequences, and counts.
+In: a FASTA file. Out: the table of its records, the table of its distinct sequences, and a summary with counts.
 """
 
 

@@ -1,6 +1,6 @@
 """Scaling study and report.
 
-In: weights; commits and manifests. Out: scaling.tsv, if the config asks for the study; tables, figures and index.html, with or
+In: weights; job records and manifests. Out: scaling.tsv, if the config asks for the study; tables, figures and index.html, with or
 without it.
 """
 

@@ -1,7 +1,7 @@
-"""What jobs ask for: devices, threads, memory, disk and minutes; more of it when a job is tried again.
+"""What jobs request: devices, threads, memory, disk and minutes. A retry requests a multiple of memory and minutes.
 
-In: the config, the plan, the sizes of the inputs. Out: the functions that rules name under threads and resources.
-They change no results, and a site may replace each of them: --set-resources embed:mem_mb=64000.
+In: the config, the plan, the sizes of the inputs. Out: the functions under `threads` and `resources` of the rules.
+They change no results. The command line may override each of them: --set-resources embed:mem_mb=64000.
 """
 
 from lengthwise.system.machine import usable_cores
@@ -9,18 +9,18 @@ from lengthwise.system.gpus import auto_device
 from lengthwise.system.files import read_json
 from lengthwise.plan.job_requests import READ_BYTES_PER_SECOND
 
-# Of jobs that a plan says nothing about: one of an earlier version.
-UNKNOWN = {"mem_mb": 16000, "disk_mb": 4000, "runtime_minutes": 120}
+# For plans of earlier versions, which lack these columns.
+DEFAULT_REQUESTS = {"mem_mb": 16000, "disk_mb": 4000, "runtime_minutes": 120}
 
 
 def on_cluster(wildcards=None):
-    """1 where a scheduler gives out the devices: in a run that submits jobs, in such a job, in a dry run of such a run."""
-    asked = getattr(options(), "executor", None) if workflow.dryrun else None
-    return int(workflow.non_local_exec or workflow.remote_exec or asked not in (None, "local", "dryrun"))
+    """1 if a scheduler assigns devices: in a run that submits jobs, in a submitted job, in a dry run of such a run; else 0."""
+    executor = getattr(command_line(), "executor", None) if workflow.dryrun else None
+    return int(workflow.non_local_exec or workflow.remote_exec or executor not in (None, "local", "dryrun"))
 
 
 def uses_gpu():
-    """The config's device; auto means what the store was made for."""
+    """Whether models run on CUDA. `device: auto` means the device in the store's settings."""
     if config["device"] != "auto":
         return config["device"] == "cuda"
     settings = load(Path(STORE))
@@ -28,28 +28,31 @@ def uses_gpu():
 
 
 def device_of_new_store(wildcards):
+    """The device that a store gets with `device: auto`."""
     return "cuda" if uses_gpu() else "cpu"
 
 
 def gpus(wildcards):
+    """GPUs of a job that runs a model."""
     return int(uses_gpu())
 
 
 def model_threads(wildcards):
-    """All cores where the CPU computes; a few beside a GPU. A node's cores are the scheduler's to give."""
+    """All cores on a CPU, a few beside a GPU, a fixed number on a cluster's CPU nodes."""
     if uses_gpu():
         return 4
     return 8 if on_cluster() else workflow.cores
 
 
 def computing_threads(wildcards):
-    """Those of `model_threads` that have a core; on a cluster, all of them."""
+    """`model_threads`, locally at most the usable cores: what the forecast computes with."""
     threads = model_threads(wildcards)
     return threads if on_cluster() else min(threads, usable_cores())
 
 
 def planned_request(wildcards, column):
-    return int(planned()[0].get(wildcards.job, {}).get(column) or UNKNOWN[column])
+    """A job's request in plan/jobs.tsv."""
+    return int(job_rows(JOBS).get(wildcards.job, {}).get(column) or DEFAULT_REQUESTS[column])
 
 
 def embed_mem_mb(wildcards, attempt):
@@ -65,7 +68,7 @@ def embed_minutes(wildcards, attempt):
 
 
 def input_gigabytes(wildcards):
-    """Of the rule's FASTA files, or of all; a compressed one holds about four times its size."""
+    """Uncompressed size of the dataset's FASTA, or of all; compressed files count four times their size."""
     names = [wildcards.dataset] if "dataset" in wildcards.keys() else list(DATASETS)
     return (
         sum(
@@ -77,45 +80,46 @@ def input_gigabytes(wildcards):
 
 
 def bounded_mem_mb(wildcards, attempt):
-    """Of rules whose memory does not grow with their input: they spill to disk."""
+    """For rules that spill to disk, so that their memory does not grow with their input."""
     return 2000 * attempt
 
 
 def assemble_mem_mb(wildcards, attempt):
-    """A dataset's lookup is made in memory, of at most 200 bytes a record; a dry run before ingest knows the file's size alone."""
+    """The lookup takes at most 200 bytes of memory per record. Before ingest, assume 100 bytes of FASTA per record."""
     summary = Path(STORE) / "inputs" / wildcards.dataset / "summary.json"
     records = read_json(summary)["records"] if summary.exists() else input_gigabytes(wildcards) * 1e9 / 100
     return int(2000 + records * 200 / 1e6) * attempt
 
 
 def reading_minutes(wildcards, attempt):
-    """Measured on two cores: 13 s per gigabyte for ingest, 15 s for plan."""
+    """Three minutes per gigabyte of FASTA: about ten times what ingest or plan takes on two cores."""
     return int(10 + 3 * input_gigabytes(wildcards)) * attempt
 
 
-def float32_bytes():
-    """Of the model's weights: its file holds at most so much."""
+def float32_weight_bytes():
+    """Upper bound of the size of the model's weights in float32."""
     name = config["model"]
     if name.endswith(".pt"):
-        return os.path.getsize(name) * 3 // 2  # fair-esm's own files have some in float16
+        return os.path.getsize(name) * 3 // 2  # fair-esm's own files hold part of the weights in float16
     return 4 * MODELS["esm2_t6_8M_UR50D" if name == "demo" else name].parameters
 
 
 def scaling_mem_mb(wildcards, attempt):
-    """The study runs fair-esm's model too, which it builds in float32, and keeps graphs for gradients."""
-    return int(16000 + 2 * float32_bytes() / 1e6) * attempt
+    """The study also holds fair-esm's model in float32, and the graphs of passes with gradients."""
+    return int(16000 + 2 * float32_weight_bytes() / 1e6) * attempt
 
 
 def scaling_minutes(wildcards, attempt):
-    """The study's own few or what it was given, and the weights read twice."""
-    given = 0 if config["scaling_seconds"] == "auto" else config["scaling_seconds"] / 60
-    return int(20 + 1.2 * given + 2 * float32_bytes() / READ_BYTES_PER_SECOND / 60) * attempt
+    """Minutes of the measurements, and of reading the weights twice."""
+    measuring = 0 if config["scaling_seconds"] == "auto" else config["scaling_seconds"] / 60
+    return int(20 + 1.2 * measuring + 2 * float32_weight_bytes() / READ_BYTES_PER_SECOND / 60) * attempt
 
 
 def summarize_mem_mb(wildcards, attempt):
+    """4,000 MB at the first attempt."""
     return 4000 * attempt
 
 
 def short_minutes(wildcards, attempt):
-    """Of rules that take a minute or two, with slow file systems in mind."""
+    """For rules of one or two minutes; the margin is for slow file systems."""
     return 20 * attempt

@@ -1,7 +1,7 @@
 """Weights: the configured model's checkpoint on this machine.
 
-In: a model's name or path. Out: weights.json, what the checkpoint is; and, once per store, settings.json.
-The checkpoint itself and settings.json are no outputs: Snakemake deletes outputs before it makes them again.
+In: a model's name or path. Out: weights.json, which identifies the checkpoint; once per store settings.json.
+The checkpoint and settings.json are no declared outputs: Snakemake would delete them before a rerun.
 """
 
 
