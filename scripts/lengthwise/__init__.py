@@ -19,7 +19,7 @@ __all__ = ["LengthwiseError", "__version__", "open"]
 
 
 def open(path: str | Path) -> "Dataset":
-    """Open a finished dataset for reading: see `lengthwise.read.dataset.Dataset`."""
-    from lengthwise.read.dataset import Dataset  # here, so that the Snakefile imports the package without numpy
+    """Open a finished dataset, results/<model>/datasets/<dataset>, for reading: see `lengthwise.read.dataset.Dataset`."""
+    from lengthwise.read.dataset import Dataset  # imported here to keep numpy out of the Snakefile
 
     return Dataset(path)

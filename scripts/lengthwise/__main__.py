@@ -1,4 +1,4 @@
-"""What runs beside the workflow: `python -m lengthwise verify results/demo`, `python -m lengthwise benchmark`."""
+"""Commands beside the workflow: `python -m lengthwise verify results/demo`, `python -m lengthwise benchmark`."""
 
 import argparse
 import os
@@ -11,10 +11,16 @@ from lengthwise.esm2.config import MODELS
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns its exit code, 1 where something is wrong."""
-    given = _parser().parse_args(arguments)
+    """Run a command and return its exit code, 1 after an error.
+
+    Parameters
+    ----------
+    arguments
+        The command line without the program's name; None takes `sys.argv`.
+    """
+    options = _parser().parse_args(arguments)
     try:
-        return given.run(given)
+        return options.run(options)
     except (LengthwiseError, OSError) as error:
         print(f"lengthwise: error: {error}", file=sys.stderr)
         return 1
@@ -27,28 +33,28 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check a store's weights, and every byte that its datasets use")
     verify.add_argument("store", type=Path, help="results/<model>")
     depth = verify.add_mutually_exclusive_group()
-    depth.add_argument("--full", action="store_false", dest="quick", help="every byte (as without it)")
-    depth.add_argument("--quick", action="store_true", help="sizes, headers and tables; no embeddings are read")
-    verify.add_argument("--repair", action="store_true", help="take damaged files out of service for the next run")
-    verify.set_defaults(quick=False, run=_verify)
-    prune = commands.add_parser("prune", help="list what no dataset of a store uses any more")
-    prune.add_argument("store", type=Path, help="results/<model>")
-    prune.add_argument("--delete", action="store_true", help="delete it")
-    prune.set_defaults(run=_prune)
-    progress = commands.add_parser(
-        "progress", help="how far a run is, over all its jobs, on whatever machines they are"
+    depth.add_argument("--full", action="store_false", dest="quick", help="read every byte (default)")
+    depth.add_argument("--quick", action="store_true", help="check sizes, headers and tables, but read no embeddings")
+    verify.add_argument(
+        "--repair", action="store_true", help="move damaged files aside, so that the next run makes them again"
     )
+    verify.set_defaults(quick=False, run=_verify)
+    prune = commands.add_parser("prune", help="list the files of a store that no dataset uses")
+    prune.add_argument("store", type=Path, help="results/<model>")
+    prune.add_argument("--delete", action="store_true", help="delete these files")
+    prune.set_defaults(run=_prune)
+    progress = commands.add_parser("progress", help="show the progress of a run over all its jobs and machines")
     progress.add_argument("store", type=Path, help="results/<model>")
-    progress.add_argument("--once", action="store_true", help="say it once; otherwise until the run is complete")
+    progress.add_argument("--once", action="store_true", help="print it once; without this, until the run is complete")
     progress.set_defaults(run=_progress)
     bench = commands.add_parser("benchmark", help="time this engine beside fair-esm, transformers and esm-cpp")
-    shapes = "shapes, with random weights"
-    bench.add_argument("--model", nargs="+", default=["esm2_t6_8M_UR50D"], choices=MODELS, help=shapes)
-    bench.add_argument("--checkpoint", type=Path, help="a fair-esm .pt with real weights, instead of --model")
+    model_help = "model sizes to time, with random weights"
+    bench.add_argument("--model", nargs="+", default=["esm2_t6_8M_UR50D"], choices=MODELS, help=model_help)
+    bench.add_argument("--checkpoint", type=Path, help="a fair-esm .pt file with real weights, instead of --model")
     bench.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    bench.add_argument("--fasta", type=Path, help="real sequences; without it, random ones of --length")
+    bench.add_argument("--fasta", type=Path, help="real sequences; without it, random sequences of --length residues")
     bench.add_argument("--length", type=int, default=300)
-    bench.add_argument("--residues", type=int, default=100_000, help="how many residues, at most")
+    bench.add_argument("--residues", type=int, default=100_000, help="largest total number of residues")
     bench.add_argument("--rounds", type=int, default=5)
     bench.add_argument("--threads", type=int, default=os.cpu_count())
     bench.add_argument("--out", type=Path, default=Path("benchmark"), help="folder for the table and the figure")
@@ -56,31 +62,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# Each command's room is imported only once it is asked for: torch and DuckDB take seconds.
+# Each command imports its room itself: torch and DuckDB take seconds to import.
 
 
-def _verify(given: argparse.Namespace) -> int:
+def _verify(options: argparse.Namespace) -> int:
     from lengthwise.maintain.verify_command import run
 
-    return run(given.store, given.quick, given.repair)
+    return run(options.store, options.quick, options.repair)
 
 
-def _prune(given: argparse.Namespace) -> int:
+def _prune(options: argparse.Namespace) -> int:
     from lengthwise.maintain.prune import run
 
-    return run(given.store, given.delete)
+    return run(options.store, options.delete)
 
 
 def _progress(given: argparse.Namespace) -> int:
     from lengthwise.maintain.progress_command import run
 
-    return run(given.store, given.once)
+    return run(options.store, options.once)
 
 
-def _benchmark(given: argparse.Namespace) -> int:
+def _benchmark(options: argparse.Namespace) -> int:
     from lengthwise.benchmark.command import run
 
-    return run(given)
+    return run(options)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The config: checked against its schema, defaults filled in, every mistake one line."""
+"""The config: validation against its schema, default values, and the datasets of its inputs."""
 
 import difflib
 import glob
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import yaml
@@ -17,12 +18,25 @@ from lengthwise.store.sizes import EXPORT_OUTPUTS
 
 
 def validate(config: dict, schema_path: Path) -> dict:
-    """The config with its defaults.
+    """Check a config and fill in its default values.
+
+    Parameters
+    ----------
+    config
+        The config as read from YAML and the command line; it is not changed.
+    schema_path
+        The JSON schema, as YAML.
+
+    Returns
+    -------
+    dict
+        The config with a value for every key.
 
     Raises
     ------
     LengthwiseError
-        An unknown key, a wrong type or a value out of range: the first of them, named.
+        An unknown key, a wrong type, a value out of range, or values that contradict each other. The message names the
+        first such key.
     """
     schema = yaml.safe_load(Path(schema_path).read_text())
     config = _coerce(config, schema)
@@ -35,7 +49,7 @@ def validate(config: dict, schema_path: Path) -> dict:
     model = filled["model"]
     if model != DEMO and model not in MODELS and not model.endswith(".pt"):
         raise LengthwiseError(
-            f"config: model: {model!r} is no model;{_did_you_mean(model, [DEMO, *MODELS])} "
+            f"config: model: {model!r} is not a model;{_did_you_mean(model, [DEMO, *MODELS])} "
             f"give one of {', '.join([DEMO, *MODELS])}, or the path of a fair-esm .pt file"
         )
     require_secure(filled["weights_url"])
@@ -44,25 +58,26 @@ def validate(config: dict, schema_path: Path) -> dict:
     for export in filled["exports"]:
         if missing := [output for output in EXPORT_OUTPUTS[export] if output not in filled["outputs"]]:
             raise LengthwiseError(
-                f"config: exports: {export} is made of the outputs {' and '.join(EXPORT_OUTPUTS[export])}, and 'outputs' has no "
+                f"config: exports: {export} needs the outputs {' and '.join(EXPORT_OUTPUTS[export])}, but 'outputs' has no "
                 f"{missing[0]}; take {export} out, or store that too"
             )
     return filled
 
 
 def datasets(inputs: list[str] | dict[str, str]) -> dict[str, str]:
-    """{dataset: path} of the config's inputs, globs expanded.
+    """Return {dataset: path of its FASTA} for the config's inputs, with globs expanded.
 
     Raises
     ------
     LengthwiseError
-        A path or glob that finds nothing, or two files of the same name.
+        A file is missing, unreadable or not a regular file; a glob matches nothing; two files would be one dataset; a name
+        is invalid.
     """
     if isinstance(inputs, dict):
         for name, path in inputs.items():
             if not isinstance(name, str) or dataset_name(name) != name:
                 raise LengthwiseError(
-                    f"config: inputs: the name {name!r} should be made of A-Z a-z 0-9 . _ -, quoted, and begin with a letter"
+                    f"config: inputs: the name {name!r} should consist of A-Z a-z 0-9 . _ -, quoted, and begin with a letter"
                 )
             _require_file(path)
         return dict(inputs)
@@ -88,23 +103,25 @@ def datasets(inputs: list[str] | dict[str, str]) -> dict[str, str]:
 
 def _require_file(path: str) -> None:
     if "\n" in path or "\r" in path:
-        raise LengthwiseError(f"config: inputs: {path!r}: a file's name may have no line break; rename it")
+        raise LengthwiseError(f"config: inputs: {path!r}: a file name must not contain a line break; rename it")
     if set(path) & set("{}<>"):
-        raise LengthwiseError(f"config: inputs: {path!r}: Snakemake cannot take {{ }} < > in a file's name; rename it")
+        raise LengthwiseError(
+            f"config: inputs: {path!r}: Snakemake does not support {{ }} < > in a file name; rename it"
+        )
     if os.path.isdir(path):
         raise LengthwiseError(
             f"config: inputs: {path!r} is a folder; write {path.rstrip('/') + '/*.fasta'!r} for its files"
         )
     if os.path.exists(path) and not os.path.isfile(path):
-        raise LengthwiseError(f"config: inputs: {path!r} is not a regular file; write what comes from it into one")
+        raise LengthwiseError(f"config: inputs: {path!r} is not a regular file; write its content into a regular file")
     if not os.path.isfile(path):
         raise LengthwiseError(f"config: inputs: there is no file {path!r}")
     if not os.access(path, os.R_OK):
-        raise LengthwiseError(f"config: inputs: {path!r} may not be read by this user")
+        raise LengthwiseError(f"config: inputs: {path!r} cannot be read by this user; change its permissions")
 
 
-def _coerce(value, schema: dict):
-    """What Snakemake's --config leaves as text: numbers inside lists and mappings, and true and false."""
+def _coerce(value: Any, schema: dict) -> Any:
+    """Convert values that Snakemake's --config leaves as text: integers inside lists and mappings, and booleans."""
     if isinstance(value, dict):
         return {key: _coerce(sub, schema.get("properties", {}).get(key, {})) for key, sub in value.items()}
     if isinstance(value, list):
@@ -127,6 +144,7 @@ def _with_defaults(values: dict, schema: dict) -> dict:
 
 
 def _explain(error: jsonschema.ValidationError) -> str:
+    """One line that names the key, the mistake and, from the schema, what is expected."""
     where = ".".join(str(step) for step in error.absolute_path)
     if error.validator == "additionalProperties":
         known = list(error.schema.get("properties", {}))

@@ -1,5 +1,5 @@
-"""The package's one exception: what is wrong, where, and what to do, in one line."""
+"""The package's one exception class."""
 
 
 class LengthwiseError(Exception):
-    """A mistake that the user can mend; its text is one line for the user."""
+    """An error that the user can fix. Its text is one line: what is wrong, where, and what to do."""

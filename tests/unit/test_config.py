@@ -1,4 +1,4 @@
-"""The config: the shipped one is valid, the documentation is complete, every mistake is one line that names its key."""
+"""The config: the shipped file is valid, every key is documented, and every mistake is one line that names its key."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_a_key_with_two_letters_swapped_is_named_and_the_right_one_suggested(ref
         validate(**{mistyped: 1})
 
 
-def test_an_unknown_key_like_no_other_lists_those_there_are(refused):
+def test_an_unknown_key_without_a_near_match_lists_all_keys(refused):
     with refused("unknown key 'zzz'", *(key for key in KEYS if "." not in key)) as caught:
         validate(zzz=1)
     assert "did you mean" not in str(caught.value)
@@ -163,7 +163,7 @@ def test_a_file_that_is_no_mapping_is_one_line(refused, content):
         config.validate(content, SCHEMA_PATH)
 
 
-def test_a_model_nearly_spelled_is_suggested(refused):
+def test_the_nearest_model_name_is_suggested(refused):
     with refused("did you mean 'esm2_t6_8M_UR50D'?"):
         validate(model="esm2_t6_8m_UR50D")
 
@@ -247,7 +247,7 @@ def test_inputs_become_datasets(here, inputs, found):
     ],
     ids=str,
 )
-def test_inputs_that_cannot_be_had_are_one_line(here, refused, inputs, words):
+def test_unusable_inputs_are_one_line(here, refused, inputs, words):
     with refused("config: inputs: ", *words):
         config.datasets(inputs)
 
@@ -257,7 +257,7 @@ def test_a_number_as_the_name_of_a_dataset_is_one_line(here, refused):
         config.datasets(validate(inputs={2024: "a.fasta"})["inputs"])
 
 
-def test_what_snakemakes_config_option_leaves_as_text_is_taken():
+def test_integers_as_text_of_the_command_line_become_numbers():
     """`--config layers=[-1,0] inputs=a.fasta` gives strings inside of lists."""
     given = {"inputs": "in.fasta", "layers": ["-1", "0"], "long_sequences": {"policy": "skip", "max_residues": "100"}}
     taken = config.validate(given, SCHEMA_PATH)
@@ -266,7 +266,7 @@ def test_what_snakemakes_config_option_leaves_as_text_is_taken():
 
 
 @pytest.mark.parametrize("text", ["true", "True", "FALSE", "false"])
-def test_true_and_false_of_the_command_line_are_taken(text):
+def test_booleans_as_text_of_the_command_line_become_booleans(text):
     """`--config strict=true` gives a string."""
     keys = [key for key, sub in KEYS.items() if sub.get("type") == "boolean"]
     taken = validate(**dict.fromkeys(keys, text))
@@ -294,7 +294,7 @@ def test_a_line_break_in_an_inputs_name_is_one_line(tmp_path, refused, name):
 
 
 @pytest.mark.parametrize("name", ["a{b}.fasta", "<c>.fasta"])
-def test_names_that_snakemake_cannot_take_are_one_line(tmp_path, refused, name):
+def test_names_that_snakemake_does_not_support_are_one_line(tmp_path, refused, name):
     (tmp_path / name).write_text(">a\nM\n")
     for inputs in ([str(tmp_path / name)], [str(tmp_path / "*.fasta")], {"a": str(tmp_path / name)}):
         with refused("config: inputs", name, "rename it"):

@@ -14,7 +14,7 @@ def store(small_store, random_proteins):
     return store
 
 
-def test_a_whole_store_is_good(store, capsys):
+def test_an_undamaged_store_is_good(store, capsys):
     assert main(["verify", str(store.path)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "weights: good",
@@ -23,7 +23,7 @@ def test_a_whole_store_is_good(store, capsys):
     ]
 
 
-def test_everything_that_is_wrong_gets_a_line(store, capsys):
+def test_every_damage_gets_a_line(store, capsys):
     (store.path / "datasets/one/manifest.json").write_text("{")
     (shard,) = store.shard_files()
     content = bytearray(shard.read_bytes())
@@ -40,6 +40,6 @@ def test_everything_that_is_wrong_gets_a_line(store, capsys):
     assert "is damaged" in two
 
 
-def test_what_is_no_store_is_one_line(tmp_path, capsys):
+def test_a_folder_that_is_no_store_is_one_line(tmp_path, capsys):
     assert main(["verify", str(tmp_path)]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""What a rule's process imports: most of its time, where its work is small."""
+"""Imports of a rule's process, which take most of the time of a small job."""
 
 import subprocess
 import sys

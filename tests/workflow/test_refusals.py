@@ -145,7 +145,7 @@ def test_an_unreadable_input_is_one_line(project):
     (project.folder / "bad.fasta").write_text(">a\nM\n")
     (project.folder / "bad.fasta").chmod(0)
     project.configure(inputs=["bad.fasta"])
-    assert_one_line(project.snakemake(), "bad.fasta", "may not be read")
+    assert_one_line(project.snakemake(), "bad.fasta", "cannot be read")
 
 
 class _Evil:
