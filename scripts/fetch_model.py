@@ -1,4 +1,4 @@
-"""Have the model's checkpoint at hand, and make or check the store's settings."""
+"""Download or find the model's checkpoint, and create or check the store's settings."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
         snakemake.params.contact_regression,
     )
     store = Path(snakemake.params.store)
-    if not Path(receipt["path"]).is_absolute():  # from the store on, so that it holds wherever one stands
+    if not Path(receipt["path"]).is_absolute():  # relative to the store, so that it is valid in any working folder
         receipt["path"] = os.path.relpath(receipt["path"], store)
     auto = auto_device(bool(snakemake.resources.on_cluster))
     create_or_check(store, snakemake.config, receipt, auto)

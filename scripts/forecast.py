@@ -1,4 +1,4 @@
-"""Say what a run will take of disk, memory and time."""
+"""Forecast the disk space, memory and time of a run."""
 
 from pathlib import Path
 

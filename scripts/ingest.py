@@ -28,7 +28,7 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
             nucleotides=params.nucleotides,
             strict=params.strict,
         ),
-        memory_bytes=snakemake.resources.mem_mb * 10**6 * 2 // 5,  # the rest is for blocks and tables
+        memory_bytes=snakemake.resources.mem_mb * 10**6 * 2 // 5,  # the rest is for read buffers and tables
     )
     log.info(
         "%s: %s records: %s accepted, %s duplicate, %s rejected; %s residues",

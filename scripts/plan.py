@@ -1,4 +1,4 @@
-"""Write the work orders of what no finished shard holds yet."""
+"""Write the work orders of all sequences that no finished shard holds."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
     settings = require(store)
     sizes = Sizes(config["job_minutes"] * 60, config["shard_bytes"], slowdown(store, settings))
     sequences = dict(zip(snakemake.params.datasets, map(Path, snakemake.input.sequences), strict=True))
-    memory_bytes = snakemake.resources.mem_mb * 10**6 * 2 // 5  # the rest is for a job's spec
+    memory_bytes = snakemake.resources.mem_mb * 10**6 * 2 // 5  # the rest is for writing a work order
     retry = snakemake.params.retry_rejected
     jobs = plan(store, sequences, sizes, Path(snakemake.output.jobs), memory_bytes, retry)
     if config["disk_space"] == "refuse":
