@@ -77,7 +77,7 @@ def _prune(options: argparse.Namespace) -> int:
     return run(options.store, options.delete)
 
 
-def _progress(given: argparse.Namespace) -> int:
+def _progress(options: argparse.Namespace) -> int:
     from lengthwise.maintain.progress_command import run
 
     return run(options.store, options.once)
