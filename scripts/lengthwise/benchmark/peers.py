@@ -39,7 +39,8 @@ def load_extract_loop(weights: Path, device: torch.device) -> Embed:
     from esm.data import FastaBatchedDataset
 
     model = checkpoint.reference_model(weights).to(device)
-    convert, layer = model.alphabet.get_batch_converter(), model.num_layers
+    alphabet: Any = model.alphabet
+    convert, layer = alphabet.get_batch_converter(), model.num_layers
 
     @torch.no_grad()
     def embed(sequences: list[bytes]) -> Rows:
