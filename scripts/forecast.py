@@ -7,7 +7,7 @@ from lengthwise.system.logging import log, reporting
 with reporting(snakemake.log[0], snakemake.scriptdir):
     from lengthwise.esm2.sources import path_of
     from lengthwise.plan import forecast
-    from lengthwise.plan.planner import Sizes
+    from lengthwise.plan.cuts import Sizes
     from lengthwise.plan.throughput import slowdown
     from lengthwise.store.settings import expected
 

@@ -7,8 +7,9 @@ from lengthwise.system.logging import log, reporting
 with reporting(snakemake.log[0], snakemake.scriptdir):
     import pyarrow.parquet as pq
 
-    from lengthwise.plan.disk_check import require_space, uncommitted
-    from lengthwise.plan.planner import Sizes, plan
+    from lengthwise.plan.cuts import Sizes
+    from lengthwise.plan.disk_check import require_space, unfinished_jobs
+    from lengthwise.plan.planner import plan
     from lengthwise.plan.throughput import slowdown
     from lengthwise.store.settings import require
     from lengthwise.store.sizes import missing_bytes
@@ -19,12 +20,12 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
     settings = require(store)
     sizes = Sizes(config["job_minutes"] * 60, config["shard_bytes"], slowdown(store, settings))
     sequences = dict(zip(snakemake.params.datasets, map(Path, snakemake.input.sequences), strict=True))
-    memory_bytes = snakemake.resources.mem_mb * 10**6 * 2 // 5  # the rest is for writing a work order
+    memory_bytes = snakemake.resources.mem_mb * 10**6 * 2 // 5  # the rest is for a job's work order
     retry = snakemake.params.retry_rejected
     jobs = plan(store, sequences, sizes, Path(snakemake.output.jobs), memory_bytes, retry)
     if config["disk_space"] == "refuse":
         require_space(store, jobs, missing_bytes(store, settings, snakemake.params.datasets, config["exports"]))
-    new = uncommitted(store, jobs)
+    new = unfinished_jobs(store, jobs)
     wanted = sum(pq.read_metadata(path).num_rows for path in sequences.values())
     log.info(
         "%s in %s; to embed: %s, %s in %s, and %.2f GB to write",

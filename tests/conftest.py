@@ -29,7 +29,8 @@ from lengthwise.ingest.ingest import ingest
 from lengthwise.ingest.judge import Policy
 from lengthwise.jobs.assemble import assemble
 from lengthwise.jobs.embed_job import embed_job
-from lengthwise.plan.planner import Sizes, plan
+from lengthwise.plan.cuts import Sizes
+from lengthwise.plan.planner import plan
 from lengthwise.read.dataset import Dataset
 from lengthwise.store import settings as settings_module
 from lengthwise.store.paths import job_record_path, shard_path, work_order_path

@@ -10,7 +10,8 @@ import pytest
 from project import Project, random_sequences
 
 from lengthwise.jobs import embed_job
-from lengthwise.plan.planner import MAX_JOBS, read_jobs
+from lengthwise.plan.cuts import MAX_JOBS
+from lengthwise.plan.planner import read_jobs
 from lengthwise.store.paths import job_record_path, work_order_path
 
 

@@ -1,4 +1,4 @@
-"""Is there room for what a plan is going to write?"""
+"""The disk check: whether the file system has room for what a plan will write."""
 
 import shutil
 from pathlib import Path
@@ -22,17 +22,17 @@ def require_space(store: Path, jobs: pd.DataFrame, exports_bytes: int = 0) -> No
     jobs
         The table of `lengthwise.plan.planner.plan`.
     exports_bytes
-        What exports will take, see `lengthwise.store.sizes.missing_bytes`.
+        Bytes of the exports still to be written, see `lengthwise.store.sizes.missing_bytes`.
 
     Raises
     ------
     LengthwiseError
-        The jobs that are not committed, and the exports, have more bytes to write than are free.
+        The unfinished jobs and the exports have more bytes to write than are free.
     """
-    unfinished = uncommitted(store, jobs)
+    unfinished = unfinished_jobs(store, jobs)
     needed, free = int(unfinished["forecast_bytes"].sum()) + exports_bytes, shutil.disk_usage(store).free
-    if needed > free:  # reading their specs takes seconds where there are thousands
-        needed -= sum(_made_bytes(store, job) for job in unfinished["job"])
+    if needed > free:  # only then, because reading thousands of work orders takes seconds
+        needed -= sum(_finished_bytes(store, job) for job in unfinished["job"])
     if needed > free:
         exports = f", {size(exports_bytes)} of them for exports," if exports_bytes else ""
         raise LengthwiseError(
@@ -41,14 +41,13 @@ def require_space(store: Path, jobs: pd.DataFrame, exports_bytes: int = 0) -> No
         )
 
 
-def uncommitted(store: Path, jobs: pd.DataFrame) -> pd.DataFrame:
-    """The jobs of a plan that have work left."""
-    return jobs[
-        np.array([not job_record_path(store, job).exists() for job in jobs["job"]], bool)
-    ]  # there may be no job
+def unfinished_jobs(store: Path, jobs: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a plan's jobs that have no job record."""
+    has_no_record = [not job_record_path(store, job).exists() for job in jobs["job"]]
+    return jobs[np.array(has_no_record, bool)]  # the type matters where there is no job
 
 
-def _made_bytes(store: Path, job: str) -> int:
-    """Bytes of a job's shards that are there."""
+def _finished_bytes(store: Path, job: str) -> int:
+    """Bytes of a job's shards that exist."""
     shards = pq.read_table(work_order_path(store, job), columns=["shard"]).column("shard").unique().to_pylist()
     return sum(path.stat().st_size for shard in shards if (path := shard_path(store, shard)).exists())

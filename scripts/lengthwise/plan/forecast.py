@@ -13,8 +13,8 @@ import pandas as pd
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.config import AUTO_BATCH_TOKENS, MEMORY_MARGIN, MOST_AT_ONCE, ModelConfig
+from lengthwise.plan.cuts import Sizes, cut_work
 from lengthwise.plan.forecast_text import TRAINED, text
-from lengthwise.plan.planner import Sizes, cut_work
 from lengthwise.plan.throughput import CARDS, Rate, card_precision, rates
 from lengthwise.store.layout import layout
 from lengthwise.store.settings import shape_of

@@ -18,7 +18,8 @@ import pytest
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 
 from lengthwise.ingest.ingest import ingest
-from lengthwise.plan.planner import MAX_JOBS, Sizes, plan
+from lengthwise.plan.cuts import MAX_JOBS, Sizes
+from lengthwise.plan.planner import plan
 from realistic import write, write_sequences
 
 

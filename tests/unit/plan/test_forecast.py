@@ -17,8 +17,8 @@ from lengthwise.esm2.outputs import Output
 from lengthwise.export.run import export
 from lengthwise.maintain.run_summary import forecast_lines_of
 from lengthwise.plan import forecast, throughput
-from lengthwise.plan.disk_check import require_space, uncommitted
-from lengthwise.plan.planner import Sizes
+from lengthwise.plan.cuts import Sizes
+from lengthwise.plan.disk_check import require_space, unfinished_jobs
 from lengthwise.store.metrics import METRICS, write_metrics
 from lengthwise.store.paths import job_record_path, metrics_path
 from lengthwise.store.settings import expected
@@ -322,7 +322,7 @@ def test_where_every_record_is_rejected_there_is_a_whole_dataset_of_none_and_no_
     store.ingest("none", {"a\x1b[31m\x9b": "---", "b": "XXX"})
     jobs = store.plan()
     require_space(store.path, jobs)
-    assert uncommitted(store.path, jobs)["forecast_bytes"].sum() == 0
+    assert unfinished_jobs(store.path, jobs)["forecast_bytes"].sum() == 0
     made = forecast_of(store)
     assert "nothing" in forecast.text(made)
     assert (made["work"]["sequences"], made["work"]["jobs"]) == (0, 0)

@@ -12,8 +12,9 @@ import pytest
 
 from lengthwise.esm2.costs import forecast_seconds
 from lengthwise.ingest.tables import SEQUENCES
+from lengthwise.plan.cuts import Sizes, cut_runs
 from lengthwise.plan.external_sort import Ordered
-from lengthwise.plan.planner import JOBS_COLUMNS, Sizes, cut, plan, read_jobs
+from lengthwise.plan.planner import JOBS_COLUMNS, plan, read_jobs
 from lengthwise.store.paths import job_record_path, work_order_path
 from lengthwise.store.settings import shape_of
 from lengthwise.store.shard import Shard
@@ -29,7 +30,7 @@ def snapshot(folder) -> dict:
 
 
 def shards_of(store, jobs) -> dict[str, list[dict]]:
-    """{shard: its rows in the specs of these jobs}."""
+    """{shard: its rows in the work orders of these jobs}."""
     shards: dict[str, list[dict]] = {}
     for job in jobs:
         for row in store.spec(job).to_dict("records"):
@@ -90,7 +91,7 @@ def test_every_sequence_is_in_the_plan_once_with_what_was_ingested(store, digest
             assert row["length"] == len(row["sequence"])
 
 
-def test_the_table_of_jobs_counts_what_the_specs_hold(store):
+def test_the_table_of_jobs_counts_what_the_work_orders_hold(store):
     table = store.plan(**SMALL_JOBS)
     assert len(table) > 3
     for row in table.to_dict("records"):
@@ -168,7 +169,7 @@ def test_other_sizes_cut_new_work_only(store, random_proteins):
     assert len(store.jobs_of("b")) == 1
 
 
-def test_an_unfinished_spec_with_a_sequence_that_nobody_wants_is_ignored(store, random_proteins):
+def test_an_unfinished_job_with_a_sequence_that_no_dataset_needs_is_ignored(store, random_proteins):
     (ignored,) = store.plan()["job"]
     store.ingest("a", dict(list(random_proteins(60).items())[1:]))
     (job,) = store.plan()["job"]
@@ -176,17 +177,17 @@ def test_an_unfinished_spec_with_a_sequence_that_nobody_wants_is_ignored(store, 
     assert sorted(planned(store)) == sorted(wanted(store))
 
 
-def test_a_spec_is_taken_up_again_when_all_of_it_is_wanted_again(store, random_proteins):
+def test_an_ignored_job_counts_again_when_all_its_sequences_are_needed_again(store, random_proteins):
     before = store.plan(**SMALL_JOBS).to_dict("records")
     store.ingest("a", dict(list(random_proteins(60).items())[1:]))
     store.plan(**SMALL_JOBS)
     store.ingest("a", random_proteins(60))
     store.plan(**SMALL_JOBS)
-    assert sorted(planned(store)) == sorted(wanted(store))  # whichever specs it stands on: nothing twice
+    assert sorted(planned(store)) == sorted(wanted(store))  # whichever jobs count: no sequence twice
     assert len({row["job"] for row in before} & set(store.jobs["job"])) >= len(before) - 1
 
 
-def test_a_committed_job_counts_though_not_all_of_it_is_wanted(store, random_proteins):
+def test_a_finished_job_counts_though_not_all_its_sequences_are_needed(store, random_proteins):
     store.plan()
     store.embed_all()
     store.ingest("a", dict(list(random_proteins(60).items())[:5]))
@@ -219,7 +220,7 @@ def test_planning_again_after_shards_were_taken_over_writes_the_same_bytes(half_
     assert snapshot(half_done.path / "plan") == before
 
 
-def test_a_job_killed_before_its_commit_is_counted_once_when_it_is_taken_over(store, random_proteins):
+def test_a_job_killed_before_its_job_record_is_counted_once_when_it_is_taken_over(store, random_proteins):
     (job,) = store.plan()["job"]
     store.embed(job)
     job_record_path(store.path, job).unlink()
@@ -240,7 +241,7 @@ def test_shards_of_several_ignored_jobs_are_taken_over_the_same_way_twice(store,
     assert snapshot(store.path / "plan" / "jobs") == work_orders
 
 
-def test_the_spec_of_a_commit_that_is_gone_is_written_again_from_its_shards(store):
+def test_the_lost_work_order_of_a_finished_job_is_written_again_from_its_shards(store):
     (job,) = store.plan(shard_bytes=16_000)["job"]
     store.embed(job)
     jobs_tsv, work_order = store.jobs_tsv.read_bytes(), store.spec(job)
@@ -284,23 +285,23 @@ def test_a_job_takes_no_longer_than_job_seconds(store):
 
 def test_jobs_grow_rather_than_become_more_than_snakemake_can_look_at(store, monkeypatch):
     assert len(store.plan(**SMALL_JOBS)) > 5
-    monkeypatch.setattr("lengthwise.plan.planner.MAX_JOBS", 3)
+    monkeypatch.setattr("lengthwise.plan.cuts.MAX_JOBS", 3)
     for path in (store.path / "plan" / "jobs").iterdir():
         path.unlink()
     assert 1 < len(store.plan(**SMALL_JOBS)) <= 3
     assert sorted(planned(store)) == sorted(wanted(store))
 
 
-def test_a_job_has_no_more_residues_than_its_spec_may_hold(store, monkeypatch):
-    monkeypatch.setattr("lengthwise.plan.planner.JOB_BYTES", 500)
-    monkeypatch.setattr("lengthwise.plan.planner.BYTES_BESIDE", 0)
+def test_a_job_has_no_more_residues_than_its_work_order_may_hold(store, monkeypatch):
+    monkeypatch.setattr("lengthwise.plan.cuts.MAX_WORK_ORDER_BYTES", 500)
+    monkeypatch.setattr("lengthwise.plan.cuts.SEQUENCE_OVERHEAD_BYTES", 0)
     table = store.plan(shard_bytes=8_000)
     assert len(table) > 1
     assert table["residues"].max() <= 500
 
 
 def test_a_plan_within_little_memory_is_the_same(store, tmp_path, monkeypatch, refused):
-    """By way of the disk, for new sequences and for those in specs; what is spilled is gone afterwards."""
+    """By way of the disk, for new sequences and for existing work orders; the spilled files are removed."""
     files, tables, parts = {"many": tmp_path / "many.parquet"}, [], []
     write_sequences(files["many"], 600_000)
     ordered = Ordered._distribute
@@ -325,7 +326,7 @@ def test_a_plan_within_little_memory_is_the_same(store, tmp_path, monkeypatch, r
         planned_within(52 << 20)
 
 
-def test_of_unfinished_specs_that_share_sequences_those_first_in_name_count(store):
+def test_of_unfinished_jobs_that_share_sequences_the_first_by_name_counts(store):
     """As after an input that changed and changed back."""
     store.plan(**SMALL_JOBS)
     aside = snapshot(store.path / "plan" / "jobs")
@@ -359,7 +360,7 @@ def test_sequences_that_several_new_datasets_share_are_planned_once_for_all_of_t
         assert store.jobs_of(name) == stands_on
 
 
-def test_a_spec_that_is_damaged_is_one_line_that_says_what_to_do(store, refused):
+def test_a_damaged_work_order_is_one_line_that_says_what_to_do(store, refused):
     store.plan(**SMALL_JOBS)
     path = work_order_path(store.path, store.jobs["job"][1])
     path.write_bytes(path.read_bytes()[:-20])
@@ -421,7 +422,7 @@ def test_the_sequences_of_a_dataset_have_the_columns_that_plan_reads(store):
 def test_cuts_are_as_long_as_the_cap_allows_and_no_longer(seed):
     rng = np.random.default_rng(seed)
     costs, cap = rng.exponential(size=rng.integers(1, 300)), rng.uniform(0.5, 10)
-    bounds = cut(costs, cap)
+    bounds = cut_runs(costs, cap)
     assert bounds[0] == 0
     assert bounds[-1] == len(costs)
     assert (np.diff(bounds) > 0).all()
@@ -444,7 +445,7 @@ def test_cuts_are_as_long_as_the_cap_allows_and_no_longer(seed):
     ids=str,
 )
 def test_cuts_by_hand(costs, cap, bounds):
-    assert cut(np.array(costs, float), cap).tolist() == bounds
+    assert cut_runs(np.array(costs, float), cap).tolist() == bounds
 
 
 def test_nothing_temporary_is_left(store):

@@ -1,4 +1,4 @@
-"""What jobs ask a scheduler for, against what they take."""
+"""What jobs ask a scheduler for, against what they use."""
 
 import subprocess
 import sys
@@ -8,8 +8,9 @@ import pytest
 
 from lengthwise.esm2.config import AUTO_BATCH_TOKENS, MODELS
 from lengthwise.plan import throughput
-from lengthwise.plan.job_requests import ask
-from lengthwise.plan.planner import Sizes, plan, read_jobs
+from lengthwise.plan.cuts import Sizes
+from lengthwise.plan.job_requests import job_requests
+from lengthwise.plan.planner import plan, read_jobs
 from lengthwise.store.paths import job_record_path, work_order_path
 from lengthwise.store.settings import make
 
@@ -30,7 +31,7 @@ def request_of(settings: dict, checkpoint_bytes: float = 2.6e9, **job) -> dict:
         "forecast_bytes": 8e9,
         "forecast_seconds": 1200.0,
     }
-    return ask(pd.DataFrame([usual | job]), settings, int(checkpoint_bytes)).iloc[0].to_dict()
+    return job_requests(pd.DataFrame([usual | job]), settings, int(checkpoint_bytes)).iloc[0].to_dict()
 
 
 def test_a_plan_says_what_each_job_asks_for(small_store, random_proteins):
@@ -84,7 +85,7 @@ def test_a_job_stays_within_the_memory_that_it_asks_for(small_store, random_prot
     done = subprocess.run([sys.executable, "-c", PEAK, *paths], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (asked,) = store.jobs["mem_mb"]
-    assert 0.3 * asked < float(done.stdout) < 0.9 * asked
+    assert 0.25 * asked < float(done.stdout) < 0.9 * asked  # most of a small request is PROCESS_BYTES
 
 
 def test_forecasts_go_by_what_finished_jobs_took_once_that_is_enough(small_store, random_proteins, monkeypatch):
@@ -113,7 +114,7 @@ def test_a_slower_device_gets_shorter_jobs(small_store, random_proteins):
     sequences = {"a": store.inputs("a") / "sequences.parquet"}
     assumed = plan(store.path, sequences, Sizes(4e-4, 1 << 30), store.jobs_tsv)
     slower = plan(store.path, sequences, Sizes(4e-4, 1 << 30, slowdown=3.0), store.jobs_tsv)
-    assert len(slower) == len(assumed)  # what is planned keeps its jobs
+    assert len(slower) == len(assumed)  # existing work orders keep their jobs
     for work_order in (store.path / "plan" / "jobs").glob("*.parquet"):
         work_order.unlink()
     slower = plan(store.path, sequences, Sizes(4e-4, 1 << 30, slowdown=3.0), store.jobs_tsv)
