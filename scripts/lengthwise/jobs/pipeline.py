@@ -1,4 +1,4 @@
-"""The shard pipeline: the device computes while a thread writes, syncs and commits what is done."""
+"""The shard pipeline: the device computes while a thread writes and commits. `ShardPipeline` says what runs where."""
 
 import logging
 import math
@@ -30,42 +30,42 @@ log = logging.getLogger("lengthwise")
 
 PROGRESS_SECONDS = 10.0
 
-# Batches that wait to be written while the device goes on: more only take memory.
-WRITES_AHEAD = 2
+# Results that wait for the writer thread; more would cost memory and no time less.
+MAX_WAITING_WRITES = 2
 
-# Between a job's last write and the end of its process, beside the last write itself.
+# Reserved for the end of a job: the parity check, the job record, the process's exit.
 CLOSING_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
-class _Open:
-    """A shard that is being made."""
+class _OpenShard:
+    """A shard in progress, n sequences."""
 
-    shard: PlannedShard
+    planned: PlannedShard
     writer: ShardWriter
-    bounds: list[tuple[int, int]]  # of its batches, in the order of the work
+    bounds: list[tuple[int, int]]  # (start, stop) of its batches, in the order of the work
     status: np.ndarray  # [n] uint8
-    rows: list[dict] = field(default_factory=list)  # of its metrics
+    rows: list[dict] = field(default_factory=list)  # of its metrics, one per batch
     writes: list[Future] = field(default_factory=list)
 
 
 class Progress:
-    """Says now and then how much of a job is done, how fast, and how long the rest will take."""
+    """Counts a job's residues and logs them with rate and time left, at most every `PROGRESS_SECONDS`."""
 
     def __init__(self, job: str, residues: int):
         self.job, self.total, self.done = job, residues, 0
         self.start()
 
     def start(self) -> None:
-        """Time counts from now on."""
-        self.started = self.previous = self.said = time.perf_counter()
+        """Start the clock."""
+        self.started = self.previous = self.logged = time.perf_counter()
 
     def batch_done(self, residues: int) -> float:
         """Count a batch; returns the milliseconds since the previous one."""
         now = time.perf_counter()
         self.done += residues
-        if residues and (now - self.said >= PROGRESS_SECONDS or self.done == self.total):
-            self.said = now
+        if residues and (now - self.logged >= PROGRESS_SECONDS or self.done == self.total):
+            self.logged = now
             rate = self.done / max(now - self.started, 1e-9)
             log.info(
                 "job %s: %s of %s residues (%.0f %%), %s residues/s, %s left",
@@ -80,7 +80,7 @@ class Progress:
         return elapsed * 1000
 
     def state(self) -> tuple[int, int, float]:
-        """Residues done, residues to do, and the seconds that they took."""
+        """(residues done, residues in total, seconds up to the last batch)."""
         return self.done, self.total, self.seconds
 
     @property
@@ -89,153 +89,182 @@ class Progress:
 
 
 class ShardPipeline:
-    """Makes shards one after the other: the device computes while a thread writes, syncs and commits what is done.
+    """Turns planned shards into shard files, the device computing while one thread writes.
 
-    Use as a context manager; what is not committed on leaving is not made.
+    The caller's thread pulls batches from the shards, opening each shard at its first batch; hands them to the engine; and
+    takes the results in the same order. The engine tokenises and computes on threads of its own.
+
+    The writer thread works first in, first out: a batch's rows; after a shard's last batch its metrics, fsync and rename.
+    So metrics exist before their shard, and a shard is renamed after all its writes.
+
+    Bounds: `MAX_WAITING_WRITES` results wait for the writer, then the caller's thread waits for it. The engine works a few
+    batches ahead, so at most the shards of those batches are open at once. No shard is opened that would not be done by the
+    deadline.
+
+    Use as a context manager. Leaving it removes the temporary files of shards that are not committed.
+
+    Parameters
+    ----------
+    store, settings
+        The store and its settings.
+    engine
+        The loaded model.
+    progress
+        Counts the residues done.
+    deadline
+        When this process will be ended, in seconds of the epoch.
     """
 
     def __init__(self, store: Path, settings: dict, engine: Engine, progress: Progress, deadline: float = math.inf):
         self.store, self.settings, self.engine = store, settings, engine
         self.progress, self.deadline = progress, deadline
-        self.open: deque[_Open] = deque()  # begun, and not yet given to the thread whole
-        self.begun = 0  # residues of all shards that were begun
-        self.writes: deque[Future] = deque()
+        self.open: deque[_OpenShard] = deque()  # opened, and not yet handed to the writer for commit
+        self.opened_residues = 0  # of all shards opened so far
+        self.writes: deque[Future] = deque()  # of the writer thread, in order
         self.stack = ExitStack()
-        self.stack.enter_context(shared_store_lock(store))
-        self.thread = ThreadPoolExecutor(1)
+        self.stack.enter_context(at_work(store))
+        self.writer_thread = ThreadPoolExecutor(1)
 
     def make(self, shards: list[PlannedShard], batch_tokens: int) -> set[str]:
-        """Make shards in this order; returns those that this process made.
+        """Make shards in this order.
+
+        Parameters
+        ----------
+        shards
+            Shards to make; one that another process finishes meanwhile is skipped.
+        batch_tokens
+            Tokens of a batch.
+
+        Returns
+        -------
+        The names of the shards that this process made.
 
         Raises
         ------
         LengthwiseError
-            The rest would not be done by the deadline.
+            The remaining shards would not be done by the deadline, the disk is full, or the checkpoint changed.
         """
-        rest, made = deque(shards), set()
-        while rest and self._in_time(rest[0]):
-            for result in self.engine.embed(self._batches(rest, batch_tokens)):
+        remaining, made = deque(shards), set()
+        while remaining and self._fits_deadline(remaining[0]):
+            for result in self.engine.embed(self._batches(remaining, batch_tokens)):
                 current = self.open[0]
-                self._take(current, *current.bounds[len(current.rows)], result, self.engine)
+                self._submit_write(current, *current.bounds[len(current.rows)], result, self.engine)
                 if len(current.rows) == len(current.bounds):
                     if self.engine.device.type == "cpu":
-                        _share_time(current.rows, self.engine.at_once)
+                        _share_wall_time(current.rows, self.engine.at_once)
                     self._repair(current)
-                    made.add(current.shard.name)
-                    self.writes.append(self.thread.submit(self._commit, self.open.popleft()))
+                    made.add(current.planned.name)
+                    self.writes.append(self.writer_thread.submit(self._commit, self.open.popleft()))
         while self.writes:
             self.writes.popleft().result()
-        if rest:
+        if remaining:
             raise LengthwiseError(
                 f"job {self.progress.job}: its time ends at {time.strftime('%H:%M', time.localtime(self.deadline))}, before "
-                f"the next shard would be done; {count(len(rest), 'shard')} of {len(shards)} left: run again to go on"
+                f"the next shard would be done; {count(len(remaining), 'shard')} of {len(shards)} left: run again to go on"
             )
         return made
 
-    def _in_time(self, shard: PlannedShard) -> bool:
-        """Whether a shard would be done by the deadline, after those that were begun, at the rate of this job so far."""
-        now = time.perf_counter()
+    def _fits_deadline(self, shard: PlannedShard) -> bool:
+        """Whether a shard, after those opened before it, would be done by the deadline at the job's rate so far."""
         seconds = 0.0
         if self.progress.done:
-            waiting = self.begun - self.progress.done + int(shard.lengths.sum())
-            seconds = waiting * (now - self.progress.started) / self.progress.done
+            seconds_per_residue = (time.perf_counter() - self.progress.started) / self.progress.done
+            seconds = (self.opened_residues - self.progress.done + int(shard.lengths.sum())) * seconds_per_residue
         return time.time() + seconds + CLOSING_SECONDS < self.deadline
 
-    def _batches(self, rest: deque[PlannedShard], batch_tokens: int) -> Iterator[list[bytes]]:
-        """The batches of shards that are not there yet, the longest first.
+    def _batches(self, remaining: deque[PlannedShard], batch_tokens: int) -> Iterator[list[bytes]]:
+        """Open the remaining shards one by one and yield their batches, longest sequences first.
 
-        Ends early at one that there is no time for, and at one that another process makes: waiting for that while shards of its
-        own are unfinished could make two processes wait for each other.
+        Ends early at a shard that would miss the deadline, and at one that another process is making while shards of this
+        process are open: if both processes waited like that, they would wait for each other.
         """
-        while rest and self._in_time(shard := rest[0]):
+        while remaining and self._fits_deadline(shard := remaining[0]):
             try:
                 writer = ShardWriter(
                     self.store, shard.name, shard.digests, shard.lengths, self.settings, wait=not self.open
                 )
             except BlockingIOError:
                 return
-            rest.popleft()
+            remaining.popleft()
             self.stack.enter_context(writer)
             if writer.already_there:
                 writer.abandon()
                 continue
-            self.begun += int(shard.lengths.sum())
+            self.opened_residues += int(shard.lengths.sum())
             bounds = list(cut_batches(shard.lengths, batch_tokens))[::-1]
-            self.open.append(_Open(shard, writer, bounds, np.zeros(len(shard.lengths), np.uint8)))
+            self.open.append(_OpenShard(shard, writer, bounds, np.zeros(len(shard.lengths), np.uint8)))
             for start, stop in bounds:
                 yield shard.sequences[start:stop]
 
-    def _take(self, current: "_Open", start: int, stop: int, result: BatchResult, engine: Engine) -> None:
-        """Pass a batch's rows on to the thread, and note what they took."""
-        lengths = current.shard.lengths[start:stop]
+    def _submit_write(self, current: _OpenShard, start: int, stop: int, result: BatchResult, engine: Engine) -> None:
+        """Hand a batch's rows to the writer thread, and note the batch's metrics."""
+        lengths = current.planned.lengths[start:stop]
         began = time.perf_counter()
-        while len(self.writes) >= WRITES_AHEAD:
+        while len(self.writes) >= MAX_WAITING_WRITES:
             self.writes.popleft().result()
         wait_write_ms = (time.perf_counter() - began) * 1000
-        write = self.thread.submit(current.writer.write, start, result.arrays, lengths.tolist(), result.status)
+        write = self.writer_thread.submit(current.writer.write, start, result.arrays, lengths.tolist(), result.status)
         self.writes.append(write)
         current.writes.append(write)
         current.status[start:stop] = result.status
-        repeated = engine is not self.engine
-        wall_ms = self.progress.batch_done(0 if repeated else int(lengths.sum()))
+        is_repair = engine is not self.engine  # its residues were counted before
+        wall_ms = self.progress.batch_done(0 if is_repair else int(lengths.sum()))
         current.rows.append(
             {
                 "job": self.progress.job,
-                "shard": current.shard.name,
+                "shard": current.planned.name,
                 "batch": len(current.rows),
-                **_metrics(engine, lengths, result),
+                **_batch_metrics(engine, lengths, result),
                 "wall_ms": wall_ms,
                 "gpu_busy": min(1.0, result.device_ms / wall_ms) if engine.device.type == "cuda" else None,
                 "wait_write_ms": wait_write_ms,
             }
         )
 
-    def _repair(self, current: "_Open") -> None:
-        """Compute again in float32 what overflowed in half precision."""
+    def _repair(self, current: _OpenShard) -> None:
+        """Compute sequences that overflowed half precision again, in float32."""
         overflowed = np.flatnonzero(current.status == Status.NON_FINITE).tolist()
         if not overflowed or self.engine.precision == "float32":
             return
-        what = f"shard {current.shard.name}: {count(len(overflowed), 'sequence')} overflowed {self.engine.precision}"
+        what = f"shard {current.planned.name}: {count(len(overflowed), 'sequence')} overflowed {self.engine.precision}"
         try:
-            exact = self.engine.in_float32()
+            float32_engine = self.engine.in_float32()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             log.warning("%s, and the weights in float32 do not fit into the device's memory too", what)
             return
-        require_unchanged(self.store, self.settings["weights_sha256"])  # the file was read again
+        require_unchanged(self.store, self.settings["weights_sha256"])  # the checkpoint was read again
         log.warning("%s; computed again in float32", what)
-        results = exact.embed([current.shard.sequences[i]] for i in overflowed)
+        results = float32_engine.embed([current.planned.sequences[i]] for i in overflowed)
         for i, result in zip(overflowed, results, strict=True):
-            self._take(current, i, i + 1, result, exact)
+            self._submit_write(current, i, i + 1, result, float32_engine)
 
-    def _commit(self, finished: "_Open") -> None:
-        for write in finished.writes:  # done by now; one that failed must not be committed
-            write.result()
-        write_metrics(metrics_path(self.store, finished.shard.name), finished.rows)
+    def _commit(self, finished: _OpenShard) -> None:
+        """On the writer thread: metrics, then the shard's rename."""
+        for write in finished.writes:
+            write.result()  # raises if a write failed, so that the shard is not committed
+        write_metrics(metrics_path(self.store, finished.planned.name), finished.rows)
         finished.writer.commit()
 
     def __enter__(self) -> "ShardPipeline":
         return self
 
-    def __exit__(self, *_):
-        self.thread.shutdown(cancel_futures=True)
+    def __exit__(self, *_: object) -> None:
+        self.writer_thread.shutdown(cancel_futures=True)
         self.stack.close()
 
 
-def _share_time(rows: list[dict], cores: int) -> None:
-    """Batches that were computed at the same time end together: give each the share of the time that it took of the cores.
-
-    A batch has a core, or, where it is longer than usual, all of them.
-    """
-    took = [row["device_ms"] * (cores if row["n_tokens"] > AUTO_BATCH_TOKENS["cpu"] else 1) for row in rows]
-    walls = sum(row["wall_ms"] for row in rows)
-    for row, time_of_cores in zip(rows, took, strict=True):
-        row["wall_ms"] = walls * time_of_cores / sum(took) if any(took) else walls / len(rows)
+def _share_wall_time(rows: list[dict], cores: int) -> None:
+    """Divide the shard's wall time among its batches by the core time of each: on a CPU several are computed at once."""
+    core_ms = [row["device_ms"] * (cores if row["n_tokens"] > AUTO_BATCH_TOKENS["cpu"] else 1) for row in rows]
+    wall_ms = sum(row["wall_ms"] for row in rows)
+    for row, own_ms in zip(rows, core_ms, strict=True):
+        row["wall_ms"] = wall_ms * own_ms / sum(core_ms) if any(core_ms) else wall_ms / len(rows)
 
 
-def _metrics(engine: Engine, lengths: np.ndarray, result: BatchResult) -> dict:
-    """What a batch's row of the metrics says of the batch itself."""
+def _batch_metrics(engine: Engine, lengths: np.ndarray, result: BatchResult) -> dict:
+    """The columns of a metrics row that do not depend on the job."""
     residues = int(lengths.sum())
     return {
         "n_sequences": len(lengths),
