@@ -1,10 +1,11 @@
-"""Embed: walk the shards of one job, and commit it."""
+"""Embed one job: make its shards, compare a few rows with fair-esm, write the job record."""
 
 import logging
 import math
 import os
 import platform
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -34,8 +35,18 @@ from lengthwise.system.versions import git_commit
 
 log = logging.getLogger("lengthwise")
 
-# Forecast seconds of a GPU from which on a job earns back what compiling takes, about a minute.
-COMPILING_PAYS_SECONDS = 300.0
+# Compiling takes about a minute, so only jobs of more forecast seconds compile.
+MIN_COMPILED_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What this process made of a job, and the cost of loading the model."""
+
+    shards: set[str]
+    batch_tokens: int | None
+    load_seconds: float
+    loaded_bytes: int | None  # memory in use once the model was loaded
 
 
 def embed_job(
@@ -47,97 +58,119 @@ def embed_job(
     threads: int = 1,
     deadline: float = math.inf,
 ) -> dict:
-    """Make every shard of a job that is not there yet, then write the job's commit.
+    """Make every shard of a job that does not exist yet, then write the job record.
 
     Parameters
     ----------
     store
         The store, with settings.json and weights.json.
-    spec
-        The job's work order, as `lengthwise.plan.planner` wrote it.
-    commit
+    work_order
+        The job's work order.
+    job_record
         The JSON file to write last: shards, versions, device, timings.
     device
         cuda, cpu, or auto: the store's own.
     batch_tokens
-        Tokens of a forward pass, or auto.
+        Tokens of a batch, or auto.
     threads
         CPU threads for torch, at most as many as this process has cores.
     deadline
-        When this process is going to be ended, in seconds of the epoch: no shard is begun that would not be done by then.
+        When this process will be ended, in seconds of the epoch. No shard is begun that would not be done by then.
 
     Returns
     -------
-    What the commit says.
+    The job record.
 
     Raises
     ------
     LengthwiseError
-        No such device or weights, no space, no time, or what was made is not what fair-esm computes.
+        The device or the weights are missing, disk space or time runs out, or stored rows are not what fair-esm computes.
     """
     settings = require_settings(store)
     set_threads(threads)
-    device = resolve_device(settings["device"] if device == "auto" else device)
+    torch_device = resolve_device(settings["device"] if device == "auto" else device)
     checkpoint = require_unchanged(store, settings["weights_sha256"])
     job, started = work_order.stem, datetime.now(UTC)
+    shards = _read_shards(work_order)
+    pending = [s for s in shards if not is_made(shard_path(store, s.name), s.digests, settings["fingerprint"])]
+    progress = Progress(job, sum(int(shard.lengths.sum()) for shard in pending))
+    with Heartbeat(store, job, device_name(torch_device), progress.state):  # until the job record is there
+        made = _Made(set(), None, 0.0, None)
+        if pending:
+            made = _make(store, settings, checkpoint, torch_device, pending, progress, batch_tokens, deadline)
+        maker = {"device": device_name(torch_device), "versions": versions()}
+        parity = _compare(store, settings, checkpoint, torch_device, maker, shards, made.shards)
+        record = {
+            "job": job,
+            **_contents(store, shards, made.shards),
+            "made_residues": progress.done,
+            **maker,
+            "precision": settings["precision"],
+            "batch_tokens": made.batch_tokens,
+            "threads": torch.get_num_threads(),
+            "parity": parity,
+            "started": started.isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "load_seconds": round(made.load_seconds, 3),
+            "loaded_bytes": made.loaded_bytes,
+            "embed_seconds": round(progress.seconds, 3),
+        }
+        write_json(job_record, record)
+    return record
+
+
+def _read_shards(work_order: Path) -> list[PlannedShard]:
     shards = list(read_work_order(work_order))
     if any(sequence is None for shard in shards for sequence in shard.sequences):
         raise LengthwiseError(
             f"{work_order}: was restored without sequences that no input has; run snakemake --forcerun plan"
         )
-    todo = [s for s in shards if not is_complete(shard_path(store, s.name), s.digests, settings["fingerprint"])]
-    lengths = np.concatenate([shard.lengths for shard in todo]) if todo else np.empty(0, np.int64)
-    progress = Progress(job, int(lengths.sum()))
-    with Heartbeat(store, job, device_name(device), progress.state):  # until the commit is there
-        made, began = set(), time.perf_counter()
-        loaded, loaded_bytes = began, None
-        if todo:
-            engine = _load(store, settings, checkpoint, device, lengths)
-            loaded_bytes = engine.memory.used()
-            batch_tokens = engine.auto_batch_tokens() if batch_tokens == "auto" else batch_tokens
-            loaded = time.perf_counter()
-            progress.start()
-            with ShardPipeline(store, settings, engine, progress, deadline) as walk:
-                # The longest sequences first: what does not fit shows at once.
-                made = walk.make(todo[::-1], batch_tokens)
-            del engine, walk.engine  # their memory is the reference's
-        maker = {"device": device_name(device), "versions": versions()}
-        parity = _compare(store, settings, checkpoint, device, maker, shards, made)
-        result = {
-            "job": job,
-            "shards": {shard.name: shard_path(store, shard.name).stat().st_size for shard in shards},
-            "does_not_fit": [
-                s.name for s in shards if (Shard(shard_path(store, s.name))["status"] == Status.DOES_NOT_FIT).any()
-            ],
-            "made": [shard.name for shard in shards if shard.name in made],
-            "sequences": sum(len(shard.lengths) for shard in shards),
-            "residues": sum(int(shard.lengths.sum()) for shard in shards),
-            "made_residues": progress.done,
-            **maker,
-            "precision": settings["precision"],
-            "batch_tokens": batch_tokens if todo else None,
-            "threads": torch.get_num_threads(),
-            "parity": parity,
-            "started": started.isoformat(timespec="seconds"),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "load_seconds": round(loaded - began, 3),
-            "loaded_bytes": loaded_bytes,
-            "embed_seconds": round(progress.seconds, 3),
-        }
-        write_json(job_record, result)
-    return result
+    return shards
+
+
+def _make(
+    store: Path,
+    settings: dict,
+    checkpoint: Path,
+    device: torch.device,
+    pending: list[PlannedShard],
+    progress: Progress,
+    batch_tokens: int | str,
+    deadline: float,
+) -> _Made:
+    """Load the model and make the pending shards; on return the model's memory is free for the reference."""
+    began = time.perf_counter()
+    engine = _load(store, settings, checkpoint, device, np.concatenate([shard.lengths for shard in pending]))
+    loaded_bytes = engine.memory.used()
+    tokens = engine.auto_batch_tokens() if isinstance(batch_tokens, str) else batch_tokens
+    load_seconds = time.perf_counter() - began
+    progress.start()
+    with ShardPipeline(store, settings, engine, progress, deadline) as pipeline:
+        # Longest sequences first, so that one that does not fit shows at once.
+        made = pipeline.make(pending[::-1], tokens)
+    return _Made(made, tokens, load_seconds, loaded_bytes)
+
+
+def _contents(store: Path, shards: list[PlannedShard], made: set[str]) -> dict:
+    """The part of a job record that describes its shards."""
+    too_long = [s.name for s in shards if (Shard(shard_path(store, s.name))["status"] == Status.DOES_NOT_FIT).any()]
+    return {
+        "shards": {shard.name: shard_path(store, shard.name).stat().st_size for shard in shards},
+        "does_not_fit": too_long,
+        "made": [shard.name for shard in shards if shard.name in made],
+        "sequences": sum(len(shard.lengths) for shard in shards),
+        "residues": sum(int(shard.lengths.sum()) for shard in shards),
+    }
 
 
 def _load(store: Path, settings: dict, checkpoint: Path, device: torch.device, lengths: np.ndarray) -> Engine:
-    """The model, ready for sequences of these lengths."""
-    # For this store's other jobs too.
+    """Load the model; compile it if sequences of these lengths take long enough."""
+    # The store's other jobs reuse the compiled kernels.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(store.resolve() / "compiled"))
-    worth_compiling = (
-        float(forecast_seconds(lengths, shape_of(settings), settings["device"]).sum()) > COMPILING_PAYS_SECONDS
-    )
+    seconds = float(forecast_seconds(lengths, shape_of(settings), settings["device"]).sum())
     output = Output(tuple(settings["layers"]), tuple(settings["outputs"]), settings["storage_dtype"])
-    engine = Engine(checkpoint, device, settings["precision"], output, compile=worth_compiling)
-    require_unchanged(store, settings["weights_sha256"])  # nor was it exchanged while it was read
+    engine = Engine(checkpoint, device, settings["precision"], output, compile=seconds > MIN_COMPILED_SECONDS)
+    require_unchanged(store, settings["weights_sha256"])  # it may have been replaced while it was read
     return engine
 
 
@@ -150,19 +183,19 @@ def _compare(
     shards: list[PlannedShard],
     made: set[str],
 ) -> dict:
-    """The parity receipt of what this process made, or of all shards if it made none; what is wrong is removed again."""
+    """The parity receipt of the shards that this process made, or of all if it made none; wrong shards are removed."""
     try:
         return receipt(store, settings, checkpoint, device, maker, [s for s in shards if s.name in made] or shards)
     except ParityError as error:
-        for shard in made:  # or the next run would take them for finished work
+        for shard in made:  # the next run would take them for finished work
             with writing(path := shard_path(store, shard)):
                 path.unlink()
-        done = f"what this job had made is removed ({count(len(made), 'shard')})" if made else "remove that file"
-        raise LengthwiseError(f"{error}; {done}: run again, on another device if it comes back") from error
+        action = f"the shards of this job are removed ({count(len(made), 'shard')})" if made else "remove that file"
+        raise LengthwiseError(f"{error}; {action}: run again, on another device if it comes back") from error
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what the numbers depend on."""
+    """Versions of the software that the numbers depend on."""
     return {
         "lengthwise": __version__,
         "git": git_commit(),
