@@ -1,4 +1,4 @@
-"""Assemble: join a dataset's records to the rows of its shards, check that none is missing, and only then say so."""
+"""Assemble: join a dataset's records to the rows of its shards, check that none is missing, write the manifest last."""
 
 import re
 from collections import Counter
@@ -24,9 +24,9 @@ from lengthwise.store.weights import origin
 from lengthwise.system.database import out_of_core
 from lengthwise.system.files import atomic, read_json, scratch_folder, write_json
 
-_ROWS_AT_ONCE = 1 << 17
+_BATCH_ROWS = 1 << 17
 
-# The reason of a record whose sequence is not good; {gigabytes} is what its length needs.
+# Why a sequence has no numbers; {gigabytes} is the memory that its length needs.
 _REASONS = {
     Status.NON_FINITE: "non_finite: the compute or storage type overflowed; float32 for both is the way out",
     Status.DOES_NOT_FIT: (
@@ -65,13 +65,13 @@ def assemble(
     dataset
         The dataset's name.
     jobs
-        The committed jobs that it stands on.
+        The finished jobs that hold its sequences.
     index, rejected, manifest
         The files to write; ``lookup.arrow`` is written beside the index.
     strict
-        Whether a single rejected record is an error; ingest knows of most, but not of those that embedding rejects.
+        Whether a rejected record is an error. Ingest checks its own; this checks those that embedding rejected too.
     memory_bytes
-        What joining the records to their rows may take before it spills to disk.
+        Memory for joining records to rows; what does not fit is spilled to disk.
 
     Returns
     -------
@@ -80,41 +80,46 @@ def assemble(
     Raises
     ------
     LengthwiseError
-        A record is not accounted for, or a shard lacks what its job promised.
+        A record is not accounted for, or a shard is missing or differs from its work order.
     """
     settings, summary = require(store), read_json(store / "inputs" / dataset / "summary.json")
-    shape = shape_of(settings)
-    per_token = shape.bytes_per_token(4 if settings["precision"] == "float32" else 2)
-    rows = _Rows(dataset)
+    rows = _RowChecks(dataset)
     with (
-        scratch_folder(index.with_name(f".{index.name}.spill")) as spill,
-        out_of_core("assemble", memory_bytes, spill, threads=1) as database,
+        scratch_folder(index.with_name(f".{index.name}.spill")) as scratch,
+        out_of_core("assemble", memory_bytes, scratch, threads=1) as database,
     ):
-        _find_places(database, store, jobs, settings["fingerprint"])
-        joined = database.sql(
-            _JOIN, params=[per_token, str(store / "inputs" / dataset / "records.parquet")]
-        ).to_arrow_reader(_ROWS_AT_ONCE)
+        joined = _join_records(database, store, dataset, jobs, settings)
         with (
             atomic(index) as part,
-            atomic(rejected) as list_part,
-            open(list_part, "w", encoding="utf-8", newline="") as listed,
-            pq.ParquetWriter(part, joined.schema, compression="zstd", write_page_checksum=True) as file,
+            atomic(rejected) as rejected_part,
+            open(rejected_part, "w", encoding="utf-8", newline="") as rejected_file,
+            pq.ParquetWriter(part, joined.schema, compression="zstd", write_page_checksum=True) as index_file,
         ):
             for batch in joined:
                 table = pa.Table.from_batches([batch])
                 rows.count(table)
-                rows.list_rejected(table, listed)
-                file.write_table(table)
-            counts = rows.checked(summary["records"])
+                rows.list_rejected(table, rejected_file)
+                index_file.write_table(table)
+            counts = rows.checked_counts(summary["records"])
             if strict and counts["rejected"]:
                 raise LengthwiseError(
                     f"dataset {dataset}: {counts['rejected']} records are rejected ({counts['reasons']}), and strict is true; "
                     "take them out, or set strict: false"
                 )
     write_lookup(index)
-    shards = sorted(rows.shards)
+    result = _manifest(store, dataset, jobs, settings, summary, counts, sorted(rows.shards))
+    with atomic(manifest.with_name("README.md")) as part:
+        part.write_text(readme(result))
+    write_json(manifest, result)
+    return result
+
+
+def _manifest(
+    store: Path, dataset: str, jobs: list[str], settings: dict, summary: dict, counts: dict, shards: list[str]
+) -> dict:
+    """The manifest of a dataset whose records are all accounted for."""
     job_records = [read_json(job_record_path(store, job)) for job in jobs]
-    result = {
+    return {
         "schema": SCHEMA,
         "dataset": dataset,
         "model": settings["model"],
@@ -132,14 +137,21 @@ def assemble(
         "checksums": {shard: content_sha256(Shard(shard_path(store, shard))) for shard in shards},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    with atomic(manifest.with_name("README.md")) as part:
-        part.write_text(readme(result))
-    write_json(manifest, result)
-    return result
+
+
+def _join_records(
+    database: duckdb.DuckDBPyConnection, store: Path, dataset: str, jobs: list[str], settings: dict
+) -> pa.RecordBatchReader:
+    """The rows of the index: every record in the input's order, with the place of its embedding."""
+    _find_places(database, store, jobs, settings["fingerprint"])
+    itemsize = 4 if settings["precision"] == "float32" else 2
+    bytes_per_token = shape_of(settings).bytes_per_token(itemsize)
+    records = str(store / "inputs" / dataset / "records.parquet")
+    return database.sql(_JOIN, params=[bytes_per_token, records]).to_arrow_reader(_BATCH_ROWS)
 
 
 def _find_places(database: duckdb.DuckDBPyConnection, store: Path, jobs: list[str], fingerprint: str) -> None:
-    """Make the table `place`: where each sequence of these jobs is, as the specs say and the shards confirm."""
+    """Create the table `place`: where each sequence of these jobs is, after comparing work orders with shards."""
     database.execute("CREATE TABLE reasons (verdict UTINYINT, why VARCHAR)")
     database.executemany("INSERT INTO reasons VALUES (?, ?)", [list(item) for item in _REASONS.items()])
     database.execute(
@@ -158,7 +170,7 @@ def _find_places(database: duckdb.DuckDBPyConnection, store: Path, jobs: list[st
             part = part.append_column("sequence_no", pa.array(np.arange(len(part), dtype=np.int32)))
             database.register("part", part.append_column("verdict", pa.array(shard["status"])))
             database.execute("INSERT INTO planned SELECT digest, shard, sequence_no, row_start, verdict FROM part")
-    # Of a sequence that several jobs made, one that succeeded; whichever the order of the jobs, the same.
+    # Several jobs may hold a sequence: a good one comes first, then the order of shard names decides.
     database.execute(
         "CREATE TABLE place AS SELECT digest,"
         " min_by(struct_pack(shard, sequence_no, row_start, verdict), (verdict, shard)) AS spot"
@@ -167,15 +179,15 @@ def _find_places(database: duckdb.DuckDBPyConnection, store: Path, jobs: list[st
     database.execute("DROP TABLE planned")
 
 
-class _Rows:
-    """Every record has one fate, and every one that is not rejected has its rows; a few at a time."""
+class _RowChecks:
+    """Counts the index's rows by status, and finds records without an embedding; one table at a time."""
 
     def __init__(self, dataset: str):
         self.dataset = dataset
         self.status: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self.shards: set[str] = set()
-        self.missing, self.first_missing = 0, None
+        self.missing, self.first_missing = 0, ""
 
     def count(self, rows: pa.Table) -> None:
         self.status.update(_counts(rows["status"]))
@@ -188,20 +200,25 @@ class _Rows:
         self.missing += len(missing)
 
     def list_rejected(self, rows: pa.Table, file: TextIO) -> None:
-        """Append the rejected ones to a table for people."""
+        """Append rejected records to the TSV file."""
         rejected = rows.filter(pc.field("status") == "rejected").select(["record_no", "id", "length", "reason"])
         rejected = rejected.to_pandas()
-        # What an id tells a terminal to do is for nobody who only looks at the table.
+        # Control characters in an id would act on the terminal that shows the table.
         rejected["id"] = rejected["id"].str.replace(_CONTROL, lambda found: f"\\x{ord(found[0]):02x}", regex=True)
         rejected.to_csv(file, sep="\t", index=False, header=file.tell() == 0)
 
-    def checked(self, records: int) -> dict:
-        """The counts.
+    def checked_counts(self, records: int) -> dict:
+        """The counts by status and by reason.
+
+        Parameters
+        ----------
+        records
+            Records that ingest read.
 
         Raises
         ------
         LengthwiseError
-            They do not add up.
+            They do not add up, or an accepted record has no embedding.
         """
         counts = {status: self.status[status] for status in ("accepted", "duplicate", "rejected")}
         total = self.status.total()
