@@ -1,4 +1,4 @@
-"""Heartbeats: each running job says every few seconds how far it is, in a small file."""
+"""Heartbeats: a running job writes its progress to a small file every few seconds."""
 
 import json
 import os
@@ -12,13 +12,14 @@ from lengthwise.system.files import removed_on_sigterm, temporary
 
 FIRST_BEAT_SECONDS, BEAT_SECONDS = 0.5, 5.0
 
-HEARTBEAT_KEYS = {"job", "host", "gpu", "device", "time", "done", "residues", "seconds"}  # of a heartbeat, what is read
+# The keys that readers of a heartbeat need.
+HEARTBEAT_KEYS = {"job", "host", "gpu", "device", "time", "done", "residues", "seconds"}
 
 
 class Heartbeat:
-    """Says every few seconds how far a job is, in a file beside the commits; a thread does, whatever the job is at.
+    """Writes a job's progress to `running/<job>.json`, on a thread of its own.
 
-    Use as a context manager: on leaving the file goes.
+    Use as a context manager: leaving it removes the file.
 
     Parameters
     ----------
@@ -27,41 +28,46 @@ class Heartbeat:
     job
         The job's name.
     device
-        What it computes on, as people call it.
-    state
-        Gives (residues done, residues to do, seconds that it took so far).
+        The device's name for people.
+    progress
+        Returns (residues done, residues in total, seconds of work so far).
     """
 
-    def __init__(self, store: Path, job: str, device: str, state: Callable[[], tuple[int, int, float]]):
-        self.path, self.state = heartbeat_path(store, job), state
-        self.known = {"job": job, "device": device, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
-        self.known |= {"host": platform.node(), "process": os.getpid()}
+    def __init__(self, store: Path, job: str, device: str, progress: Callable[[], tuple[int, int, float]]):
+        self.path, self.progress = heartbeat_path(store, job), progress
+        self.job_facts: dict[str, str | int | None] = {
+            "job": job,
+            "device": device,
+            "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "host": platform.node(),
+            "process": os.getpid(),
+        }
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._beat, daemon=True)
 
     def _beat(self) -> None:
         part = temporary(self.path)
-        pause = min(FIRST_BEAT_SECONDS, BEAT_SECONDS)
+        pause_seconds = min(FIRST_BEAT_SECONDS, BEAT_SECONDS)
         while True:
-            done, residues, seconds = self.state()
+            done, residues, seconds = self.progress()
             now = {"time": time.time(), "done": done, "residues": residues, "seconds": round(seconds, 3)}
             with removed_on_sigterm(self.path):
                 try:
-                    part.write_text(json.dumps(self.known | now))
-                    os.replace(part, self.path)  # not synced: it is of no use after a power cut
-                except OSError:  # a full disk is the shards' business
+                    part.write_text(json.dumps(self.job_facts | now))
+                    os.replace(part, self.path)  # without fsync: a heartbeat is worthless after a power cut
+                except OSError:  # a full disk is reported where shards are written
                     part.unlink(missing_ok=True)
-            if self.ended.wait(pause):
+            if self.ended.wait(pause_seconds):
                 self.path.unlink(missing_ok=True)
                 return
-            pause = min(2 * pause, BEAT_SECONDS)  # a short job has something to say before it ends
+            pause_seconds = min(2 * pause_seconds, BEAT_SECONDS)  # short first, so that short jobs are seen too
 
     def __enter__(self) -> "Heartbeat":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.thread.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.ended.set()
         self.thread.join()
 

@@ -1,4 +1,4 @@
-"""Parity: a few stored sequences computed again, alone, in float32 by fair-esm itself; what was found is the receipt."""
+"""Parity: compare a few stored sequences with fair-esm in float32; the result is the parity receipt."""
 
 import gc
 import hashlib
@@ -8,7 +8,7 @@ import math
 import re
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,30 +29,29 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lengthwise")
 
-# What float32 sums in another order may differ by, as a share of the layer's RMS; of 1 or of the value, where that is more.
+# Float32 sums in another order differ by this share of the layer's RMS, of 1 or of the value, whichever is largest.
 FLOAT32_TOLERANCE = 2e-5
 
-# Half a unit in the last place of a stored float16: a share of the value, and what is left of that near zero.
+# Half a unit in the last place of float16: relative, and absolute near zero.
 FLOAT16_ROUNDING, FLOAT16_SMALLEST = 2.0**-11, 2.0**-25
 
-# The smallest cosine between a row that half precision computed and the right one.
+# Smallest allowed cosine between a row in half precision and fair-esm's.
 MIN_COSINE = {"float16": 0.9999, "bfloat16": 0.999}
 
-# Of the sequences that are compared: ESM-2's training length, and what computing one of them may be forecast to take.
+# Longest sequence to compare: ESM-2's training length, and forecast seconds.
 MAX_RESIDUES, MAX_SECONDS = 1022, 2.0
 
 
 class ParityError(LengthwiseError):
-    """What is stored is not what fair-esm computes."""
+    """Stored rows differ from fair-esm's by more than the bound."""
 
 
 def receipt(
     store: Path, settings: dict, checkpoint: Path, device: torch.device, maker: dict, shards: "list[PlannedShard]"
 ) -> dict:
-    """What a comparison with fair-esm found for this device and these versions: made once for a store, then read back.
+    """The parity receipt of this device and these versions, made once per store and then read back.
 
-    The shortest, the middle and the longest of the sequences that are short enough are compared, with all that is stored of
-    them.
+    Compares all stored tensors of three sequences: the shortest, the middle and the longest that are short enough.
 
     Parameters
     ----------
@@ -63,13 +62,13 @@ def receipt(
     device
         Where the reference runs: the engine's.
     maker
-        What made the rows: names of device and precision, and versions. Each has a receipt of its own.
+        The device's name and the versions; each combination has its own receipt.
     shards
         Finished shards, of ascending lengths.
 
     Returns
     -------
-    The receipt. Where nothing can be compared it says why under `skipped`, and is not kept: the next job tries again.
+    The receipt. Where nothing can be compared, `skipped` says why, and no file is written: the next job tries again.
 
     Raises
     ------
@@ -107,7 +106,7 @@ def receipt(
 
 
 def bound(precision: str) -> str:
-    """In words, what each stored number keeps to."""
+    """The bound of an error, in words."""
     if precision == "float32":
         return f"error at most {FLOAT32_TOLERANCE:g} of the layer's RMS (of 1 or of the value, if more), plus storage rounding"
     return f"cosine of each row at least {MIN_COSINE[precision]}"
@@ -137,12 +136,12 @@ def _choose(store: Path, settings: dict, shards: "list[PlannedShard]") -> list[t
 
 
 def _lack_of_memory(settings: dict, residues: int, device: torch.device) -> str | None:
-    """Why the reference cannot run, where it does not fit into what is free on the device."""
+    """Why fair-esm does not fit into the device's free memory; None if it fits."""
     weights = 12 * settings["num_layers"] * settings["embed_dim"] ** 2
-    attention = 3 * settings["attention_heads"] * (residues + 2) ** 2  # scores and what softmax makes of them
+    attention = 3 * settings["attention_heads"] * (residues + 2) ** 2  # scores, and softmax's input and output
     needed = 4 * (weights + attention)
     if device.type == "cuda":
-        gc.collect()  # the engine's memory
+        gc.collect()  # frees the engine's memory
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(device)[0]
     else:
@@ -153,7 +152,7 @@ def _lack_of_memory(settings: dict, residues: int, device: torch.device) -> str 
 
 
 @torch.inference_mode()
-def _compare(model, settings: dict, chosen: list[tuple[Shard, int, bytes]]) -> list[dict]:
+def _compare(model: Any, settings: dict, chosen: list[tuple[Shard, int, bytes]]) -> list[dict]:
     convert, device = model.alphabet.get_batch_converter(), model.embed_tokens.weight.device
     found = []
     for shard, number, sequence in chosen:
@@ -165,7 +164,7 @@ def _compare(model, settings: dict, chosen: list[tuple[Shard, int, bytes]]) -> l
 
 
 def _judge(shard: Shard, number: int, expected: dict[int, np.ndarray], precision: str) -> dict:
-    """The errors of all that is stored of one sequence."""
+    """The errors of one sequence over all its stored tensors."""
     start, stop = shard["offsets"][number : number + 2].tolist()
     errors, cosines, shares = [], [], []
     for name in shard.data_names:
@@ -183,7 +182,7 @@ def _judge(shard: Shard, number: int, expected: dict[int, np.ndarray], precision
             allowed += FLOAT16_ROUNDING * np.abs(right) + FLOAT16_SMALLEST
         share = error / allowed if precision == "float32" else (1 - cosine) / (1 - MIN_COSINE[precision])
         shares.append(float(share.max()))
-        if not shares[-1] <= 1:  # NaN is not
+        if not shares[-1] <= 1:  # true for NaN
             raise ParityError(
                 f"{shard.path}: {name} of sequence number {number} ({stop - start} residues) is not what fair-esm computes: "
                 f"largest error {errors[-1]:.2g} of the layer's RMS, smallest cosine {cosines[-1]:.6f}; the bound is: "
@@ -199,5 +198,5 @@ def _judge(shard: Shard, number: int, expected: dict[int, np.ndarray], precision
 
 
 def _cosines(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """[n] of two arrays [n, D]."""
+    """Row by row: [n] of two arrays [n, D]."""
     return (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)

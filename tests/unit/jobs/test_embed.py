@@ -92,7 +92,7 @@ def memory_for(monkeypatch):
     return patch
 
 
-def test_a_commit_says_what_was_made(new):
+def test_a_job_record_says_what_was_made(new):
     store, job = new()
     job_record = store.embed(job)
     work_order = store.spec(job)
@@ -154,7 +154,7 @@ def test_the_batches_of_a_job_add_up_to_its_time_without_the_models_load(new, mo
         summed = sum(row["wall_ms"] for row in metrics(store)) / 1000
         assert summed == pytest.approx(job_record["embed_seconds"], abs=0.002)  # rounded to milliseconds
         assert 0.6 < summed < elapsed
-        # The rest is the last shard's commit, and opening the spec and the first shard.
+        # The rest is the last shard's commit, and opening the work order and the first shard.
         return elapsed - summed <= max(0.1 * elapsed, 0.05)
 
     assert any(is_the_rest_small() for _ in range(5))  # other work on the machine makes it larger at times

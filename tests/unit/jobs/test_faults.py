@@ -19,7 +19,7 @@ from lengthwise.store import shard_writer
 from lengthwise.store.paths import job_record_path, metrics_path, work_order_path
 from lengthwise.store.shard import Shard
 
-# What the writer and the commit do to the disk. Rows and headers go through pwrite, metrics and the commit through the others.
+# The writer's calls to the disk. Rows and headers go through pwrite, metrics and the job record through the others.
 CALLS = [
     (shard_writer, "reserve"),
     (os, "pwrite"),
@@ -46,7 +46,7 @@ class Faults:
     def _counted(self, name: str, original):
         def call(*arguments, **keywords):
             if any(isinstance(argument, Path) and argument.parent.name == "running" for argument in arguments):
-                return original(*arguments, **keywords)  # signs of life, which no one needs
+                return original(*arguments, **keywords)  # heartbeats: a job does without them
             self.calls.append(name)
             if len(self.calls) == self.at:
                 if self.torn and name == "pwrite":
@@ -100,7 +100,7 @@ def shards_of(store) -> dict[str, bytes]:
 
 
 def require_old_or_new(store, expected: dict[str, bytes]) -> None:
-    """All that has a final name is whole, and nothing has one before what it needs."""
+    """Every file with a final name is complete: metrics before their shard, shards before the job record."""
     made = shards_of(store)
     assert made.items() <= expected.items()
     for shard in made:
