@@ -16,7 +16,6 @@ from lengthwise.esm2.config import AUTO_BATCH_TOKENS, ModelConfig
 from lengthwise.esm2.devices import DTYPES
 
 MATMUL_SECONDS = 0.3  # of matrix products in each round
-
 COMPARED_SEQUENCES = 24  # spread over the lengths
 
 

@@ -16,9 +16,7 @@ from lengthwise.esm2.devices import DTYPES
 from lengthwise.esm2.tokens import PAD, tokenize
 
 EXTRACT_TOKENS = 4_096  # extract.py's --toks_per_batch
-
 Rows = list[np.ndarray]  # the last layer of each sequence, [L, D]; its mean [1, D] where only means are computed
-
 Embed = Callable[[list[bytes]], Rows]  # embeds sequences that are sorted by length, shortest first
 
 

@@ -11,7 +11,6 @@ import numpy as np
 
 Item = TypeVar("Item")
 Prepared = TypeVar("Prepared")
-
 # Smaller batches leave a GPU idle anyway.
 _MIN_BATCH_TOKENS = 1_024
 

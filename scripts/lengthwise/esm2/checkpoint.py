@@ -14,9 +14,7 @@ from lengthwise.esm2.model import ESM2, Linear
 from lengthwise.esm2.rotary import paired_rows
 
 DEMO_SHAPE = MODELS["esm2_t6_8M_UR50D"]
-
 _RANDOM_SEED_KEY = "lengthwise_random_seed"  # marks the cfg of a checkpoint written by `write_random`
-
 _PREFIXES = ("encoder.sentence_encoder.", "encoder.")
 
 

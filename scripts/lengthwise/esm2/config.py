@@ -8,13 +8,10 @@ import numpy as np
 
 # Tokens per batch where `batch_tokens` is auto. On a CPU larger batches cost memory and gain no speed.
 AUTO_BATCH_TOKENS = {"cpu": 2_048, "cuda": 32_768}
-
 # Share of a GPU's free memory that a batch may take; the rest is for what the formula leaves out and for other processes.
 MEMORY_MARGIN = 0.9
-
 # Most batches that a CPU computes at the same time: each takes memory.
 MOST_AT_ONCE = 16
-
 # What a CPU's passes take of resident memory, against what is counted; and after n batches the allocator keeps for each core what
 # KEPT * ln(n) of them used, of KEPT_TO batches at most. Measured with 8M, 35M and 150M, one protein of 4,000 to 16,000 residues,
 # and 20 to 966 batches of 400 to 16,384 tokens on one and two cores, in float32 and bfloat16 (glibc 2.36, torch 2.13).

@@ -17,13 +17,9 @@ from lengthwise.esm2.sources import DEMO, OFFICIAL_URL, path_of, record_path, re
 from lengthwise.system.files import atomic, fsync_folder, read_json, sha256, stamp, write_json
 
 log = logging.getLogger("lengthwise")
-
 ATTEMPTS = 5
-
 TIMEOUT_SECONDS = (20, 60)  # to connect, to wait for the next bytes
-
 CHUNK_BYTES = 1 << 20
-
 PROGRESS_SECONDS = 5.0
 
 

@@ -31,7 +31,6 @@ from lengthwise.esm2.status import Status
 from lengthwise.esm2.tokens import tokenize
 
 log = logging.getLogger("lengthwise")
-
 # oneDNN and torch cache a primitive per input shape; almost every batch is a new shape, so both caches are capped.
 _SHAPE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 _CACHED_SHAPES_PER_CORE = 8

@@ -24,9 +24,7 @@ from lengthwise.esm2.rotary import rotary_angles, rotate
 # ESM-2 was trained with 15 % of tokens chosen and 80 % of those masked. It scales embeddings by the share left, at inference
 # too. fair-esm's other factor, 1 / (1 - observed mask ratio), is 1: no FASTA file holds a mask token.
 TOKEN_DROPOUT_SCALE = 1 - 0.15 * 0.8
-
 LAYER_NORM_EPS = 1e-5
-
 # The tokens of a batch for which oneDNN lays out weights; other batches run with the same layout.
 PACKED_FOR_TOKENS = 2_048
 

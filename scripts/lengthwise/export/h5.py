@@ -12,7 +12,6 @@ from lengthwise.export.source import Source
 
 # UniProt's ids are database|accession|name.
 _ACCESSION = r"^(?:sp|tr)\|([^|]+)\|"
-
 # Characters that an HDF5 name cannot have, and the sign of percent-encoding.
 _UNNAMEABLE = re.compile(r"[/%\0]|^\.$")
 

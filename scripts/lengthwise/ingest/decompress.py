@@ -19,9 +19,7 @@ else:
 
 # Small enough that a block and its arrays stay in the processor's cache.
 BLOCK_BYTES = 2 << 20
-
 _MAGIC_BYTES = 4
-
 _MAX_HEADER_BYTES = 1 << 20  # of a gzip member; its file name has no limit
 
 
@@ -51,7 +49,6 @@ _COMPRESSIONS: dict[str, tuple[re.Pattern[bytes], Callable[[], Any], Callable[[b
 
 # The decompressors' errors on damaged data (isal's type stub declares IsalError as an instance).
 _DAMAGED: Any = (IsalError, ZstdError)
-
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 

@@ -22,7 +22,6 @@ from lengthwise.ingest.decompress import (
 
 # The longest known protein has 45,000 residues; memory is bounded by a few times this.
 MAX_RECORD_BYTES = 64 << 20
-
 MAX_DESCRIPTION = 1_000
 
 _OTHER_FORMATS = [
@@ -63,13 +62,9 @@ _OTHER_FILES = [
 ]
 
 _ANOTHER_FILE = re.compile(b"|".join(b"(%s)" % pattern for pattern, _ in _OTHER_FILES))
-
 _BEGINNINGS = [b">", b"\xef", b"\x1f", b"\x28", b"@", b"\0"]
-
 _LIKE_AN_ESCAPE = re.compile(rb"\\(?=x[0-9a-f]{2})")
-
 _HEADER, _BREAK = re.compile(rb"(?<=[\r\n])>"), re.compile(rb"[\r\n]")
-
 _PATTERN_BYTES = 8  # no pattern above matches or looks behind further
 
 

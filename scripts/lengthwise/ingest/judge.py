@@ -19,13 +19,9 @@ from lengthwise.ingest.nucleotides import look_alike, suspects
 from lengthwise.ingest.tables import RECORDS, SEQUENCES, STATUS, mostly_empty
 
 NO_ID = "no_id"
-
 TOO_LONG = "too_long"
-
 LIKE_NUCLEOTIDES = "like_nucleotides"
-
 _NON_LETTERS = bytes(set(range(256)) - set(string.ascii_letters.encode()))
-
 _OTHER_CAPITALS = set(range(ord("A"), ord("Z") + 1)) - set(STANDARD)
 
 

@@ -6,15 +6,10 @@ from functools import cached_property
 from lengthwise.esm2.tokens import RESIDUES
 
 STOP_STRIPPED = "stop_stripped"
-
 EMPTY = "empty"
-
 ALL_X = "all_x"
-
 INVALID_BYTE = "invalid_byte"
-
 REJECT = "reject"
-
 _LOWER = RESIDUES.lower() + b"j"
 
 

@@ -10,11 +10,9 @@ from lengthwise.ingest.fasta import place
 # A record looks like nucleotides if at most one letter in _ONE_IN is another one, at most one of _SPREAD evenly spaced letters
 # is another one, and it has three different bases (some proteins alternate two amino acids).
 _NUCLEOTIDES, _BASES, _ONE_IN, _SPREAD = b"ACGTUNacgtun", set(b"ACGTU"), 20, 6
-
 # A file is refused if such records hold most of its letters, and at least the first number; or as soon as they hold the
 # second number, so that a large file is refused early.
 _MIN_NUCLEOTIDES, _MOST_NUCLEOTIDES = 60, 10**7
-
 _IS_NUCLEOTIDE = np.isin(np.arange(256), list(_NUCLEOTIDES)).astype(np.int8)
 
 

@@ -14,7 +14,6 @@ from lengthwise.ingest.tables import RECORDS, ROWS_PER_GROUP, TableWriter
 from lengthwise.system.files import atomic
 
 DIGEST_WORDS = 3  # of eight bytes
-
 ID_SUFFIXED = "id_suffixed"
 
 

@@ -20,9 +20,7 @@ RECORDS = pa.schema(
 )
 
 SEQUENCES = pa.schema([("digest", pa.binary(24)), ("length", pa.int32()), ("sequence", pa.binary())])
-
 ROWS_PER_GROUP, BYTES_PER_GROUP = 65_536, 1 << 26
-
 STATUS = ("accepted", "duplicate", "rejected")
 
 

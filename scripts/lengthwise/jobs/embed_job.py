@@ -34,7 +34,6 @@ from lengthwise.system.text import count
 from lengthwise.system.versions import git_commit
 
 log = logging.getLogger("lengthwise")
-
 # Compiling takes about a minute, so only jobs of more forecast seconds compile.
 MIN_COMPILED_SECONDS = 300.0
 
@@ -92,7 +91,7 @@ def embed_job(
     checkpoint = require_unchanged(store, settings["weights_sha256"])
     job, started = work_order.stem, datetime.now(UTC)
     shards = _read_shards(work_order)
-    pending = [s for s in shards if not is_made(shard_path(store, s.name), s.digests, settings["fingerprint"])]
+    pending = [s for s in shards if not is_complete(shard_path(store, s.name), s.digests, settings["fingerprint"])]
     progress = Progress(job, sum(int(shard.lengths.sum()) for shard in pending))
     with Heartbeat(store, job, device_name(torch_device), progress.state):  # until the job record is there
         made = _Made(set(), None, 0.0, None)

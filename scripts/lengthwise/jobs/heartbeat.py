@@ -11,7 +11,6 @@ from pathlib import Path
 from lengthwise.system.files import removed_on_sigterm, temporary
 
 FIRST_BEAT_SECONDS, BEAT_SECONDS = 0.5, 5.0
-
 # The keys that readers of a heartbeat need.
 HEARTBEAT_KEYS = {"job", "host", "gpu", "device", "time", "done", "residues", "seconds"}
 

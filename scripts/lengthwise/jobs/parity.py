@@ -28,16 +28,12 @@ if TYPE_CHECKING:
     from lengthwise.plan.work_orders import PlannedShard
 
 log = logging.getLogger("lengthwise")
-
 # Float32 sums in another order differ by this share of the layer's RMS, of 1 or of the value, whichever is largest.
 FLOAT32_TOLERANCE = 2e-5
-
 # Half a unit in the last place of float16: relative, and absolute near zero.
 FLOAT16_ROUNDING, FLOAT16_SMALLEST = 2.0**-11, 2.0**-25
-
 # Smallest allowed cosine between a row in half precision and fair-esm's.
 MIN_COSINE = {"float16": 0.9999, "bfloat16": 0.999}
-
 # Longest sequence to compare: ESM-2's training length, and forecast seconds.
 MAX_RESIDUES, MAX_SECONDS = 1022, 2.0
 

@@ -27,12 +27,9 @@ from lengthwise.system.locks import shared_store_lock
 from lengthwise.system.text import count, duration
 
 log = logging.getLogger("lengthwise")
-
 PROGRESS_SECONDS = 10.0
-
 # Results that wait for the writer thread; more would cost memory and no time less.
 MAX_WAITING_WRITES = 2
-
 # Reserved for the end of a job: the parity check, the job record, the process's exit.
 CLOSING_SECONDS = 20.0
 
@@ -122,7 +119,7 @@ class ShardPipeline:
         self.opened_residues = 0  # of all shards opened so far
         self.writes: deque[Future] = deque()  # of the writer thread, in order
         self.stack = ExitStack()
-        self.stack.enter_context(at_work(store))
+        self.stack.enter_context(shared_store_lock(store))
         self.writer_thread = ThreadPoolExecutor(1)
 
     def make(self, shards: list[PlannedShard], batch_tokens: int) -> set[str]:

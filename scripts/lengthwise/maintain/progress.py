@@ -17,7 +17,6 @@ from lengthwise.jobs.heartbeat import HEARTBEAT_KEYS
 
 # The job of an older heartbeat was killed. Some network file systems show a file a minute late.
 STALE_SECONDS = 120.0
-
 # Finished jobs whose speed stands for that of jobs without one.
 RECENT_JOBS = 10
 

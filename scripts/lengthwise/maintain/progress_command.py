@@ -12,9 +12,7 @@ from lengthwise.maintain.progress import JobProgress, RunProgress, plan_table, r
 from lengthwise.system.text import count, duration
 
 REDRAW_SECONDS = 2.0
-
 LINE_SECONDS = 60.0
-
 BAR_COLUMNS = 60
 
 

@@ -13,7 +13,6 @@ from lengthwise.system.files import fsync_folder
 
 # The ending of quarantined files.
 QUARANTINE_ENDING = ".damaged"
-
 # Causes in the file itself (None: its content). Others, such as a missing permission, say nothing about the file.
 _FILE_ERRORS = {None, errno.EIO, errno.ENOENT}
 

@@ -31,7 +31,6 @@ from lengthwise.system.files import read_json
 from lengthwise.system.text import count
 
 log = logging.getLogger("lengthwise")
-
 PROGRESS_SECONDS = 10.0
 
 # {setting: the key of weights.json with the same value}

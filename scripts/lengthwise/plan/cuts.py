@@ -11,13 +11,10 @@ from lengthwise.store.sizes import bytes_per_sequence
 
 # A kill loses the shards in progress, so none is forecast to take longer.
 MAX_SHARD_SECONDS = 120.0
-
 # A job holds its whole work order in memory.
 MAX_WORK_ORDER_BYTES = 1 << 28
-
 # Memory that a sequence of a work order takes beside its residues: its row, and Python's objects.
 SEQUENCE_OVERHEAD_BYTES = 150
-
 # Snakemake's time grows with the number of jobs, so a larger plan has larger jobs.
 MAX_JOBS = 5_000
 

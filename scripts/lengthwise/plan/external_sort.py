@@ -18,14 +18,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 _COLUMNS = [("digest", pa.binary(24)), ("length", pa.int32()), ("sequence", pa.binary())]
-
 _ROW = pa.schema([*_COLUMNS, ("source", pa.int32())])
-
 # A sequence's digest, length, source and end offset, beside its residues.
 _ROW_BYTES = 24 + 4 + 4 + 4
-
 _BATCH_ROWS = 16_384
-
 # Parts are files that are open at the same time; the usual limit of a process is 1,024.
 _MAX_PARTS = 500
 

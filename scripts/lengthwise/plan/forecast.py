@@ -13,6 +13,7 @@ import pandas as pd
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.config import AUTO_BATCH_TOKENS, MEMORY_MARGIN, MOST_AT_ONCE, ModelConfig
+from lengthwise.esm2.costs import result_bytes_per_token
 from lengthwise.plan.cuts import Sizes, cut_work
 from lengthwise.plan.forecast_text import TRAINED, text
 from lengthwise.plan.throughput import CARDS, Rate, card_precision, rates
@@ -23,10 +24,8 @@ from lengthwise.system.database import out_of_core
 from lengthwise.system.files import atomic, read_json, scratch_folder, write_json
 
 SETTINGS_SHOWN = ("model", "random_weights", "device", "precision", "layers", "outputs", "storage_dtype")
-
 # Resident memory of Python and torch's CPU build before the weights are loaded.
 PROCESS_BYTES = 0.37e9
-
 # The report of a first run (measured); it matters for small stores only.
 REPORT_BYTES = 1.32e6
 
@@ -233,11 +232,10 @@ def _shard_bytes(lengths: pd.DataFrame, settings: dict, sizes: Sizes) -> int:
     return int((bytes_per_sequence(length, settings) * n).sum()) + header * (len(shards) - 1)
 
 
-def stored_bytes(settings: dict) -> int:
-    """Bytes of results per token of a batch, see `ModelConfig.bytes_per_token`."""
-    layers, d = len(settings["layers"]), settings["embed_dim"]
-    stored = layers * d * np.dtype(settings["storage_dtype"]).itemsize if "residue" in settings["outputs"] else 0
-    return stored + 4 * (layers - 1) * d
+def _result_bytes(settings: dict) -> int:
+    """Bytes of results per token of a batch."""
+    itemsize = np.dtype(settings["storage_dtype"]).itemsize
+    return result_bytes_per_token(settings["embed_dim"], len(settings["layers"]), settings["outputs"], itemsize)
 
 
 def _itemsize(precision: str) -> int:
@@ -260,7 +258,7 @@ def _memory(
     device, precision = settings["device"], settings["precision"]
     longest = int(left["length"].max()) if len(left) else 0
     tokens = AUTO_BATCH_TOKENS[device] if isinstance(batch_tokens, str) else batch_tokens
-    itemsize, stored = _itemsize(precision), stored_bytes(settings)
+    itemsize, stored = _itemsize(precision), _result_bytes(settings)
     fixed = loaded or int(shape.parameters * itemsize + (PROCESS_BYTES if device == "cpu" else 0))
     at_once = min(threads, MOST_AT_ONCE) if device == "cpu" and tokens <= AUTO_BATCH_TOKENS["cpu"] else 1
     if device == "cpu":
@@ -287,7 +285,7 @@ def _card(name: str, settings: dict, shape: ModelConfig, batch_tokens: int | str
     """The memory of weights and a batch on a card, and the sequences that do not fit on it."""
     precision = card_precision(settings)
     weights = shape.parameters * _itemsize(precision)
-    per_token = shape.bytes_per_token(_itemsize(precision), stored_bytes(settings))
+    per_token = shape.bytes_per_token(_itemsize(precision), _result_bytes(settings))
     fitting = max(0, int((MEMORY_MARGIN * CARDS[name][0] - weights) / per_token))
     tokens = min(fitting, AUTO_BATCH_TOKENS["cuda"]) if isinstance(batch_tokens, str) else batch_tokens
     longest = max(0, fitting - 2)

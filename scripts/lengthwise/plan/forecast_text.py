@@ -6,7 +6,6 @@ from lengthwise.system.text import count, duration, size
 
 # Residues of the longest sequences that ESM-2 was trained on.
 TRAINED = 1022
-
 DATASETS_SHOWN = 20
 
 

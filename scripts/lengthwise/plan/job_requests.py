@@ -11,21 +11,15 @@ from lengthwise.store.settings import shape_of
 
 # Python and torch before any work: measured 0.4 GB on the CPU; assumed for CUDA with its libraries and torch.compile.
 PROCESS_BYTES = {"cpu": 1.0e9, "cuda": 8.0e9}
-
 # Assumed of a shared file system that other jobs read from too.
 READ_BYTES_PER_SECOND = 200e6
-
 # Starting Python and torch on a node, and compiling.
 START_SECONDS = 300.0
-
 # Ratio of requested to forecast minutes: a card may be slower, a node shared.
 RUNTIME_MARGIN = 3.0
-
 DISK_MARGIN = 1.05
-
 # Python's objects for a sequence of the work order, beside its residues.
 SEQUENCE_BYTES = 300
-
 # Batches whose results are on the host at once beside those in computation: waiting for the writer, and being written.
 BATCHES_WAITING = 4
 

@@ -16,11 +16,9 @@ from lengthwise.system.files import read_json
 from lengthwise.system.text import count
 
 HERE, ELSEWHERE, ASSUMED = "measured in this store", "measured on another machine", "assumed"
-
 # Floating-point operations per second of two threads of an AMD EPYC, from whole jobs of 105,388 residues of Swiss-Prot on a quiet
 # machine: 154 to 190e9 in float32 (8M to 150M), 207 and 300e9 in bfloat16 (8M, 150M).
 CPU_FLOPS = {"float32": 170e9, "bfloat16": 250e9}
-
 MEASURED_THREADS = 2
 
 # {card: (bytes of memory, dense float16 operations per second with float32 sums)}, from NVIDIA's data sheets: what `device_like`
@@ -40,19 +38,14 @@ CARDS = {
 }
 
 SHARE_OF_PEAK = 1 / 3
-
 # The stated range of a rate that was not measured in this store: so many times faster or slower.
 FACTOR_ELSEWHERE, FACTOR_CARD, FACTOR_ASSUMED = 3.0, 3.0, 5.0
-
 # Jobs that are read for a rate; thousands would take a minute and change nothing.
 MAX_JOBS = 100
-
 # Work is cut by the measured rate once so many seconds were measured, at the length of a typical protein.
 ENOUGH_SECONDS, TYPICAL_RESIDUES = 60.0, 300
-
 # The spread over jobs is used from so many jobs on.
 ENOUGH_JOBS = 5
-
 # Bounds of the fit: an operation of attention takes 1 to 20 times as long as one of the matrix products.
 MAX_ATTENTION_RATIO = 20.0
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 # The number of shards that stay mapped. Before Python 3.13 each map takes a file descriptor, and the usual limit is 1,024.
 OPEN_SHARDS = 128
-
 _WRONG_KEY = "select records by an id, a number, a slice, a list of these, or a mask of bools; {!r} is none of them"
 
 

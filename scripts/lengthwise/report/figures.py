@@ -23,19 +23,12 @@ from lengthwise.report.tables import SHARES
 from lengthwise.system.text import count
 
 P = ParamSpec("P")
-
 T = TypeVar("T")
-
 MAX_POINTS = 1_500  # drawn in a figure; more make the page heavy
-
 LOG_FROM = 12.0  # largest over smallest value above which an axis is logarithmic
-
 LENGTH = "Sequence length (residues)"
-
 GROUP_COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE)
-
 ENGINES = {LENGTHWISE: ("Lengthwise", BLUE, "o"), FAIR_ESM: ("fair-esm", VERMILION, "s")}
-
 PRECISIONS = {"float32": BLUE, "float16": GREEN, "bfloat16": PURPLE}
 
 SHARE_WORDS = {

@@ -11,7 +11,6 @@ from lengthwise.store.paths import shard_path
 from lengthwise.store.shard import Shard
 
 MAX_RECORDS = 2_000
-
 POOLED = ("mean", "bos")  # the first that is stored is used
 
 

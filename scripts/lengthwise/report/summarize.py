@@ -23,13 +23,9 @@ from lengthwise.store.settings import require, shape_of
 from lengthwise.system.files import atomic, read_json
 
 STUDY_FIGURES = ("scaling_memory", "no_grad", "half_precision", "copies", "scaling_throughput", "scaling_time")
-
 FIGURES = ("throughput", "memory", "time", "fill", *STUDY_FIGURES, "map")
-
 STUDY_OFF = "The scaling study is off; with scaling: true in the config, the next run measures it."
-
 SHOWN = 25  # rows of a table on the page; its file has all rows
-
 SLOWEST = 10
 
 

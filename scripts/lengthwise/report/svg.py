@@ -16,9 +16,7 @@ from lengthwise.system.files import atomic
 
 # Okabe and Ito's palette, which colour-blind people can tell apart: https://jfly.uni-koeln.de/color/
 BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"
-
 INK, SOFT, LINE, CARD = "#1b1f24", "#59636e", "#d8dee4", "#ffffff"
-
 # CSS variables of page.html, whose dark mode has lighter colours.
 VARIABLES = {BLUE: "blue", VERMILION: "vermilion", GREEN: "green", PURPLE: "purple", ORANGE: "orange"}
 

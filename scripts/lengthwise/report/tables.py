@@ -14,11 +14,8 @@ from lengthwise.system.files import atomic
 
 # Bounds of the bins of lengths: 1, 2, 3, 4, 6, 8, 12, 16, 24, ... Batches do not cross powers of two.
 BOUNDS = np.unique(np.outer(2 ** np.arange(20), (1.0, 1.5)).astype(int))
-
 QUANTITIES = ("residues_per_second", "peak_bytes", "fill")
-
 SLOW = 1.2  # times the median; faster batches are not listed as slow
-
 SHARES = ("computing", "wait_read", "wait_write", "other")
 
 # The meaning of every column, written to columns.tsv.

@@ -18,18 +18,12 @@ import numpy as np
 from lengthwise.errors import LengthwiseError
 
 _DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U32": np.uint32, "U8": np.uint8}
-
 _DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-
 # Advice in the error of a damaged shard: the next run notices that the shard is missing.
 REMAKE = "remove it and run snakemake: it will be made again"
-
 DATA_PREFIXES = ("layer_", "mean_", "bos_")
-
 _ALIGNMENT_BYTES = 4096
-
 _MAX_HEADER_BYTES = 1 << 20
-
 _LENGTH_BYTES = 8  # the length of the header, little-endian, before the header
 
 

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 _COMPRESSION_ENDING = re.compile(r"\.(gz|bgz|zst)$", re.IGNORECASE)
-
 _FASTA_ENDING = re.compile(r"\.(fasta|fas|fa|faa|fsa|mpfa|pep|seq)$", re.IGNORECASE)
 
 

@@ -12,13 +12,10 @@ from lengthwise.esm2.config import MODELS, ModelConfig
 from lengthwise.system.files import read_json, sha256, stamp, write_json
 
 SCHEMA = 1
-
 # Raise it when the engine's numbers change by more than rounding. Embeddings of different numerics must not mix.
 NUMERICS = 1
-
 # The settings in the fingerprint. A config that changes one of them does not fit the store.
 COMPARABLE = ("weights_sha256", "layers", "precision", "storage_dtype", "outputs", "numerics")
-
 OUTPUTS = ("residue", "mean", "bos")
 
 _TYPES = {

@@ -18,11 +18,8 @@ from lengthwise.store.layout import DATA_PREFIXES, REMAKE, read_header
 
 # From Python 3.13 on a map needs no file descriptor, so a process can hold more maps than open files.
 _NO_DESCRIPTOR = {"trackfd": False} if sys.version_info >= (3, 13) else {}
-
 _mincore = ctypes.CDLL(None).mincore
-
 _mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-
 _READ_BYTES = 16 << 20
 
 

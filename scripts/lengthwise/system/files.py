@@ -18,9 +18,7 @@ from lengthwise.system.locks import UNSUPPORTED, lock, opened
 
 # errno values that always mean 'cannot write'.
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-
 _temporaries: set[Path] = set()
-
 # `remove_temporaries` keeps this lock, so that no thread creates another file while the process ends.
 _temporaries_lock = threading.Lock()
 

@@ -16,10 +16,8 @@ from uuid import UUID
 from lengthwise.errors import LengthwiseError
 
 log = logging.getLogger("lengthwise")
-
 # Leases are shared by all users, so the folder must not depend on TMPDIR.
 FOLDER = Path("/tmp")
-
 SECONDS_BETWEEN_TRIES = 0.5
 
 

@@ -15,7 +15,6 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.system.files import remove_temporaries
 
 log = logging.getLogger("lengthwise")
-
 ERROR_PREFIX = "lengthwise: error: "
 
 

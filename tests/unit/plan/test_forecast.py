@@ -158,7 +158,7 @@ def test_memory_for_a_token_is_what_the_engine_reckons_with(small_store, tiny_ch
     made = small_store(**settings).settings
     output = Output(tuple(made["layers"]), tuple(made["outputs"]), made["storage_dtype"])
     engine = Engine(tiny_checkpoint, torch.device("cpu"), "float32", output)
-    assert TINY.bytes_per_token(4, forecast.stored_bytes(made)) == engine.bytes_per_token
+    assert TINY.bytes_per_token(4, forecast._result_bytes(made)) == engine.bytes_per_token
 
 
 def test_what_the_loaded_weights_took_in_this_store_is_what_they_will_take(small_store, random_proteins):

@@ -13,19 +13,14 @@ from lengthwise.esm2.config import MEMORY_MARGIN, MODELS, ModelConfig
 from lengthwise.report.study.schema import FAIR_ESM
 
 CARDS_GB = (16, 24, 40, 80)
-
 # Smaller growth of resident memory is noise of malloc, which rounds and keeps memory.
 MIN_RESIDENT_BYTES = 4_000_000
-
 # Largest over smallest batch. Batches of similar size cannot tell the fixed term from the growing ones.
 MIN_SIZE_RATIO = 4
-
 # A fit with less is not read at lengths that were not measured.
 MIN_POINTS, MIN_R_SQUARED = 5, 0.95
-
 # If leaving out one point changes a length by more than this factor, one point decides it.
 MAX_CHANGE = 1.5
-
 KEYS = ["engine", "precision", "gradients"]
 
 UNITS = {

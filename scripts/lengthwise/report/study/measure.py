@@ -39,18 +39,12 @@ from lengthwise.system.files import atomic
 from lengthwise.system.text import count
 
 log = logging.getLogger("lengthwise")
-
 LENGTHS = (50, 100, 200, 350, 500, 700, 1000, 1500, 2500, 4000, 8000)
-
 # Tokens of full batches. On a CPU half of production's, which keeps the study short.
 BATCH_TOKENS = {"cpu": (1_024,), "cuda": (4_096, AUTO_BATCH_TOKENS["cuda"])}
-
 SECONDS = {"cpu": 30.0, "cuda": 180.0}
-
 MAX_REPEATS = 5
-
 SEED = 0
-
 # RESIDUES goes on with X, B, U, Z and O.
 STANDARD_RESIDUES = np.frombuffer(RESIDUES[:20], np.uint8)
 

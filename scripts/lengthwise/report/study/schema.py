@@ -5,7 +5,6 @@ from pathlib import Path
 import pandas as pd
 
 LENGTHWISE, FAIR_ESM = "lengthwise", "fair-esm"
-
 OK, SKIPPED_TIME, SKIPPED_MEMORY, OUT_OF_MEMORY = "ok", "skipped_time", "skipped_memory", "out_of_memory"
 
 # Nullable types where a skipped point has no value.
