@@ -12,9 +12,9 @@ AUTO_BATCH_TOKENS = {"cpu": 2_048, "cuda": 32_768}
 MEMORY_MARGIN = 0.9
 # Most batches that a CPU computes at the same time: each takes memory.
 MOST_AT_ONCE = 16
-# What a CPU's passes take of resident memory, against what is counted; and after n batches the allocator keeps for each core what
-# KEPT * ln(n) of them used, of KEPT_TO batches at most. Measured with 8M, 35M and 150M, one protein of 4,000 to 16,000 residues,
-# and 20 to 966 batches of 400 to 16,384 tokens on one and two cores, in float32 and bfloat16 (glibc 2.36, torch 2.13).
+# Resident memory of CPU passes, fitted. A pass takes RESIDENT_SHARE times the bytes of its tensors. After n batches the allocator
+# keeps the memory of KEPT * ln(n) batches per core, with n at most KEPT_TO. Source: jobs of 8M, 35M and 150M, 20 to 966 batches of
+# 400 to 16,384 tokens or one protein of 4,000 to 16,000 residues, one and two cores, float32 and bfloat16 (glibc 2.36, torch 2.13).
 RESIDENT_SHARE, KEPT, KEPT_TO = 1.4, 0.45, 400
 
 
@@ -58,18 +58,18 @@ class ModelConfig:
         return self.num_layers * 4 * self.embed_dim * (length + 2) ** 2
 
     def bytes_per_token(self, itemsize: int, stored_bytes: int = 0) -> int:
-        """Memory that a GPU's packed forward pass needs beside the weights, for each token of a batch, whatever the lengths.
+        """GPU memory of a packed forward pass per token of a batch, without the weights; it does not depend on the lengths.
 
-        Counted over the tensors alive at once in an uncompiled layer: in the rotary embedding the sums, q, k and v, and six
-        copies of the width in float32; in the feed-forward part the sums before and after attention and their LayerNorm in
-        float32, attention's result, fc1 and its GELU.
+        The larger of two moments in an uncompiled layer. Rotary embedding: the sums, q, k and v, and six float32 copies of
+        the width. Feed-forward: the sums before and after attention and their LayerNorm in float32, the result of
+        attention, fc1 and its GELU.
 
         Parameters
         ----------
         itemsize
             Bytes of a number of the compute type.
         stored_bytes
-            Of each residue in the results: those of the batch before are still being copied out.
+            Bytes of results per token: the previous batch's results are still being copied out.
         """
         rotary = 4 + 3 * itemsize + 24
         feed_forward = 12 + (9 if itemsize == 4 else 10) * itemsize
@@ -78,28 +78,28 @@ class ModelConfig:
     def resident_bytes(
         self, itemsize: int, batch_tokens: int, cores: int, stored_bytes: int = 0, batches: float = 64
     ) -> int:
-        """Resident memory that a CPU's forward passes of many batches come to take beside the process and its weights.
+        """Resident memory of a CPU's forward passes over many batches, without the process and its weights.
 
         Parameters
         ----------
         itemsize, stored_bytes
             As of `bytes_per_token`.
         batch_tokens
-            Of a batch: on a core of its own, or, where it is longer than usual, on all of them.
+            Tokens of a batch. A batch of at most `AUTO_BATCH_TOKENS` runs on one core, a longer one on all.
         cores
-            That compute.
+            Cores that compute.
         batches
-            How many; the memory grows with their logarithm, for a while.
+            Number of batches of the job.
         """
         cores, usual = min(cores, MOST_AT_ONCE), min(batch_tokens, AUTO_BATCH_TOKENS["cpu"])
-        # What goes into qkv, out_proj, fc1 and fc2 and comes out; in float32 oneDNN adds the residual too.
+        # Inputs and outputs of qkv, out_proj, fc1 and fc2; in float32 oneDNN also adds the residual.
         products = (18 if itemsize == 4 else 16) * itemsize * self.embed_dim
         computed = self.resident_bytes_alone(itemsize, max(batch_tokens, cores * usual), stored_bytes)
         kept = KEPT * log(min(max(batches, 1), KEPT_TO))
         return computed + int(kept * cores * min(batch_tokens, 2 * AUTO_BATCH_TOKENS["cpu"]) * products)
 
     def resident_bytes_alone(self, itemsize: int, tokens: int, stored_bytes: int = 0) -> int:
-        """The same of a first batch of so many tokens, while nothing is kept of others yet."""
+        """Resident memory of the first batch, before the allocator keeps any."""
         return int(RESIDENT_SHARE * self.bytes_per_token(itemsize, stored_bytes) * tokens)
 
 
