@@ -102,7 +102,7 @@ class SmallStore:
         )
         return self.jobs
 
-    def spec(self, job: str) -> pd.DataFrame:
+    def work_order(self, job: str) -> pd.DataFrame:
         return pd.read_parquet(work_order_path(self.path, job))
 
     def embed(self, job: str, **options) -> dict:

@@ -182,8 +182,8 @@ def test_shards_are_written_while_the_gpu_computes_and_the_metrics_say_so(weight
         PlannedShard(name, [digests.digest(s) for s in sequences[part]], lengths[part], sequences[part])
         for name, part in (("0" * 32, slice(0, half)), ("1" * 32, slice(half, None)))
     ]
-    with ShardPipeline(tmp_path, settings, made, Progress("job", int(lengths.sum()))) as walk:
-        walk.make(shards[::-1], made.auto_batch_tokens())
+    with ShardPipeline(tmp_path, settings, made, Progress("job", int(lengths.sum()))) as pipeline:
+        pipeline.make(shards[::-1], made.auto_batch_tokens())
     stored = np.concatenate([Shard(shard_path(tmp_path, shard.name))["layer_33"] for shard in shards])
     np.testing.assert_allclose(stored, np.concatenate(rows(made, sequences)).astype(np.float16), rtol=0, atol=0.05)
     found = read_metrics([metrics_path(tmp_path, shard.name) for shard in shards])

@@ -95,7 +95,7 @@ def memory_for(monkeypatch):
 def test_a_job_record_says_what_was_made(new):
     store, job = new()
     job_record = store.embed(job)
-    work_order = store.spec(job)
+    work_order = store.work_order(job)
     assert json.loads(job_record_path(store.path, job).read_text()) == job_record
     assert list(job_record["shards"]) == job_record["made"] == work_order["shard"].drop_duplicates().tolist()
     assert job_record["shards"] == {shard: store.shard_path(shard).stat().st_size for shard in job_record["made"]}
@@ -111,7 +111,7 @@ def test_a_job_record_says_what_was_made(new):
 def test_metrics_have_the_columns_of_the_design_and_count_every_residue(new):
     store, job = new()
     store.embed(job, batch_tokens=128)
-    rows, work_order = metrics(store), store.spec(job)
+    rows, work_order = metrics(store), store.work_order(job)
     assert all(list(row) == COLUMNS.split() for row in rows)
     assert len(rows) > work_order["shard"].nunique()
     assert sum(row["n_sequences"] for row in rows) == len(work_order)
@@ -187,7 +187,7 @@ def test_kills_fall_between_and_within_shards(new, kill_after):
     kill_after(5)
     with pytest.raises(Killed):
         store.embed(job, batch_tokens=128)
-    assert 0 < len(store.shard_files()) < store.spec(job)["shard"].nunique()
+    assert 0 < len(store.shard_files()) < store.work_order(job)["shard"].nunique()
 
 
 def test_embedding_a_finished_job_again_makes_nothing_and_loads_no_model(new, monkeypatch):
@@ -210,7 +210,7 @@ def test_metrics_of_a_shard_are_there_before_the_shard(new, monkeypatch):
 
     monkeypatch.setattr(ShardWriter, "commit", watched)
     store.embed(job)
-    assert seen == [True] * store.spec(job)["shard"].nunique()
+    assert seen == [True] * store.work_order(job)["shard"].nunique()
 
 
 def test_a_damaged_shard_is_made_again(new):
@@ -287,7 +287,7 @@ def test_a_sequence_that_does_not_fit_alone_is_rejected_with_the_reason_and_the_
 def test_a_shard_whose_last_write_failed_is_not_made(new, monkeypatch):
     store, job = new(shard_bytes=1 << 30)
     original = ShardWriter.write
-    left = [len(list(cut_batches(store.spec(job)["length"].to_numpy(), 1_024)))]
+    left = [len(list(cut_batches(store.work_order(job)["length"].to_numpy(), 1_024)))]
 
     def failing(self, *arguments):
         left[0] -= 1
@@ -304,7 +304,7 @@ def test_a_shard_whose_last_write_failed_is_not_made(new, monkeypatch):
 def test_a_shard_of_a_sequence_that_did_not_fit_alone_is_tried_again_too(new, memory_for, monkeypatch, random_proteins):
     proteins = random_proteins(10, shortest=33, longest=50) | {"huge": "MKVLA" * 40}
     store, first = new(proteins, shard_bytes=14_000)  # the last shard holds the huge one alone
-    assert store.spec(first)["shard"].value_counts().min() == 1
+    assert store.work_order(first)["shard"].value_counts().min() == 1
     memory_for(residues=50)
     store.embed(first)
     for _ in range(2):
@@ -332,13 +332,13 @@ def test_what_did_not_fit_is_taken_up_on_a_larger_device_and_nothing_else_is(
     memory_for(residues=55)  # on a device that holds one of them
     store.plan(retry_rejected=True)
     (again,) = set(store.jobs["job"]) - {first}
-    assert set(store.spec(again)["digest"]) == {digest_of(proteins[name]) for name in ("huge", "large")}
+    assert set(store.work_order(again)["digest"]) == {digest_of(proteins[name]) for name in ("huge", "large")}
     store.embed(again)
     assert store.assemble("a")["reasons"] == {"does_not_fit": 1}
     monkeypatch.undo()  # a device that holds both
     store.plan(retry_rejected=True)
     (last,) = set(store.jobs["job"]) - {first, again}
-    assert store.spec(last)["digest"].tolist() == [digest_of(proteins["huge"])]
+    assert store.work_order(last)["digest"].tolist() == [digest_of(proteins["huge"])]
     store.embed(last)
     assert store.assemble("a")["reasons"] == {}
     assert store.open("a")["huge"].shape == (60, 32)
@@ -348,7 +348,7 @@ def test_what_did_not_fit_is_taken_up_on_a_larger_device_and_nothing_else_is(
     kept = {
         key: value
         for key, value in store.rows().items()
-        if key in before and key[0] not in set(store.spec(again)["digest"])
+        if key in before and key[0] not in set(store.work_order(again)["digest"])
     }
     assert kept == {key: value for key, value in before.items() if key in kept}
     assert len(kept) == 2 * 20

@@ -55,7 +55,7 @@ def test_a_receipt_says_how_far_stored_rows_are_from_fair_esms(new, config, erro
     receipt = store.embed(job)["parity"]
     assert error[0] < receipt["max_error_over_rms"] < error[1]
     assert cosine < receipt["min_cosine"] <= 1 + 1e-9
-    lengths = store.spec(job)["length"].sort_values().tolist()
+    lengths = store.work_order(job)["length"].sort_values().tolist()
     assert [each["residues"] for each in receipt["compared"]] == [lengths[0], lengths[len(lengths) // 2], lengths[-1]]
     assert "cosine" in receipt["bound"] if "precision" in config else "RMS" in receipt["bound"]
 
@@ -65,7 +65,7 @@ def test_the_error_in_a_receipt_is_the_largest_of_what_is_stored(new):
     store, (job,) = new(layers=[1], outputs=["residue"], storage_dtype="float32")
     receipt = store.embed(job)["parity"]
     stored = {digest_name(digest): rows for (digest, name), rows in store.rows().items() if name == "layer_1"}
-    sequences = {digest_name(row.digest): row.sequence.decode() for row in store.spec(job).itertuples()}
+    sequences = {digest_name(row.digest): row.sequence.decode() for row in store.work_order(job).itertuples()}
     model = reference_model(store.config["model"])
     errors, shares = [], []
     for each in receipt["compared"]:

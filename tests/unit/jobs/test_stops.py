@@ -102,7 +102,7 @@ def test_a_sigterm_ends_a_job_at_once(store, processes, tmp_path, place):
     assert not job_record_path(store.path, store.job).exists()
     kept = {path: path.read_bytes() for path in store.shard_files()}
     made = store.embed(store.job, batch_tokens=128)["made"]
-    assert len(made) == store.spec(store.job)["shard"].nunique() - len(kept)
+    assert len(made) == store.work_order(store.job)["shard"].nunique() - len(kept)
     assert {path: path.read_bytes() for path in kept} == kept
 
 
@@ -218,7 +218,7 @@ def clock(monkeypatch):
 
 @pytest.mark.parametrize("seconds", [0, 5, 9, 10**9])
 def test_a_job_stops_before_the_shard_that_there_is_no_time_for(store, clock, refused, seconds):
-    total = store.spec(store.job)["shard"].nunique()
+    total = store.work_order(store.job)["shard"].nunique()
     assert total > 10
     began = clock.now
     if seconds < total:
@@ -237,7 +237,10 @@ def test_a_job_stops_before_the_shard_that_there_is_no_time_for(store, clock, re
 
 
 def test_a_limit_that_suffices_changes_nothing(store):
-    assert len(store.embed(store.job, deadline=time.time() + 600)["made"]) == store.spec(store.job)["shard"].nunique()
+    assert (
+        len(store.embed(store.job, deadline=time.time() + 600)["made"])
+        == store.work_order(store.job)["shard"].nunique()
+    )
 
 
 def test_of_a_job_that_is_done_no_time_is_asked(store):

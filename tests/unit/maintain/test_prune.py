@@ -60,7 +60,7 @@ def test_nothing_of_a_finished_store_is_unused(store, files_in):
 
 def test_files_that_only_a_removed_dataset_used_are_listed_and_then_deleted(store, without, files_in, capsys):
     (job,) = set(store.jobs_of("b")) - set(store.jobs_of("a"))
-    shards = set(store.spec(job)["shard"])
+    shards = set(store.work_order(job)["shard"])
     without("b")
     expected = {
         f"jobs/{job}.json",
@@ -126,7 +126,7 @@ def test_a_job_in_use_keeps_all_its_files(small_store, random_proteins):
     store.plan()
     shutil.rmtree(store.path / "datasets" / "long")
     manifest = store.open("short").manifest
-    assert set(manifest["shards"]) < set(store.spec(job)["shard"])
+    assert set(manifest["shards"]) < set(store.work_order(job)["shard"])
     assert unused(store, delete=True) == {"inputs/long"}
 
 

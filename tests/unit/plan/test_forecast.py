@@ -378,7 +378,7 @@ def test_the_time_of_a_real_run_is_taken_from_its_metrics(store):
     store.embed_all()
     job_records = [json.loads(path.read_text()) for path in (store.path / "jobs").iterdir()]
     (rate,) = throughput.measured_here(store.path, store.settings, TINY)
-    lengths = np.concatenate([store.spec(job)["length"].to_numpy() for job in store.jobs["job"]])
+    lengths = np.concatenate([store.work_order(job)["length"].to_numpy() for job in store.jobs["job"]])
     assert rate.device == job_records[0]["device"]
     assert rate.seconds(TINY, lengths).sum() == pytest.approx(sum(c["embed_seconds"] for c in job_records), rel=0.1)
 

@@ -33,7 +33,7 @@ def shards_of(store, jobs) -> dict[str, list[dict]]:
     """{shard: its rows in the work orders of these jobs}."""
     shards: dict[str, list[dict]] = {}
     for job in jobs:
-        for row in store.spec(job).to_dict("records"):
+        for row in store.work_order(job).to_dict("records"):
             shards.setdefault(row["shard"], []).append(row)
     return shards
 
@@ -86,7 +86,7 @@ def test_every_sequence_is_in_the_plan_once_with_what_was_ingested(store, digest
     store.plan(**SMALL_JOBS)
     assert sorted(planned(store)) == sorted(wanted(store))
     for job in store.jobs["job"]:
-        for row in store.spec(job).to_dict("records"):
+        for row in store.work_order(job).to_dict("records"):
             assert digest_of(row["sequence"].decode()) == row["digest"]
             assert row["length"] == len(row["sequence"])
 
@@ -99,7 +99,7 @@ def test_the_table_of_jobs_counts_what_the_work_orders_hold(store):
             "SELECT count(DISTINCT shard), count(*), sum(length)::BIGINT FROM read_parquet(?)",
             [str(work_order_path(store.path, row["job"]))],
         ).fetchone()
-        lengths = store.spec(row["job"])["length"].to_numpy()
+        lengths = store.work_order(row["job"])["length"].to_numpy()
         assert (row["shards"], row["sequences"], row["residues"]) == counts
         assert row["forecast_bytes"] == bytes_per_sequence(lengths, store.settings).sum()
         assert row["forecast_seconds"] == pytest.approx(
@@ -244,11 +244,11 @@ def test_shards_of_several_ignored_jobs_are_taken_over_the_same_way_twice(store,
 def test_the_lost_work_order_of_a_finished_job_is_written_again_from_its_shards(store):
     (job,) = store.plan(shard_bytes=16_000)["job"]
     store.embed(job)
-    jobs_tsv, work_order = store.jobs_tsv.read_bytes(), store.spec(job)
+    jobs_tsv, work_order = store.jobs_tsv.read_bytes(), store.work_order(job)
     work_order_path(store.path, job).unlink()
     store.plan()
     assert store.jobs_tsv.read_bytes() == jobs_tsv
-    pd.testing.assert_frame_equal(store.spec(job), work_order)
+    pd.testing.assert_frame_equal(store.work_order(job), work_order)
 
 
 def test_a_shard_holds_no_more_than_shard_bytes_unless_one_sequence_does(store):
@@ -276,7 +276,9 @@ def test_a_job_takes_no_longer_than_job_seconds(store):
     cap = 4e-4
     store.plan(job_seconds=cap)
     seconds = [
-        forecast_seconds(store.spec(job)["length"].to_numpy(), shape_of(store.settings), store.settings["device"]).sum()
+        forecast_seconds(
+            store.work_order(job)["length"].to_numpy(), shape_of(store.settings), store.settings["device"]
+        ).sum()
         for job in store.jobs["job"]
     ]
     assert len(seconds) > 3
@@ -334,7 +336,9 @@ def test_of_unfinished_jobs_that_share_sequences_the_first_by_name_counts(store)
     store.plan(job_seconds=3e-4, shard_bytes=5_000)
     for path, content in aside.items():
         path.write_bytes(content)
-    work_orders = {path.stem: set(store.spec(path.stem)["digest"]) for path in (store.path / "plan" / "jobs").iterdir()}
+    work_orders = {
+        path.stem: set(store.work_order(path.stem)["digest"]) for path in (store.path / "plan" / "jobs").iterdir()
+    }
     expected, held = [], set()
     for job, digests in sorted(work_orders.items()):
         if not digests & held:
@@ -355,7 +359,7 @@ def test_sequences_that_several_new_datasets_share_are_planned_once_for_all_of_t
     assert len(store.jobs) > 3
     assert sorted(planned(store)) == sorted(wanted(store))
     for name in parts:
-        held = [set(store.spec(job)["digest"]) for job in store.jobs["job"]]
+        held = [set(store.work_order(job)["digest"]) for job in store.jobs["job"]]
         stands_on = [job for job, digests in zip(store.jobs["job"], held, strict=True) if digests & wanted(store, name)]
         assert store.jobs_of(name) == stands_on
 
@@ -375,7 +379,7 @@ def test_the_work_is_cut_from_sequences_sorted_by_length(store):
     store.plan(**SMALL_JOBS)
     ranges = []
     for job in store.jobs["job"]:
-        work_order = store.spec(job)
+        work_order = store.work_order(job)
         order = list(zip(work_order["length"], work_order["digest"], strict=True))
         assert order == sorted(order)
         ranges.append((order[0], order[-1]))
