@@ -12,9 +12,10 @@ AUTO_BATCH_TOKENS = {"cpu": 2_048, "cuda": 32_768}
 MEMORY_MARGIN = 0.9
 # Most batches that a CPU computes at the same time: each takes memory.
 MOST_AT_ONCE = 16
-# Resident memory of CPU passes, fitted. A pass takes RESIDENT_SHARE times the bytes of its tensors. After n batches the allocator
-# keeps the memory of KEPT * ln(n) batches per core, with n at most KEPT_TO. Source: jobs of 8M, 35M and 150M, 20 to 966 batches of
-# 400 to 16,384 tokens or one protein of 4,000 to 16,000 residues, one and two cores, float32 and bfloat16 (glibc 2.36, torch 2.13).
+# Resident memory of CPU passes, fitted. A pass takes RESIDENT_SHARE times the bytes of its tensors. After n batches the
+# allocator keeps the memory of KEPT * ln(n) batches per core, with n at most KEPT_TO. Source: jobs of 8M, 35M and 150M, 20 to
+# 966 batches of 400 to 16,384 tokens or one protein of 4,000 to 16,000 residues, one and two cores, float32 and bfloat16
+# (glibc 2.36, torch 2.13).
 RESIDENT_SHARE, KEPT, KEPT_TO = 1.4, 0.45, 400
 
 
