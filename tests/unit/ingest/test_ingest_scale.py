@@ -127,7 +127,7 @@ def test_ten_million_records_take_five_minutes_and_two_gibibytes_and_ten_times_w
 
 @pytest.mark.huge
 def test_a_hundred_million_short_sequences_are_planned_in_four_gibibytes_twice(small_store, tmp_path):
-    """New work, and then all of it in specs; a tenth of it takes a tenth of the time."""
+    """New work, and then all of it in work orders; a tenth of it takes a tenth of the time."""
     seconds, memory_bytes = {}, 1600 * 10**6  # as the workflow gives of 4 GB
     for n in (10**7, 10**8):
         store, sequences = small_store(folder=tmp_path / f"{n}").path, tmp_path / "sequences.parquet"
