@@ -70,7 +70,7 @@ def test_what_changes_no_number_reruns_nothing(finished, project, tmp_path):
     scripts = finished[0].checkout / "scripts"
     for script in scripts.glob("*.py"):
         os.utime(script)
-    module = scripts / "lengthwise/embed.py"
+    module = scripts / "lengthwise/jobs/embed_job.py"
     module.write_text(module.read_text() + "\n# edited\n")
     moved = Project(project.folder.rename(tmp_path / "moved"), project.checkout)
     assert rerun(moved) == (NOTHING, 0)
