@@ -8,8 +8,6 @@ BOS, PAD, EOS, UNK = 0, 1, 2, 3
 RESIDUES = b"LAGVSERTIDPKQNFYMHWCXBUZO"
 VOCABULARY_SIZE = 33
 STANDARD = b"ACDEFGHIKLMNPQRSTVWY"
-# Rare residues with tokens of their own: any, aspartate or asparagine, selenocysteine, glutamate or glutamine, pyrrolysine.
-RARE = b"XBUZO"
 _TOKEN_OF_BYTE = np.full(256, 255, dtype=np.uint8)
 _TOKEN_OF_BYTE[np.frombuffer(RESIDUES, dtype=np.uint8)] = np.arange(4, 4 + len(RESIDUES), dtype=np.uint8)
 

@@ -70,18 +70,16 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
     found = fit_all(study)
     ledger = [read_json(manifest) | {"dataset": name} for name, manifest in datasets.items()]
     projection, no_map = project(store, settings, datasets)
+    no_records = pd.DataFrame(columns=list(tables.COLUMNS["map"]), dtype="string")
     written = {
         "by_length": bins.drop(columns="group"),
         "jobs": jobs,
         "devices": devices,
         "datasets": tables.datasets(ledger),
         "laws": as_table(found),
-        "map": projection.records if projection else pd.DataFrame(columns=list(tables.COLUMNS["map"]), dtype="string"),
+        "map": projection.records if projection else no_records,
     }
-    tables.write(written, out)
-    tables.write_columns(out)
-    kept = scaling or out / "scaling.tsv"  # an earlier run's study keeps its Parquet copy
-    tables.write_parquet(read_scaling(kept) if kept.exists() else study, out / "scaling.parquet")
+    _write_tables(written, study, scaling, out)
     facts = _facts(settings, job_records, batches, devices, ledger)
     facts |= {"shards": len(shards), "missing_metrics": len(shards) - len(present)}
     page = _template().render(
@@ -111,6 +109,14 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
     with atomic(out / "index.html") as part:
         part.write_text(page, encoding="utf-8")
     return facts
+
+
+def _write_tables(written: dict[str, pd.DataFrame], study: pd.DataFrame, scaling: Path | None, out: Path) -> None:
+    """Write the tables, their columns' meanings, and the Parquet copy of the study."""
+    tables.write(written, out)
+    tables.write_columns(out)
+    kept = scaling or out / "scaling.tsv"  # the study of an earlier run
+    tables.write_parquet(read_scaling(kept) if kept.exists() else study, out / "scaling.parquet")
 
 
 def _read_job_records(store: Path, jobs_tsv: Path) -> list[dict]:
