@@ -113,11 +113,11 @@ def test_no_fault_costs_a_finished_shard(faults):
 @pytest.mark.parametrize(
     ("fault", "states"),
     [
-        ("term", ["ERROR_PREFIX", "COMPLETED"]),
-        ("kill", ["ERROR_PREFIX or CANCELLED", "COMPLETED"]),  # whichever of the job and its step SLURM sees end first
+        ("term", ["FAILED", "COMPLETED"]),
+        ("kill", ["FAILED or CANCELLED", "COMPLETED"]),  # whichever of the job and its step SLURM sees end first
         ("cancel", ["CANCELLED", "COMPLETED"]),
         ("walltime", ["TIMEOUT", "COMPLETED"]),
-        ("memory", ["ERROR_PREFIX", "COMPLETED"]),
+        ("memory", ["FAILED", "COMPLETED"]),
         ("requeue", ["COMPLETED"]),
         ("unknown", ["COMPLETED", "COMPLETED"]),
         ("controller", ["COMPLETED"]),
