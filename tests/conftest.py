@@ -22,8 +22,8 @@ from lengthwise import config as config_module
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2 import tokens
 from lengthwise.esm2.checkpoint import write_random
-from lengthwise.esm2.config import ModelConfig
 from lengthwise.esm2.download import fetch
+from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.ingest import digests
 from lengthwise.ingest.ingest import ingest
 from lengthwise.ingest.judge import Policy

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
-from lengthwise.esm2.config import MODELS
+from lengthwise.esm2.shapes import MODELS
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,10 +11,10 @@ import jsonschema
 import yaml
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.esm2.config import MODELS
+from lengthwise.esm2.shapes import MODELS
 from lengthwise.esm2.sources import DEMO, require_secure
 from lengthwise.store.paths import dataset_name
-from lengthwise.store.sizes import EXPORT_OUTPUTS
+from lengthwise.store.settings import EXPORT_OUTPUTS
 
 
 def validate(config: dict, schema_path: Path) -> dict:

@@ -8,10 +8,10 @@ from lengthwise.benchmark.peers import reference
 from lengthwise.benchmark.sequences import random_sequences
 from lengthwise.esm2 import checkpoint, model
 from lengthwise.esm2.batching import cut_batches
-from lengthwise.esm2.config import MODELS
 from lengthwise.esm2.devices import DTYPES
 from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.outputs import Output
+from lengthwise.esm2.shapes import MODELS
 from lengthwise.ingest import digests
 from lengthwise.jobs.pipeline import Progress, ShardPipeline
 from lengthwise.plan.work_orders import PlannedShard

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from lengthwise.esm2 import checkpoint, tokens
-from lengthwise.esm2.config import ModelConfig
+from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.store.shard import Shard
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,7 +18,7 @@ import snakemake.cli
 
 import lengthwise.config
 from lengthwise.errors import LengthwiseError
-from lengthwise.esm2.config import MODELS
+from lengthwise.esm2.shapes import MODELS
 from lengthwise.maintain.cleanup import broken_job_records, remove_leftovers
 from lengthwise.maintain.run_summary import failure_lines_of, forecast_lines_of, success_lines_of
 from lengthwise.plan.jobs_table import job_rows, planned_job_records

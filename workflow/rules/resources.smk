@@ -4,10 +4,9 @@ In: the config, the plan, the sizes of the inputs. Out: the functions under `thr
 They change no results. The command line may override each of them: --set-resources embed:mem_mb=64000.
 """
 
-from lengthwise.system.machine import usable_cores
+from lengthwise.system.machine import READ_BYTES_PER_SECOND, usable_cores
 from lengthwise.system.gpus import auto_device
 from lengthwise.system.files import read_json
-from lengthwise.plan.job_requests import READ_BYTES_PER_SECOND
 
 # For plans of earlier versions, which lack these columns.
 DEFAULT_REQUESTS = {"mem_mb": 16000, "disk_mb": 4000, "runtime_minutes": 120}

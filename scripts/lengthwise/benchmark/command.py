@@ -11,8 +11,8 @@ from lengthwise.benchmark.measure import benchmark
 from lengthwise.benchmark.sequences import random_sequences, read_fasta
 from lengthwise.benchmark.tables import markdown, write_figure, write_table
 from lengthwise.esm2.checkpoint import write_random
-from lengthwise.esm2.config import MODELS
 from lengthwise.esm2.devices import device_name, resolve_device, set_threads
+from lengthwise.esm2.shapes import MODELS
 
 
 def run(given: argparse.Namespace) -> int:

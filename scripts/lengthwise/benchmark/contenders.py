@@ -15,9 +15,9 @@ import torch
 from lengthwise.benchmark import peers
 from lengthwise.benchmark.peers import Embed, Rows
 from lengthwise.esm2.batching import cut_batches
-from lengthwise.esm2.config import ModelConfig
 from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.outputs import Output
+from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.ingest.digests import digest
 
 SHARD_BYTES = 1 << 30  # the config's default

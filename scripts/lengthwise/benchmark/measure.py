@@ -12,8 +12,8 @@ import torch
 from lengthwise.benchmark.contenders import Contender, contenders_of
 from lengthwise.benchmark.peers import Embed, Rows, reference
 from lengthwise.esm2 import checkpoint
-from lengthwise.esm2.config import AUTO_BATCH_TOKENS, ModelConfig
 from lengthwise.esm2.devices import DTYPES
+from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, ModelConfig
 
 MATMUL_SECONDS = 0.3  # of matrix products in each round
 COMPARED_SEQUENCES = 24  # spread over the lengths

@@ -11,8 +11,8 @@ import torch
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2 import checkpoint
 from lengthwise.esm2.batching import cut_batches
-from lengthwise.esm2.config import AUTO_BATCH_TOKENS, ModelConfig
 from lengthwise.esm2.devices import DTYPES
+from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, ModelConfig
 from lengthwise.esm2.tokens import PAD, tokenize
 
 EXTRACT_TOKENS = 4_096  # extract.py's --toks_per_batch

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.esm2.config import MODELS, ModelConfig
 from lengthwise.esm2.model import ESM2, Linear
 from lengthwise.esm2.rotary import paired_rows
+from lengthwise.esm2.shapes import MODELS, ModelConfig
 
 DEMO_SHAPE = MODELS["esm2_t6_8M_UR50D"]
 _RANDOM_SEED_KEY = "lengthwise_random_seed"  # marks the cfg of a checkpoint written by `write_random`

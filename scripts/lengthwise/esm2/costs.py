@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from lengthwise.esm2.config import ModelConfig
+from lengthwise.esm2.shapes import ModelConfig
 
 # Floating-point operations per second before any measurement: two cores of a 2023 server in float32; a third of an A100's
 # dense float16 peak (https://www.nvidia.com/en-us/data-center/a100/).

@@ -12,7 +12,7 @@ import requests
 from filelock import FileLock
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.esm2.config import MODELS
+from lengthwise.esm2.shapes import MODELS
 from lengthwise.esm2.sources import DEMO, OFFICIAL_URL, path_of, record_path, require_secure
 from lengthwise.system.files import atomic, fsync_folder, read_json, sha256, stamp, write_json
 

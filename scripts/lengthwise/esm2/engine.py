@@ -21,12 +21,12 @@ from torch import Tensor
 
 from lengthwise.esm2.batching import fitting_tokens, prefetch
 from lengthwise.esm2.checkpoint import load_model
-from lengthwise.esm2.config import AUTO_BATCH_TOKENS, MEMORY_MARGIN, MOST_AT_ONCE
 from lengthwise.esm2.costs import result_bytes_per_token
 from lengthwise.esm2.devices import DTYPES, device_name, is_out_of_memory
 from lengthwise.esm2.meters import MemoryMeter, Peaks
 from lengthwise.esm2.model import Packing, onednn_serves
 from lengthwise.esm2.outputs import Output, fill_bad_with_nan, finite_status
+from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MEMORY_MARGIN, MOST_AT_ONCE
 from lengthwise.esm2.status import Status
 from lengthwise.esm2.tokens import tokenize
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lengthwise.esm2.config import ModelConfig
 from lengthwise.esm2.rotary import rotary_angles, rotate
+from lengthwise.esm2.shapes import ModelConfig
 
 # ESM-2 was trained with 15 % of tokens chosen and 80 % of those masked. It scales embeddings by the share left, at inference
 # too. fair-esm's other factor, 1 / (1 - observed mask ratio), is 1: no FASTA file holds a mask token.

@@ -7,7 +7,7 @@ fair-esm pairs channel i of a head with channel i + C / 2. Here both channels of
 import torch
 from torch import Tensor
 
-from lengthwise.esm2.config import ModelConfig
+from lengthwise.esm2.shapes import ModelConfig
 
 
 def rotary_angles(inv_freq: Tensor, positions: Tensor) -> Tensor:

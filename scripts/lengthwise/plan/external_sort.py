@@ -26,7 +26,7 @@ _BATCH_ROWS = 16_384
 _MAX_PARTS = 500
 
 
-class Ordered:
+class SortedSequences:
     """Rows of `sequences.parquet` files in order of length, digest and file.
 
     Parameters

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.esm2.config import AUTO_BATCH_TOKENS, MEMORY_MARGIN, MOST_AT_ONCE, ModelConfig
 from lengthwise.esm2.costs import result_bytes_per_token
+from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MEMORY_MARGIN, MOST_AT_ONCE, ModelConfig
 from lengthwise.plan.cuts import Sizes, cut_work
 from lengthwise.plan.forecast_text import TRAINED, text
 from lengthwise.plan.throughput import CARDS, Rate, card_precision, rates

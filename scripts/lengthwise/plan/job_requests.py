@@ -6,13 +6,12 @@ Generous where nothing was measured; retries multiply memory and minutes (`workf
 import numpy as np
 import pandas as pd
 
-from lengthwise.esm2.config import AUTO_BATCH_TOKENS, MOST_AT_ONCE
+from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MOST_AT_ONCE
 from lengthwise.store.settings import shape_of
+from lengthwise.system.machine import READ_BYTES_PER_SECOND
 
 # Python and torch before any work: measured 0.4 GB on the CPU; assumed for CUDA with its libraries and torch.compile.
 PROCESS_BYTES = {"cpu": 1.0e9, "cuda": 8.0e9}
-# Assumed of a shared file system that other jobs read from too.
-READ_BYTES_PER_SECOND = 200e6
 # Starting Python and torch on a node, and compiling.
 START_SECONDS = 300.0
 # Ratio of requested to forecast minutes: a card may be slower, a node shared.

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lengthwise.plan.cuts import Sizes, cut_work
-from lengthwise.plan.external_sort import Ordered
+from lengthwise.plan.external_sort import SortedSequences
 from lengthwise.plan.work_orders import work_order_table, write_work_order
 
 
-def write_new_jobs(store: Path, settings: dict, sizes: Sizes, work: Ordered) -> Iterator[tuple[str, set[int]]]:
+def write_new_jobs(store: Path, settings: dict, sizes: Sizes, work: SortedSequences) -> Iterator[tuple[str, set[int]]]:
     """Cut new work into shards and jobs, and write the work orders.
 
     Parameters

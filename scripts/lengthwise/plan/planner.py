@@ -20,7 +20,7 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.costs import forecast_seconds
 from lengthwise.plan.cuts import Sizes
 from lengthwise.plan.existing_jobs import ExistingJobs
-from lengthwise.plan.external_sort import Ordered
+from lengthwise.plan.external_sort import SortedSequences
 from lengthwise.plan.job_requests import job_requests
 from lengthwise.plan.new_jobs import write_new_jobs
 from lengthwise.store.paths import job_record_path
@@ -75,7 +75,7 @@ def plan(
     with scratch_folder(jobs_tsv.parent / ".spill") as scratch:
         with _existing_jobs(store, sequence_tables, scratch, memory_bytes) as existing:
             datasets_of_job, is_new = existing.select(retry_rejected)
-        new_work = Ordered(sequence_tables, is_new, scratch, int(memory_bytes * _SORT_MEMORY_SHARE))
+        new_work = SortedSequences(sequence_tables, is_new, scratch, int(memory_bytes * _SORT_MEMORY_SHARE))
         for job, datasets in write_new_jobs(store, settings, sizes, new_work):
             job_record_path(store, job).unlink(missing_ok=True)  # of an earlier try of these sequences
             datasets_of_job[job] |= datasets

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lengthwise.esm2.config import ModelConfig
 from lengthwise.esm2.costs import ASSUMED_FLOPS, forecast_seconds
-from lengthwise.plan.job_requests import READ_BYTES_PER_SECOND
+from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.store.metrics import read_metrics
 from lengthwise.store.paths import find_metrics
 from lengthwise.store.settings import shape_of
 from lengthwise.system.files import read_json
+from lengthwise.system.machine import READ_BYTES_PER_SECOND
 from lengthwise.system.text import count
 
 HERE, ELSEWHERE, ASSUMED = "measured in this store", "measured on another machine", "assumed"

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from lengthwise.esm2.config import ModelConfig
+from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.report.pca import Projection
 from lengthwise.report.study.fits import Fit, choose
 from lengthwise.report.study.schema import FAIR_ESM, LENGTHWISE

@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lengthwise.esm2.config import AUTO_BATCH_TOKENS, MOST_AT_ONCE
+from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MOST_AT_ONCE
 from lengthwise.store.metrics import TEXTS
 from lengthwise.system.files import atomic
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.esm2.config import MODELS, ModelConfig
+from lengthwise.esm2.shapes import MODELS, ModelConfig
 from lengthwise.system.files import read_json, sha256, stamp, write_json
 
 SCHEMA = 1
@@ -17,6 +17,8 @@ NUMERICS = 1
 # The settings in the fingerprint. A config that changes one of them does not fit the store.
 COMPARABLE = ("weights_sha256", "layers", "precision", "storage_dtype", "outputs", "numerics")
 OUTPUTS = ("residue", "mean", "bos")
+# The outputs that each export needs in the store.
+EXPORT_OUTPUTS = {"h5": ("residue", "mean"), "pt": (), "biotrainer": ("residue", "mean"), "parquet": ("mean",)}
 
 _TYPES = {
     "schema": int,

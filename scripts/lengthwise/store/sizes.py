@@ -7,8 +7,6 @@ import numpy as np
 
 # Bytes of an entry apart from its numbers, measured and rounded up.
 _ENTRY_BYTES = {"h5": 900, "pt": 2048, "biotrainer": 1300, "parquet": 64}
-# The outputs that each export needs in the store.
-EXPORT_OUTPUTS = {"h5": ("residue", "mean"), "pt": (), "biotrainer": ("residue", "mean"), "parquet": ("mean",)}
 
 
 def tensors_of(kind: str, settings: dict) -> list[str]:

@@ -1,6 +1,9 @@
-"""CPU cores of this process."""
+"""What this process may expect of its machine."""
 
 import os
+
+# Assumed rate of a shared file system that other jobs read from too.
+READ_BYTES_PER_SECOND = 200e6
 
 
 def usable_cores() -> int:

@@ -11,7 +11,7 @@ from lengthwise.__main__ import main
 from lengthwise.benchmark.sequences import random_sequences, read_fasta
 from lengthwise.benchmark.tables import COLUMNS
 from lengthwise.esm2 import checkpoint
-from lengthwise.esm2.config import ModelConfig
+from lengthwise.esm2.shapes import ModelConfig
 
 
 @pytest.fixture(scope="module")

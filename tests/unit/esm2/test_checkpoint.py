@@ -18,7 +18,7 @@ from esm.pretrained import load_model_and_alphabet_core
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2 import checkpoint
-from lengthwise.esm2.config import MODELS, ModelConfig
+from lengthwise.esm2.shapes import MODELS, ModelConfig
 
 TINY = ModelConfig(2, 32, 2)
 

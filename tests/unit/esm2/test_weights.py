@@ -10,7 +10,7 @@ import pytest
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2 import checkpoint, download
-from lengthwise.esm2.config import ModelConfig
+from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.store import weights
 
 MODEL = "esm2_t6_8M_UR50D"

@@ -11,9 +11,9 @@ import torch
 
 from lengthwise import config
 from lengthwise.esm2 import checkpoint
-from lengthwise.esm2.config import MODELS, ModelConfig
 from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.outputs import Output
+from lengthwise.esm2.shapes import MODELS, ModelConfig
 from lengthwise.export.run import export
 from lengthwise.maintain.run_summary import forecast_lines_of
 from lengthwise.plan import forecast, throughput

@@ -6,7 +6,7 @@ import sys
 import pandas as pd
 import pytest
 
-from lengthwise.esm2.config import AUTO_BATCH_TOKENS, MODELS
+from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MODELS
 from lengthwise.plan import throughput
 from lengthwise.plan.cuts import Sizes
 from lengthwise.plan.job_requests import job_requests

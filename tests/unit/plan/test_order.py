@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lengthwise.ingest.tables import SEQUENCES
-from lengthwise.plan.external_sort import Ordered
+from lengthwise.plan.external_sort import SortedSequences
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_parts_give_the_order_that_duckdb_gives_the_whole(files, tmp_path, monke
     rng = np.random.default_rng(5)
     chosen = [rng.random(pq.read_metadata(path).num_rows) < share for path in files]
     (tmp_path / "scratch").mkdir()
-    ordered = Ordered(files, chosen, tmp_path / "scratch", part_bytes)
+    ordered = SortedSequences(files, chosen, tmp_path / "scratch", part_bytes)
     tables = list(ordered.tables())
     found = [row for table in tables for row in table.to_pylist()]
     wanted = expected(files, chosen).to_pylist()
@@ -59,6 +59,6 @@ def test_parts_give_the_order_that_duckdb_gives_the_whole(files, tmp_path, monke
 
 def test_one_file_is_counted_without_looking_for_repeats(files, tmp_path):
     table = pq.read_table(files[0])
-    ordered = Ordered(files[:1], [np.ones(len(table), bool)], tmp_path, 10_000)
+    ordered = SortedSequences(files[:1], [np.ones(len(table), bool)], tmp_path, 10_000)
     assert ordered.counts.sum() == len(table)
     assert not any(row["repeats"] for part in ordered.tables() for row in part.to_pylist())

@@ -13,7 +13,7 @@ import pytest
 from lengthwise.esm2.costs import forecast_seconds
 from lengthwise.ingest.tables import SEQUENCES
 from lengthwise.plan.cuts import Sizes, cut_runs
-from lengthwise.plan.external_sort import Ordered
+from lengthwise.plan.external_sort import SortedSequences
 from lengthwise.plan.planner import JOBS_COLUMNS, plan, read_jobs
 from lengthwise.store.paths import job_record_path, work_order_path
 from lengthwise.store.settings import shape_of
@@ -306,8 +306,8 @@ def test_a_plan_within_little_memory_is_the_same(store, tmp_path, monkeypatch, r
     """By way of the disk, for new sequences and for existing work orders; the spilled files are removed."""
     files, tables, parts = {"many": tmp_path / "many.parquet"}, [], []
     write_sequences(files["many"], 600_000)
-    ordered = Ordered._distribute
-    monkeypatch.setattr(Ordered, "_distribute", lambda *given: parts.append(ordered(*given)) or parts[-1])
+    ordered = SortedSequences._distribute
+    monkeypatch.setattr(SortedSequences, "_distribute", lambda *given: parts.append(ordered(*given)) or parts[-1])
 
     def planned_within(memory_bytes) -> dict:
         table = plan(store.path, files, Sizes(1.0, 1 << 26), store.jobs_tsv, memory_bytes)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 import lengthwise
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2 import checkpoint
-from lengthwise.esm2.config import ModelConfig
+from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.read import dataset
 from lengthwise.read import torch as torch_module
 from lengthwise.store import lookup

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lengthwise.esm2.config import MODELS, ModelConfig
+from lengthwise.esm2.shapes import MODELS, ModelConfig
 from lengthwise.report.study import fits
 from lengthwise.report.study.measure import COLUMNS, FAIR_ESM, LENGTHWISE
 

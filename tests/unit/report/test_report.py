@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.esm2.config import ModelConfig
+from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.plan.planner import JOBS_COLUMNS
 from lengthwise.report import summarize
 from lengthwise.report.study.schema import COLUMNS

@@ -8,9 +8,9 @@ import torch
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2 import checkpoint
-from lengthwise.esm2.config import ModelConfig
 from lengthwise.esm2.meters import MemoryMeter
 from lengthwise.esm2.model import onednn_serves
+from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.report.study import measure
 from lengthwise.report.study.schema import SERIES, read_scaling
 

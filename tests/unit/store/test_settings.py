@@ -6,8 +6,8 @@ import os
 import pytest
 
 from lengthwise.esm2.checkpoint import write_random
-from lengthwise.esm2.config import ModelConfig
 from lengthwise.esm2.download import fetch
+from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.store import settings
 from lengthwise.system.files import read_json, write_json
 

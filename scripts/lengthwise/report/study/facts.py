@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from lengthwise.esm2.config import MEMORY_MARGIN
+from lengthwise.esm2.shapes import MEMORY_MARGIN
 from lengthwise.report import figures
 from lengthwise.report.study.fits import (
     MIN_POINTS,

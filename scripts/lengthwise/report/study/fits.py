@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from lengthwise.esm2.config import MEMORY_MARGIN, MODELS, ModelConfig
+from lengthwise.esm2.shapes import MEMORY_MARGIN, MODELS, ModelConfig
 from lengthwise.report.study.schema import FAIR_ESM
 
 CARDS_GB = (16, 24, 40, 80)

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from lengthwise.esm2 import checkpoint
-from lengthwise.esm2.config import AUTO_BATCH_TOKENS, ModelConfig
 from lengthwise.esm2.devices import DTYPES, device_name, is_out_of_memory, resolve_device, set_threads
 from lengthwise.esm2.meters import MemoryMeter, clock_and_temperature, host_available, host_total
 from lengthwise.esm2.model import Packing, onednn_serves
+from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, ModelConfig
 from lengthwise.esm2.tokens import RESIDUES, tokenize
 from lengthwise.report.study.schema import (
     COLUMNS,

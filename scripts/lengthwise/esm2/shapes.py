@@ -1,10 +1,11 @@
-"""The shapes of the ESM-2 models, with their operations and memory; without torch, whose import takes seconds."""
+"""The shapes of the ESM-2 models, their operations and their memory. Imports neither torch nor numpy: it must load at once."""
 
 from dataclasses import dataclass
 from math import log
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 # Tokens per batch where `batch_tokens` is auto. On a CPU larger batches cost memory and gain no speed.
 AUTO_BATCH_TOKENS = {"cpu": 2_048, "cuda": 32_768}
@@ -41,8 +42,8 @@ class ModelConfig:
     @overload
     def flops(self, length: int) -> int: ...
     @overload
-    def flops(self, length: np.ndarray) -> np.ndarray: ...
-    def flops(self, length: int | np.ndarray) -> int | np.ndarray:
+    def flops(self, length: "np.ndarray") -> "np.ndarray": ...
+    def flops(self, length: "int | np.ndarray") -> "int | np.ndarray":
         """Floating-point operations of a sequence, from its residues (a number or an array).
 
         Per token and layer: 24 d^2 in matrix products, 4 d (L + 2) in attention.
@@ -53,8 +54,8 @@ class ModelConfig:
     @overload
     def attention_flops(self, length: int) -> int: ...
     @overload
-    def attention_flops(self, length: np.ndarray) -> np.ndarray: ...
-    def attention_flops(self, length: int | np.ndarray) -> int | np.ndarray:
+    def attention_flops(self, length: "np.ndarray") -> "np.ndarray": ...
+    def attention_flops(self, length: "int | np.ndarray") -> "int | np.ndarray":
         """The operations of attention alone, see `flops`."""
         return self.num_layers * 4 * self.embed_dim * (length + 2) ** 2
 
