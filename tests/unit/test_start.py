@@ -1,7 +1,9 @@
 """Imports of a rule's process, which take most of the time of a small job."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,3 +27,13 @@ def test_rules_without_a_model_import_no_torch(module):
     found = imported_by(f"import lengthwise.{module}")
     assert f"lengthwise.{module}" in found
     assert "torch" not in found
+
+
+def test_parsing_the_snakefile_imports_no_library_of_arrays_or_tables():
+    """Every job parses it. The modules are those that the workflow's common.smk and resources.smk import."""
+    rules = Path(__file__).resolve().parents[2] / "workflow" / "rules"
+    lines = "\n".join((rules / name).read_text() for name in ("common.smk", "resources.smk"))
+    imports = re.findall(r"^(?:from lengthwise\S* import .*|import lengthwise\S*)$", lines, re.MULTILINE)
+    found = imported_by("; ".join(imports))
+    assert len(imports) > 10
+    assert found.isdisjoint({"torch", "numpy", "pandas", "pyarrow", "duckdb", "requests"})
