@@ -235,7 +235,7 @@ class Disturber:
         self.job_in_its_middle("controller")
         self.cluster.stop_controller()
         self.gates["controller"].open()
-        self.wait_for_commits("controller")
+        self.wait_for_job_records("controller")
         self.cluster.start()
 
     def walltime(self) -> None:
@@ -246,7 +246,7 @@ class Disturber:
 
     def preemption_and_node_failure(self) -> None:
         """The same job, twice put back into the queue."""
-        self.wait_for_commits(*(fault for fault in FAULTS if fault != "node"))
+        self.wait_for_job_records(*(fault for fault in FAULTS if fault != "node"))
         job = self.job_in_its_middle("node")
         self.cluster.run("sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
         self.cluster.begin_now(job)
@@ -258,7 +258,7 @@ class Disturber:
         self.gates["node"].wait()
         self.gates["node"].open()
 
-    def wait_for_commits(self, *faults: str) -> None:
+    def wait_for_job_records(self, *faults: str) -> None:
         for fault in faults:
             job_record = self.project.store / "jobs" / f"{self.names[fault]}.json"
             wait_until(job_record.exists, f"the job of {fault} is committed")

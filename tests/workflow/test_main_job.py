@@ -31,12 +31,12 @@ def reference(request, example, freed_memory_is_kept):
 
 def test_the_run_ends_with_where_things_are_and_the_warning(example):
     _, run = example
-    closing = run.output.rstrip().splitlines()[-6:]
-    assert closing[0].startswith("Records     79 = 79 accepted + 0 duplicate + 0 rejected")
-    assert "results/demo/datasets/example" in closing[1]
-    assert "34,634 residues embedded in 1 job" in closing[2]
-    assert "results/demo/report/index.html" in closing[3]
-    assert closing[-1].startswith("RANDOM WEIGHTS")
+    last_lines = run.output.rstrip().splitlines()[-6:]
+    assert last_lines[0].startswith("Records     79 = 79 accepted + 0 duplicate + 0 rejected")
+    assert "results/demo/datasets/example" in last_lines[1]
+    assert "34,634 residues embedded in 1 job" in last_lines[2]
+    assert "results/demo/report/index.html" in last_lines[3]
+    assert last_lines[-1].startswith("RANDOM WEIGHTS")
     assert "Traceback" not in run.output
 
 

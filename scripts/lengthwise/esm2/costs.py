@@ -1,4 +1,4 @@
-"""What a batch's results take, and how long sequences take before anything was measured; without torch."""
+"""Bytes of a batch's results, and assumed seconds per sequence. Needs no torch."""
 
 from collections.abc import Collection
 

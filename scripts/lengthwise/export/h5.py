@@ -49,7 +49,7 @@ def _to_float16(array: np.ndarray, record_id: str) -> np.ndarray:
         half = array.astype(np.float16)
     if not np.isfinite(half).all():
         raise LengthwiseError(
-            f"record {record_id[:100]!r} has numbers beyond float16's range, the type of the h5 export; take h5 out of "
+            f"record {record_id[:100]!r} has numbers beyond float16's range, the type of the h5 export; remove h5 from "
             "'exports': biotrainer and parquet keep the stored numbers"
         )
     return half

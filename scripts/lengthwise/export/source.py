@@ -93,7 +93,7 @@ class Source:
         if needed_bytes > free_bytes:
             raise LengthwiseError(
                 f"{folder.parents[1]}: this export takes about {size(needed_bytes)} and {size(free_bytes)} are free; "
-                "free some space, or take it out of 'exports'"
+                "free some space, or remove it from 'exports'"
             )
 
     def ids_sharing(self, expression: str) -> set[str]:

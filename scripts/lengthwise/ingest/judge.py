@@ -86,7 +86,10 @@ class Judged:
 
 
 def judge_chunk(fasta: Path, chunk: bytes, first_no: int, policy: Policy) -> Judged:
-    """Judge the records of a chunk, with a Python loop over only those that hold an unusual byte.
+    """Decide which records of a chunk are accepted, and why the others are rejected.
+
+    The rules in order: letters (`normalize`), length, a missing id. Records that look like nucleotides are counted and flagged.
+    Only records with an unusual byte go through a Python loop.
 
     Parameters
     ----------

@@ -28,10 +28,10 @@ _BATCH_ROWS = 1 << 17
 
 # Why a sequence has no numbers; {gigabytes} is the memory that its length needs.
 _REASONS = {
-    Status.NON_FINITE: "non_finite: the compute or storage type overflowed; float32 for both is the way out",
+    Status.NON_FINITE: "non_finite: a number overflowed the compute or storage type; set precision and storage_dtype to float32",
     Status.DOES_NOT_FIT: (
-        "does_not_fit: needs about {gigabytes} GB of memory beside the weights; retry_rejected: true in the config takes it"
-        " up on a device that has more"
+        "does_not_fit: needs about {gigabytes} GB of memory beside the weights; set retry_rejected: true"
+        " to embed it on a device with more"
     ),
 }
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")

@@ -122,7 +122,7 @@ def _read_shards(work_order: Path) -> list[PlannedShard]:
     shards = list(read_work_order(work_order))
     if any(sequence is None for shard in shards for sequence in shard.sequences):
         raise LengthwiseError(
-            f"{work_order}: was restored without sequences that no input has; run snakemake --forcerun plan"
+            f"{work_order}: lacks sequences that are in no input any more; run snakemake --forcerun plan"
         )
     return shards
 
@@ -190,7 +190,7 @@ def _compare(
             with writing(path := shard_path(store, shard)):
                 path.unlink()
         action = f"the shards of this job are removed ({count(len(made), 'shard')})" if made else "remove that file"
-        raise LengthwiseError(f"{error}; {action}: run again, on another device if it comes back") from error
+        raise LengthwiseError(f"{error}; {action}: run again; if the error repeats, use another device") from error
 
 
 def versions() -> dict[str, str | None]:

@@ -34,7 +34,7 @@ FLOAT32_TOLERANCE = 2e-5
 FLOAT16_ROUNDING, FLOAT16_SMALLEST = 2.0**-11, 2.0**-25
 # Smallest allowed cosine between a row in half precision and fair-esm's.
 MIN_COSINE = {"float16": 0.9999, "bfloat16": 0.999}
-# Longest sequence to compare: ESM-2's training length, and forecast seconds.
+# Limits of a compared sequence: residues (ESM-2's training length) and forecast seconds.
 MAX_RESIDUES, MAX_SECONDS = 1022, 2.0
 
 

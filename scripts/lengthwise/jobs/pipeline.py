@@ -31,7 +31,7 @@ PROGRESS_SECONDS = 10.0
 # Results that wait for the writer thread; more would cost memory and no time less.
 MAX_WAITING_WRITES = 2
 # Reserved for the end of a job: the parity check, the job record, the process's exit.
-CLOSING_SECONDS = 20.0
+END_OF_JOB_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class ShardPipeline:
     The writer thread works first in, first out: a batch's rows; after a shard's last batch its metrics, fsync and rename.
     So metrics exist before their shard, and a shard is renamed after all its writes.
 
-    Bounds: `MAX_WAITING_WRITES` results wait for the writer, then the caller's thread waits for it. The engine works a few
+    Bounds: at most `MAX_WAITING_WRITES` results are queued for the writer; then the caller's thread waits. The engine works a few
     batches ahead, so at most the shards of those batches are open at once. No shard is opened that would not be done by the
     deadline.
 
@@ -167,13 +167,13 @@ class ShardPipeline:
         if self.progress.done:
             seconds_per_residue = (time.perf_counter() - self.progress.started) / self.progress.done
             seconds = (self.opened_residues - self.progress.done + int(shard.lengths.sum())) * seconds_per_residue
-        return time.time() + seconds + CLOSING_SECONDS < self.deadline
+        return time.time() + seconds + END_OF_JOB_SECONDS < self.deadline
 
     def _batches(self, remaining: deque[PlannedShard], batch_tokens: int) -> Iterator[list[bytes]]:
         """Open the remaining shards one by one and yield their batches, longest sequences first.
 
         Ends early at a shard that would miss the deadline, and at one that another process is making while shards of this
-        process are open: if both processes waited like that, they would wait for each other.
+        process are open: waiting then could deadlock.
         """
         while remaining and self._fits_deadline(shard := remaining[0]):
             try:

@@ -178,7 +178,7 @@ class ExistingJobs:
         return [write_work_order(self.store, names, pa.concat_tables(rows))]
 
     def _find_retried(self, finished: list[str]) -> None:
-        """Fill retried(digest) with the sequences that fitted into no finished job's device."""
+        """Fill retried(digest) with the sequences that every finished job rejected because they did not fit into memory."""
         self.database.execute("CREATE TABLE too_long (job UBIGINT, digest BLOB)")
         for j, job in enumerate(finished):
             for name in read_json(job_record_path(self.store, job)).get("does_not_fit", []):

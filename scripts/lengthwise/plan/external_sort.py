@@ -38,7 +38,7 @@ class SortedSequences:
     folder
         An empty scratch folder, on a disk with room for all that is chosen.
     part_bytes
-        How much of it is sorted at once; a few times this is taken of memory.
+        Bytes sorted at once; memory use is a few times this.
     """
 
     def __init__(self, files: list[Path], chosen: list[np.ndarray], folder: Path, part_bytes: int):

@@ -38,11 +38,11 @@ CARDS = {
 }
 
 SHARE_OF_PEAK = 1 / 3
-# The stated range of a rate that was not measured in this store: so many times faster or slower.
+# How far a rate that this store did not measure may be off, as a factor.
 FACTOR_ELSEWHERE, FACTOR_CARD, FACTOR_ASSUMED = 3.0, 3.0, 5.0
 # Jobs that are read for a rate; thousands would take a minute and change nothing.
 MAX_JOBS = 100
-# Work is cut by the measured rate once so many seconds were measured, at the length of a typical protein.
+# Seconds of measured batches after which the measured rate replaces the assumed one, compared at a typical length.
 ENOUGH_SECONDS, TYPICAL_RESIDUES = 60.0, 300
 # The spread over jobs is used from so many jobs on.
 ENOUGH_JOBS = 5
@@ -103,7 +103,7 @@ def card_precision(settings: dict) -> str:
 
 
 def slowdown(store: Path, settings: dict) -> float:
-    """Measured seconds per second of `esm2.costs.forecast_seconds`; 1 until enough was measured in this store."""
+    """How many times slower than `esm2.costs.forecast_seconds` this store's device is; 1 until `ENOUGH_SECONDS` were measured."""
     shape = shape_of(settings)
     measured = measured_here(store, settings, shape)
     if not measured or measured[0].measured_seconds < ENOUGH_SECONDS:

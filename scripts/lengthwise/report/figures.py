@@ -163,7 +163,7 @@ def _draw_fits(
             points = study.loc[(study["engine"] == engine) & ~study["gradients"], "length"]
             lengths = np.geomspace(points.min(), points.max(), 60)
             values = [factor * fit.at(config, length) for length in lengths]
-            plot.axes.plot(lengths, values, color=color, lw=1.2, label=f"{name}, law")
+            plot.axes.plot(lengths, values, color=color, lw=1.2, label=f"{name}, fit")
 
 
 @styled

@@ -13,7 +13,7 @@ from lengthwise.system.files import atomic, writing
 # wall_ms: host time since the job's previous batch finished. On a CPU, where several batches run at once, the batch's share of
 #   it. The rows of a job add up to its time without the model's load.
 # device_ms: time of the forward pass and pooling by the device's clock; on a CPU by the core's.
-# gpu_busy: device_ms / wall_ms.
+# gpu_busy: device_ms / wall_ms, at most 1.
 # wait_read_ms, wait_write_ms: waiting for the batch's tokens; waiting for earlier batches to be written.
 # A value that a device does not have is null.
 METRICS = pa.schema(

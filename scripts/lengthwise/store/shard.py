@@ -189,7 +189,7 @@ def _cut_sequences(bounds: np.ndarray, max_rows: int) -> list[int]:
 def is_complete(path: Path, digests: list[bytes], fingerprint: str) -> bool:
     """Whether an undamaged shard of these sequences and settings is at `path`.
 
-    False also if none of its sequences fitted the device's memory: another device may have more.
+    Also False if every sequence is DOES_NOT_FIT: another device may have room: another device may have more.
     """
     if not path.exists():
         return False

@@ -94,7 +94,7 @@ def _exit_on_sigterm(log_file: str) -> None:
                 log_file, "ended by SIGTERM: cancelled, preempted or out of time; what is finished is kept, run again"
             )
         finally:
-            remove_temporaries()  # last, or the main thread might report a missing file first
+            remove_temporaries()  # last: the main thread could fail on a removed file and report that
             os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -23,7 +23,7 @@ def record_run(path: Path) -> None:
 
 def explain_lock(path: Path) -> str:
     """Return one line for the user of a second run: who holds the folder's lock, and what to do."""
-    unlock = "run snakemake --unlock, then the same command again; jobs of that run that still work do no harm"
+    unlock = "run snakemake --unlock, then the same command again; jobs of that run that are still running do no harm"
     if not path.exists():
         return f"another run holds this folder's lock, or was killed: once no run is at work, {unlock}"
     run = read_json(path, "host", "process", "began")

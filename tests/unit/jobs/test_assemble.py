@@ -16,7 +16,7 @@ PLENTY, LITTLE = 1 << 30, 40 << 20
 
 @pytest.fixture(scope="module")
 def made(small_store):
-    """A store whose jobs are committed, with zeros for embeddings."""
+    """A store whose jobs are finished, with zeros for embeddings."""
     store = small_store(outputs=["mean"])
     letters = np.frombuffer(tokens.RESIDUES[:20], np.uint8)
     residues = np.random.default_rng(1).choice(letters, (RECORDS, LENGTH)).tobytes().decode()

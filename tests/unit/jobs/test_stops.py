@@ -212,7 +212,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(Engine, "_forward", forward)
     monkeypatch.setattr(embed_job_module.time, "time", lambda: Clock.now)
     monkeypatch.setattr(embed_job_module.time, "perf_counter", lambda: Clock.now)
-    monkeypatch.setattr(pipeline, "CLOSING_SECONDS", 0.5)
+    monkeypatch.setattr(pipeline, "END_OF_JOB_SECONDS", 0.5)
     return Clock
 
 

@@ -335,7 +335,7 @@ def test_where_every_record_is_rejected_there_is_a_whole_dataset_of_none_and_no_
 
 
 def shards_that_took(store, product: float, attention: float, factors) -> None:
-    """Commits and metrics of a job for each factor: batches of all lengths that took so long for an operation."""
+    """Job records and metrics of a job for each factor: batches of all lengths that took so long for an operation."""
     for number, factor in enumerate(factors):
         rows = []
         for length in (30, 100, 300, 1000):

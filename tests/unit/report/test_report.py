@@ -461,7 +461,7 @@ def test_a_fit_of_scattered_points_is_not_stated(store, monkeypatch):
     text = Page(page).text
     assert "Lengthwise: not determined, too few or too scattered points." in text
     assert "at 958" not in text
-    assert labels.count("Lengthwise, law") == 1  # the fit of memory, which does not scatter
+    assert labels.count("Lengthwise, fit") == 1  # the fit of memory, which does not scatter
 
 
 def test_the_fill_of_batches_is_tokens_over_tokens_allowed(store):

@@ -48,7 +48,7 @@ def study_facts(study: pd.DataFrame, found: list[Fit], settings: dict) -> dict:
         "precisions": _precisions(study),
         "copies": _copies(study),
         "stops": _stops(study),
-        "laws": found,
+        "fits": found,
         "least_points": MIN_POINTS,
         "least_r_squared": MIN_R_SQUARED,
         "equal_by_formula": 6 * config.embed_dim - 2,
