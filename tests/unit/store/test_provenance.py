@@ -125,16 +125,16 @@ def test_means_alone_have_a_readme_without_rows(small_store, random_proteins, mo
 
 def test_stores_of_earlier_versions_are_assembled(finished):
     store, folder = finished
-    commit = job_record_path(store.path, read_json(folder / "manifest.json")["jobs"][0])
+    job_record = job_record_path(store.path, read_json(folder / "manifest.json")["jobs"][0])
     summary = store.inputs("a") / "summary.json"
-    kept = commit.read_text(), summary.read_text()
+    kept = job_record.read_text(), summary.read_text()
     try:
-        write_json(commit, {key: value for key, value in read_json(commit).items() if key != "parity"})
+        write_json(job_record, {key: value for key, value in read_json(job_record).items() if key != "parity"})
         write_json(summary, {key: value for key, value in read_json(summary).items() if key != "policy"})
         manifest = store.assemble("a")
         text = (folder / "README.md").read_text()
     finally:
-        commit.write_text(kept[0])
+        job_record.write_text(kept[0])
         summary.write_text(kept[1])
     assert (manifest["policy"], manifest["made_by"][0]["parity"]) == (None, None)
     assert "not compared with fair-esm" in text

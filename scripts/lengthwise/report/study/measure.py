@@ -91,11 +91,11 @@ def scaling(
 ) -> pd.DataFrame:
     """Time and memory of forward passes at controlled lengths.
 
-    Each engine runs one sequence per batch and full batches of equal tokens, without gradients, in each precision that the
-    device has instructions for (on a CPU full batches alone in others than the store's); and one sequence per batch with
-    gradients (the forward pass keeps its graph; there is no backward pass) in the store's precision. Equal lengths need no
-    padding, so fair-esm is seen at its best. Lengths ascend, and a series ends where its memory does, or where half of its
-    share of the time does; what is left goes to repeats, in rounds over its lengths, at most `MAX_REPEATS` of each.
+    Series per engine: single sequences and full batches of equal tokens, each without gradients, in every precision that
+    the device has instructions for (on a CPU, precisions other than the store's in full batches only); and single sequences
+    with gradients in the store's precision. With gradients the forward pass keeps its graph; there is no backward pass.
+    Equal lengths need no padding, which favours fair-esm. Lengths ascend. A series stops when memory runs out or half of its
+    time is used; the rest of its time goes to repeats, at most `MAX_REPEATS` per length.
 
     Parameters
     ----------
@@ -112,14 +112,8 @@ def scaling(
 
     Returns
     -------
-    The rows of the TSV, one per engine, precision, gradients, batch_tokens (null: one sequence per batch) and length.
-    `wall_ms` is the median forward pass of `repeats`, beside the shortest and the longest, warm-up excluded. `peak_bytes` is
-    the growth during one forward pass over the memory in use just before it, so weights and libraries are not in it: of the
-    allocator on CUDA (`memory_measure` "allocated"), of resident memory on the CPU ("resident"), null where neither can be
-    measured. `weights_bytes` is what the engine's numbers take. `copy_in_ms` and `copy_out_ms` are the copies of tokens to the
-    device and of the rows, in float16, from it, between pinned memory: null where nothing is copied. Clock and temperature
-    are those at the end of the series. `status` is ``ok``, ``skipped_time`` or ``skipped_memory`` (would not fit in what is
-    left), or ``out_of_memory``.
+    The rows of the TSV, one per engine, precision, gradients, batch_tokens (null: one sequence per batch) and length. The
+    columns are explained in `lengthwise.report.tables.COLUMNS`.
 
     Raises
     ------
