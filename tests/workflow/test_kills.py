@@ -170,6 +170,7 @@ def commands():
             yield int(entry.name), file.read().replace(b"\0", b" ").decode(errors="replace")
 
 
+@pytest.mark.slow
 def test_a_job_whose_time_is_known_to_end_begins_no_shard(project, undisturbed, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 1))
@@ -192,7 +193,7 @@ def locks(project):
     ("how", "shards"),
     [
         (signal.SIGKILL, 4),
-        (signal.SIGINT, 2),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, 9, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
@@ -329,6 +330,7 @@ def test_every_name_is_given_to_bytes_that_are_on_disk(planned, tmp_path, monkey
         assert order[first + 1] == shard
 
 
+@pytest.mark.slow
 def test_garbage_under_a_temporary_name_does_no_harm(project, undisturbed):
     for name in undisturbed:
         if name.startswith("shards/"):
@@ -346,6 +348,7 @@ def test_garbage_under_a_temporary_name_does_no_harm(project, undisturbed):
     assert leftovers(project.store) == []
 
 
+@pytest.mark.slow
 def test_a_truncated_shard_is_made_again(project, undisturbed, monkeypatch):
     monkeypatch.chdir(project.folder)
     process = embed(project)

@@ -115,6 +115,7 @@ def test_snakemakes_own_report_holds_the_figures_with_captions(example):
     assert (project.folder / "report.zip").stat().st_size > 100_000
 
 
+@pytest.mark.slow
 def test_a_dataset_in_pieces_gives_the_same_numbers(example, project):
     """Many small shards and jobs instead of one of each: the same bytes for every protein."""
     first, _ = example

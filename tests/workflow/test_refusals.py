@@ -103,6 +103,7 @@ def test_broken_inputs_stop_a_run_before_any_embedding(broken):
     assert run.rules == Counter({"fetch_model": 1, "ingest": len(BROKEN)})
 
 
+@pytest.mark.slow
 def test_strict_stops_before_any_embedding_and_without_it_the_last_lines_count_the_rejected(small):
     (small.folder / "in.fasta").write_text(">a\nMKV\n>b\nM-V\n>c\nMKV\n")
     small.configure(inputs=["in.fasta"], model="tiny.pt", strict=True)

@@ -83,6 +83,7 @@ def test_touched_input(project):
     assert rerun(project) == (Counter(["ingest", "plan"]), 0)
 
 
+@pytest.mark.slow
 def test_replaced_by_an_older_file(project):
     project.write_fasta("b", [*B[:-1], random_sequences(1, seed=9)[0]])
     os.utime(project.folder / "in/b.fasta", (1e9, 1e9))
@@ -173,6 +174,7 @@ def test_who_only_looks_changes_no_file(project, argument):
         assert times(project.store) == before
 
 
+@pytest.mark.slow
 def test_deleted_index_and_lookup(project):
     (project.store / "datasets/a/index.parquet").unlink()
     (project.store / "datasets/b/lookup.arrow").unlink()
@@ -247,6 +249,7 @@ def test_forceall_keeps_the_shards_and_the_settings(project):
     assert times(project.store)[project.store / "settings.json"] == settings
 
 
+@pytest.mark.slow
 def test_the_scaling_study_is_taken_up_left_out_and_taken_up_again(project):
     study, page = (project.store / "report" / name for name in ("scaling.tsv", "index.html"))
     assert "The scaling study is off" in page.read_text()

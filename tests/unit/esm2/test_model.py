@@ -188,7 +188,7 @@ def test_a_rotation_written_out_equals_the_complex_product(monkeypatch):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize(
     "any_head",
-    [64, *(pytest.param(head_dim, marks=pytest.mark.slow) for head_dim in SHAPES if head_dim != 64)],
+    [pytest.param(head_dim, marks=pytest.mark.slow) for head_dim in SHAPES],
     indirect=True,
 )
 def test_the_layers_are_compiled_once_for_all_layers_and_sizes_and_give_the_same(any_head, monkeypatch, tmp_path):

@@ -309,6 +309,7 @@ def test_the_pages_figures_have_the_pages_colours(whole):
     assert not any(re.search("#1b1f24|#000000|fill: #ffffff", figure) for figure in figures)
 
 
+@pytest.mark.slow
 def test_the_same_store_makes_the_same_bytes(whole):
     store, _ = whole
     first = {path.name: path.read_bytes() for path in (store.folder / "report").iterdir()}
