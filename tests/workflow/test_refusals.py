@@ -128,6 +128,7 @@ def test_an_input_that_changes_after_planning_is_one_line(small, tmp_path):
     assert_one_line(small.snakemake(), "in.fasta", "changed since this run was planned")
 
 
+@pytest.mark.slow
 def test_an_input_that_changes_before_its_job_on_another_node_is_one_line(project):
     """Such a job reads the config and looks at the inputs once more; size and time of the change are those of before."""
     fasta = project.folder / "in.fasta"

@@ -105,6 +105,7 @@ def test_new_file_that_shares_half_of_its_sequences(project):
     assert others.items() <= times(project.store / "datasets").items()
 
 
+@pytest.mark.slow
 def test_removed_file(project):
     (project.folder / "in/b.fasta").unlink()
     others = times(project.store / "datasets")

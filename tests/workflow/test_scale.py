@@ -72,6 +72,7 @@ def large(planned, jobs, tmp_path_factory):
     return project
 
 
+@pytest.mark.slow
 def test_nothing_to_do_takes_under_a_minute(large, jobs):
     for arguments in ([], ["--dry-run"]):
         started = time.monotonic()

@@ -600,7 +600,8 @@ def summarized(store):
     return facts, 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])  # ru_maxrss begins with the parent's
 
 
-@pytest.mark.parametrize("jobs", [1_000, pytest.param(5_000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1_000, 5_000])
 def test_thousands_of_jobs_make_a_light_page_in_good_time(tmp_path, jobs):
     facts, seconds, most_bytes, page = reported_at_scale(tmp_path, jobs, 300)
     assert (facts["jobs"], facts["batches"]) == (jobs, 120_000)
