@@ -109,6 +109,7 @@ def test_sigkills_of_the_embed_process(project, undisturbed, seconds, kills, mon
     assert leftovers(project.store) == []
 
 
+@pytest.mark.slow
 def test_one_kill_costs_one_shard_at_most(project, monkeypatch):
     """What the next run says it made is what was not there, and that was not more than the rest of the job."""
     monkeypatch.chdir(project.folder)
