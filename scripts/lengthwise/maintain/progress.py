@@ -3,7 +3,6 @@
 `progress_command` prints it.
 """
 
-import csv
 import json
 import os
 import statistics
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.jobs.heartbeat import HEARTBEAT_KEYS
+from lengthwise.plan.jobs_table import job_rows
 
 # The job of an older heartbeat was killed. Some network file systems show a file a minute late.
 STALE_SECONDS = 120.0
@@ -139,12 +139,13 @@ def _modified_time(path: Path) -> float:
 
 def _read_plan(store: Path) -> dict[str, _PlannedJob]:
     try:
-        with open(plan_table(store)) as table:
-            rows = list(csv.DictReader(table, delimiter="\t"))
+        rows = job_rows(plan_table(store))
     except FileNotFoundError as error:
         raise LengthwiseError(f"{store}: no plan here yet (no plan/jobs.tsv); give results/<model> of a run") from error
     # The table rounds a tiny job to 0.000 seconds, which would divide by zero.
-    return {row["job"]: _PlannedJob(int(row["residues"]), max(float(row["forecast_seconds"]), 1e-3)) for row in rows}
+    return {
+        job: _PlannedJob(int(row["residues"]), max(float(row["forecast_seconds"]), 1e-3)) for job, row in rows.items()
+    }
 
 
 def _json_files(folder: Path) -> list[os.DirEntry]:
@@ -161,7 +162,7 @@ def _read_heartbeat(path: Path) -> dict | None:
     except (OSError, ValueError):
         return None
     valid = isinstance(heartbeat, dict) and heartbeat.keys() >= HEARTBEAT_KEYS
-    return heartbeat if valid and heartbeat["job"] == path.stem else None
+    return heartbeat if valid else None
 
 
 def _job_progress(heartbeat: dict, job: _PlannedJob, now: float) -> JobProgress:

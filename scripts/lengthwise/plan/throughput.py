@@ -109,9 +109,7 @@ def slowdown(store: Path, settings: dict) -> float:
     if not measured or measured[0].measured_seconds < ENOUGH_SECONDS:
         return 1.0
     typical = np.array([TYPICAL_RESIDUES])
-    return float(
-        (measured[0].seconds(shape, typical) / forecast_seconds(typical, shape_of(settings), settings["device"]))[0]
-    )
+    return float((measured[0].seconds(shape, typical) / forecast_seconds(typical, shape, settings["device"]))[0])
 
 
 def measured_here(store: Path, settings: dict, shape: ModelConfig) -> list[Rate]:

@@ -9,7 +9,7 @@ import pytest
 from lengthwise.__main__ import main
 from lengthwise.jobs import embed_job
 from lengthwise.jobs import heartbeat as heartbeat_module
-from lengthwise.jobs.heartbeat import Heartbeat
+from lengthwise.jobs.heartbeat import HEARTBEAT_KEYS, Heartbeat
 from lengthwise.maintain import progress_command
 from lengthwise.maintain.progress import STALE_SECONDS, read_progress
 from lengthwise.maintain.progress_command import block_text, line_text
@@ -96,7 +96,10 @@ def test_a_job_with_a_stale_heartbeat_counts_as_stopped_and_has_no_residues(plan
     assert "1 stopped without an end" in line_text("x", state)
 
 
-@pytest.mark.parametrize("odd", ["", "[]", '{"job": "job1"}'])
+OF_ANOTHER_JOB = dict.fromkeys(HEARTBEAT_KEYS, 1) | {"job": "job77"}
+
+
+@pytest.mark.parametrize("odd", ["", "[]", '{"job": "job1"}', json.dumps(OF_ANOTHER_JOB)])
 def test_heartbeats_of_finished_and_of_foreign_jobs_are_ignored(plan, odd):
     store = plan(2)
     store.finish(0)
