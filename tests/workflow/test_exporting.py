@@ -1,11 +1,12 @@
 """Exports in the workflow: asked of a finished store, they alone run, and again when their dataset changed."""
 
-import json
 import os
 from collections import Counter
 
 import pytest
 import yaml
+
+from lengthwise.system.files import read_json, write_json
 
 KINDS = ["h5", "pt", "biotrainer", "parquet"]
 FILES = {
@@ -43,6 +44,6 @@ def test_exports_that_are_there_are_not_made_again_until_their_dataset_changes(e
     project, _ = exported
     assert "Nothing to be done" in project.snakemake("--dry-run").output
     manifest = project.folder / "results/demo/datasets/example/manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"created": "later"}))
+    write_json(manifest, read_json(manifest) | {"created": "later"})
     os.utime(manifest)
     assert project.snakemake("--dry-run").rules.keys() == {*(f"export_{kind}" for kind in KINDS), "summarize", "all"}

@@ -14,12 +14,13 @@ import pyarrow as pa
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.ingest.fasta import place, read_chunks
+from lengthwise.ingest.identity import input_stamp, require_same_content, stamps_with
 from lengthwise.ingest.judge import Policy, judge_chunk
 from lengthwise.ingest.nucleotides import NucleotideCounter
 from lengthwise.ingest.repeats import DIGEST_WORDS, RepeatFinder, quoted, repeats_are_repeats, settle_ids
 from lengthwise.ingest.tables import RECORDS, SEQUENCES, STATUS, TableWriter
 from lengthwise.system.database import out_of_core
-from lengthwise.system.files import atomic, scratch_folder, write_json
+from lengthwise.system.files import atomic, facts, scratch_folder, write_json
 
 
 def ingest(
@@ -29,6 +30,7 @@ def ingest(
     summary: Path,
     policy: Policy | None = None,
     memory_bytes: int = 1 << 30,
+    stamp: dict | None = None,
 ) -> dict:
     """Account for every record of a FASTA file.
 
@@ -42,17 +44,20 @@ def ingest(
         The policy for records that are not plain proteins.
     memory_bytes
         Memory of the queries over the whole table, which spill to disk beyond it.
+    stamp
+        The file's `lengthwise.ingest.identity.input_stamp` of before it is read; None takes it now.
 
     Returns
     -------
-    The summary: counts by status, reason and change, and the input's SHA-256.
+    The summary: counts by status, reason and change, the input's SHA-256 and stamps, size and SHA-256 of the tables.
 
     Raises
     ------
     LengthwiseError
-        The file cannot be read, is not FASTA, has one id for two different sequences, or breaks another rule of the policy.
+        The dataset belongs to another file; the file cannot be read, is not FASTA, has one id for two different sequences, or breaks another rule of the policy.
     """
-    policy = policy or Policy()
+    policy, stamp, folder = policy or Policy(), stamp or input_stamp(fasta), summary.parent
+    require_same_content(folder, stamp)
     with (
         atomic(records) as records_part,
         atomic(sequences) as sequences_part,
@@ -66,8 +71,14 @@ def ingest(
         else:
             raise RuntimeError("two different digests agree in every eight-byte word; please report this file")
         settle_ids(database, fasta, records_part, counts, policy)
-    result = {"input": str(fasta), **counts, "policy": asdict(policy)}
-    write_json(summary, result)
+        result = {
+            "input": str(fasta),
+            "inputs": stamps_with(folder, stamp, counts["input_sha256"]),
+            **counts,
+            "policy": asdict(policy),
+            "files": {path.name: facts(part) for path, part in ((records, records_part), (sequences, sequences_part))},
+        }
+        write_json(summary, result)  # before the tables: other processes wait for these
     return result
 
 

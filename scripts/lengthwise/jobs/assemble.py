@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
@@ -15,14 +16,14 @@ import pyarrow.parquet as pq
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.status import Status
 from lengthwise.store.layout import REMAKE
-from lengthwise.store.lookup import SCHEMA, write_lookup
+from lengthwise.store.lookup import LOOKUP, SCHEMA, write_lookup
 from lengthwise.store.paths import job_record_path, shard_path, work_order_path
 from lengthwise.store.provenance import content_sha256, makers, readme
 from lengthwise.store.settings import require, shape_of
 from lengthwise.store.shard import Shard
 from lengthwise.store.weights import origin
 from lengthwise.system.database import out_of_core
-from lengthwise.system.files import atomic, read_json, scratch_folder, write_json
+from lengthwise.system.files import atomic, facts, read_json, scratch_folder, write_json
 
 _BATCH_ROWS = 1 << 17
 
@@ -83,17 +84,20 @@ def assemble(
         A record is not accounted for, or a shard is missing or differs from its work order.
     """
     settings, summary = require(store), read_json(store / "inputs" / dataset / "summary.json")
-    rows = _RowChecks(dataset)
+    rows, folder = _RowChecks(dataset), manifest.parent
     with (
         scratch_folder(index.with_name(f".{index.name}.spill")) as scratch,
         out_of_core("assemble", memory_bytes, scratch, threads=1) as database,
+        ExitStack() as replaced,  # at its end the files of an earlier index are replaced, one right after the other
     ):
         joined = _join_records(database, store, dataset, jobs, settings)
+        parts = {
+            path: replaced.enter_context(atomic(path))
+            for path in (folder / "README.md", rejected, folder / LOOKUP, index)
+        }
         with (
-            atomic(index) as part,
-            atomic(rejected) as rejected_part,
-            open(rejected_part, "w", encoding="utf-8", newline="") as rejected_file,
-            pq.ParquetWriter(part, joined.schema, compression="zstd", write_page_checksum=True) as index_file,
+            open(parts[rejected], "w", encoding="utf-8", newline="") as rejected_file,
+            pq.ParquetWriter(parts[index], joined.schema, compression="zstd", write_page_checksum=True) as index_file,
         ):
             for batch in joined:
                 table = pa.Table.from_batches([batch])
@@ -106,10 +110,10 @@ def assemble(
                     f"dataset {dataset}: {counts['rejected']} records are rejected ({counts['reasons']}), and strict is true; "
                     "take them out, or set strict: false"
                 )
-    write_lookup(index)
-    result = _manifest(store, dataset, jobs, settings, summary, counts, sorted(rows.shards))
-    with atomic(manifest.with_name("README.md")) as part:
-        part.write_text(readme(result))
+        write_lookup(parts[index], parts[folder / LOOKUP])
+        result = _manifest(store, dataset, jobs, settings, summary, counts, sorted(rows.shards))
+        parts[folder / "README.md"].write_text(readme(result))
+        result["files"] = {path.name: facts(part) for path, part in parts.items()}
     write_json(manifest, result)
     return result
 

@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.system.files import atomic
 
 if TYPE_CHECKING:
     import duckdb
@@ -64,13 +63,13 @@ _SIMILAR_QUERY = r"""
 """
 
 
-def write_lookup(index: Path) -> None:
-    """Write `lookup.arrow` beside an index.
+def write_lookup(index: Path, lookup: Path) -> None:
+    """Write the lookup of an index.
 
     The lookup records the size of the index, so that the lookup of another index is not used.
     """
     table = _build_lookup(index).replace_schema_metadata({"index_bytes": str(index.stat().st_size)})
-    with atomic(index.with_name(LOOKUP)) as part, pa.ipc.new_file(part, table.schema) as file:
+    with pa.ipc.new_file(lookup, table.schema) as file:
         file.write_table(table)
 
 

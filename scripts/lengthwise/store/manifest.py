@@ -61,5 +61,7 @@ def _find_fault(manifest: dict) -> str:
         return "jobs are not names"
     if not isinstance(checksums, dict) or (checksums and checksums.keys() != sizes.keys()):
         return "checksums and shards do not match"
+    if not all(type(entry) is dict and type(entry.get("bytes")) is int for entry in manifest.get("files", {}).values()):
+        return "files are not names with sizes"
     settings_fault = find_fault(manifest["settings"])
     return f"settings: {settings_fault}" if settings_fault else ""

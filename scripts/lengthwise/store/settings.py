@@ -115,32 +115,62 @@ def find_fault(settings: dict) -> str:
 
 
 def load(store: Path) -> dict | None:
-    """A store's settings, or None if there is no store yet. If settings.json is gone, the copy in a manifest.
+    """A store's settings, or None if there is no store yet: settings.json or, if it is gone or damaged, a copy.
+
+    Every manifest and plan/inputs.json have a copy.
 
     Raises
     ------
     LengthwiseError
-        The file is damaged or of a newer version; or settings.json and all copies are gone.
+        The file is of a newer version; or it and all copies are gone or damaged.
     """
     store = Path(store)
-    path = store / "settings.json"
-    settings: object
-    if path.exists():
+    own = store / "settings.json"
+    copies = [store / "plan" / "inputs.json", *sorted(store.glob("datasets/*/manifest.json"))]
+    fault = ""
+    if own.exists():
+        settings, fault = _read(own)
+        if not fault:
+            return settings
+    for path in copies:
+        if path.exists():
+            settings, fault_there = _read(path, "settings")
+            if not fault_there:
+                return settings
+            if path.name == "manifest.json":
+                fault = fault or f"{path}: {fault_there}"
+    if fault and has_embedding(store):
+        where = f"{own}: " if own.exists() else ""
+        raise LengthwiseError(f"{where}{fault}; restore it, or use another 'results'")
+    if has_embedding(store):
+        raise LengthwiseError(f"{own} is gone; put it back, or use another 'results'")
+    return None
+
+
+def _read(path: Path, *keys: str) -> tuple[dict, str]:
+    """Settings in a JSON file, under this key if one is given; and what is wrong with them, empty if nothing is.
+
+    Raises
+    ------
+    LengthwiseError
+        They are of a newer version.
+    """
+    try:
         settings = read_json(path)
-    elif manifests := sorted(store.glob("datasets/*/manifest.json")):
-        path = manifests[0]
-        settings = read_json(path).get("settings")
-    elif any(store.glob("jobs/*.json")):
-        raise LengthwiseError(f"{store}/settings.json is gone; put it back, or use another 'results'")
-    else:
-        return None
+        for key in keys:
+            settings = settings.get(key)
+    except LengthwiseError as error:
+        return {}, str(error).removeprefix(f"{path}: ").split(";")[0]
     if not isinstance(settings, dict):
-        raise LengthwiseError(f"{path}: damaged (settings is not an object); restore it, or use another 'results'")
+        return {}, "damaged (settings is not an object)"
     if type(settings.get("schema")) is int and settings["schema"] > SCHEMA:
         raise LengthwiseError(f"{path}: written by a newer Lengthwise (schema {settings['schema']}); update this one")
-    if fault := find_fault(settings):
-        raise LengthwiseError(f"{path}: {fault}; restore it, or use another 'results'")
-    return settings
+    return settings, find_fault(settings)
+
+
+def has_embedding(store: Path) -> bool:
+    """Whether a store holds any embedding: from then on its settings are bound."""
+    return any(next(Path(store).glob(pattern), None) for pattern in ("shards/*/*.safetensors", "jobs/*.json"))
 
 
 def require(store: Path) -> dict:
@@ -163,13 +193,15 @@ def expected(store: Path, config: dict, auto_device: str) -> dict:
     Parameters
     ----------
     store, config, auto_device
-        As for `create_or_check`. The config names a known model.
+        As for `create_or_check`. The config names a known model, or the store has its weights.json.
     """
-    if stored := load(store):
+    if stored := guard(store, config):
         return stored
-    shape = MODELS[config["model"]]
-    known = {key: getattr(shape, key) for key in ("num_layers", "embed_dim", "attention_heads")}
-    return make(config, known | {"sha256": "", "random_weights": False}, auto_device)
+    if config["model"] in MODELS:
+        shape = MODELS[config["model"]]
+        known = {key: getattr(shape, key) for key in ("num_layers", "embed_dim", "attention_heads")}
+        return make(config, known | {"sha256": "", "random_weights": False}, auto_device)
+    return make(config, read_json(Path(store) / "weights.json"), auto_device)
 
 
 def device_of(store: Path, asked: str) -> str:
@@ -178,7 +210,7 @@ def device_of(store: Path, asked: str) -> str:
 
 
 def guard(store: Path, config: dict, weights: dict | None = None) -> dict | None:
-    """Refuse a config that does not fit an existing store.
+    """Refuse a config that does not fit the embeddings of a store.
 
     Runs whenever the Snakefile is parsed, so it must be cheap: it hashes a checkpoint given by path only if the file's size or
     times differ from the receipt.
@@ -192,18 +224,18 @@ def guard(store: Path, config: dict, weights: dict | None = None) -> dict | None
 
     Returns
     -------
-    The store's settings, or None if there is no store yet.
+    The store's settings; None if there is no store yet, or one without an embedding that has other settings.
 
     Raises
     ------
     LengthwiseError
-        The config differs in a setting of `COMPARABLE`; the error names all differences.
+        The store holds embeddings, and the config differs in a setting of `COMPARABLE`; the error names all differences.
     """
     stored = load(store)
     if stored is None:
         return None
     asked = {**stored, "numerics": NUMERICS, "storage_dtype": config["storage_dtype"]}
-    asked["layers"] = resolve_layers(config["layers"], stored["num_layers"])
+    asked["layers"] = resolve_layers(config["layers"], (weights or stored)["num_layers"])
     asked["outputs"] = [output for output in OUTPUTS if output in config["outputs"]]
     if config["precision"] != "auto":
         asked["precision"] = config["precision"]
@@ -217,6 +249,8 @@ def guard(store: Path, config: dict, weights: dict | None = None) -> dict | None
         if stored[key] != asked[key]  # the order of layers counts: readers get the first by default
     ]
     if differences:
+        if not has_embedding(store):
+            return None
         raise LengthwiseError(
             f"the config does not fit the embeddings in the store {store}: {'; '.join(differences)}. "
             "Set the config back, or use another 'results' (or 'model')"
@@ -225,7 +259,7 @@ def guard(store: Path, config: dict, weights: dict | None = None) -> dict | None
 
 
 def create_or_check(store: Path, config: dict, weights: dict, auto_device: str) -> dict:
-    """Compare the config and the weights with the store's settings; write settings.json if it does not exist.
+    """Compare the config and the weights with the store's settings; write settings.json if it does not exist or was replaced.
 
     Parameters
     ----------
@@ -243,9 +277,9 @@ def create_or_check(store: Path, config: dict, weights: dict, auto_device: str) 
     LengthwiseError
         As for `guard`.
     """
-    settings = guard(store, config, weights) or make(config, weights, auto_device)
-    if not (Path(store) / "settings.json").exists():
-        write_json(Path(store) / "settings.json", settings)
+    settings, path = guard(store, config, weights) or make(config, weights, auto_device), Path(store) / "settings.json"
+    if not path.exists() or _read(path)[0] != settings:
+        write_json(path, settings)
     return settings
 
 

@@ -18,6 +18,8 @@ from lengthwise.system.locks import UNSUPPORTED, lock, opened
 
 # errno values that always mean 'cannot write'.
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+# The key of a JSON file's own checksum: SHA-256 of the object without this key, as compact JSON.
+_OWN_CHECKSUM = "json_sha256"
 _temporaries: set[Path] = set()
 # `remove_temporaries` keeps this lock, so that no thread creates another file while the process ends.
 _temporaries_lock = threading.Lock()
@@ -219,18 +221,18 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file atomically."""
+    """Write a JSON file atomically, with a checksum of its own that `read_json` compares."""
     with atomic(path) as part, writing(path):
-        part.write_text(json.dumps(value, indent=2) + "\n")
+        part.write_text(json.dumps({**value, _OWN_CHECKSUM: _json_checksum(value)}, indent=2) + "\n")
 
 
 def read_json(path: Path, *keys: str) -> dict:
-    """Read a JSON object that has these keys.
+    """Read a JSON object that has these keys, without its own checksum.
 
     Raises
     ------
     LengthwiseError
-        The file is no JSON object, or lacks a key.
+        The file is no JSON object, lacks a key, or does not match its checksum. Files of earlier versions have none.
     """
     try:
         value = json.loads(Path(path).read_text())
@@ -238,7 +240,29 @@ def read_json(path: Path, *keys: str) -> dict:
         raise LengthwiseError(f"{path}: damaged ({error}); remove it and run snakemake again") from error
     if not isinstance(value, dict) or any(key not in value for key in keys):
         raise LengthwiseError(f"{path}: damaged (it lacks {keys or 'everything'}); remove it and run snakemake again")
+    checksum = value.pop(_OWN_CHECKSUM, None)
+    if checksum is not None and checksum != _json_checksum(value):
+        raise LengthwiseError(
+            f"{path}: damaged, or edited by hand (another {_OWN_CHECKSUM}); remove it and run snakemake again"
+        )
     return value
+
+
+def _json_checksum(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()
+
+
+def facts(path: Path) -> dict[str, int | str]:
+    """Size and SHA-256 of a file, as records keep them of the files that they vouch for."""
+    return {"bytes": os.path.getsize(path), "sha256": sha256(path)}
+
+
+def has_size(path: Path, expected: dict) -> bool:
+    """Whether a file has the size that its `facts` say."""
+    try:
+        return os.path.getsize(path) == expected["bytes"]
+    except OSError:
+        return False
 
 
 def stamp(path: Path) -> dict[str, int]:

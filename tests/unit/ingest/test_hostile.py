@@ -204,7 +204,8 @@ def take(tmp_path):
     """Ingests a hostile file; returns the lines of `TAKEN` and the summary."""
 
     def ingest_file(name: str):
-        paths = [tmp_path / "out" / name for name in ("records.parquet", "sequences.parquet", "summary.json")]
+        tables = ("records.parquet", "sequences.parquet", "summary.json")
+        paths = [tmp_path / f"of {name}" / table for table in tables]
         summary = ingest(HOSTILE / name, *paths)
         records, sequences = (pq.read_table(path).to_pylist() for path in paths[:2])
         sequence_of = {row["digest"]: row["sequence"].decode() for row in sequences}

@@ -3,7 +3,6 @@
 import bz2
 import gzip
 import io
-import json
 import lzma
 import random
 import zipfile
@@ -17,10 +16,11 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.esm2 import tokens
 from lengthwise.ingest import digests as digests_module
 from lengthwise.ingest import judge
+from lengthwise.ingest.identity import input_stamp
 from lengthwise.ingest.ingest import ingest
 from lengthwise.ingest.judge import Policy
 from lengthwise.ingest.normalize import Letters
-from lengthwise.system.files import sha256
+from lengthwise.system.files import read_json, sha256
 from realistic import write
 
 MIXED = (
@@ -42,8 +42,9 @@ def run(tmp_path):
         fasta, folder = tmp_path / name, tmp_path / "out"
         fasta.write_bytes(data)
         paths = [folder / "records.parquet", folder / "sequences.parquet", folder / "summary.json"]
-        summary = ingest(fasta, *paths, Policy(**options))
-        assert json.loads(paths[2].read_text()) == summary
+        stamp = input_stamp(fasta) | {"path": "in.fasta"}  # the same path: each file takes the place of the one before
+        summary = ingest(fasta, *paths, Policy(**options), stamp=stamp)
+        assert read_json(paths[2]) == summary
         tables = [duckdb.sql(f"FROM '{path}'").to_arrow_table().to_pylist() for path in paths[:2]]
         return *tables, summary
 

@@ -1,6 +1,5 @@
 """Embedding a job: killed and resumed, out of memory, beyond the range of its types; the rows and the metrics of each."""
 
-import json
 import resource
 import time
 
@@ -16,6 +15,7 @@ from lengthwise.jobs import embed_job, pipeline
 from lengthwise.store.paths import job_record_path, metrics_path
 from lengthwise.store.shard import Shard
 from lengthwise.store.shard_writer import ShardWriter
+from lengthwise.system.files import read_json
 
 # Float32 sums in another order, relative to the RMS: see test_model.
 FLOAT32_TOLERANCE = 2e-5
@@ -96,7 +96,7 @@ def test_a_job_record_says_what_was_made(new):
     store, job = new()
     job_record = store.embed(job)
     work_order = store.work_order(job)
-    assert json.loads(job_record_path(store.path, job).read_text()) == job_record
+    assert read_json(job_record_path(store.path, job)) == job_record
     assert list(job_record["shards"]) == job_record["made"] == work_order["shard"].drop_duplicates().tolist()
     assert job_record["shards"] == {shard: store.shard_path(shard).stat().st_size for shard in job_record["made"]}
     assert (job_record["job"], job_record["sequences"], job_record["residues"]) == (

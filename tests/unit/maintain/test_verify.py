@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import json
 import os
 import re
 import resource
@@ -18,6 +17,7 @@ from lengthwise.maintain.verify import check_shard_header
 from lengthwise.store.paths import job_record_path, metrics_path
 from lengthwise.store.settings import fingerprint
 from lengthwise.store.shard import Shard
+from lengthwise.system.files import read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +140,13 @@ def swap_two_places(path) -> None:
 
 
 def edit(**changes):
-    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return lambda path: write_json(path, read_json(path) | changes)
 
 
 def edit_settings(path, **changes) -> None:
     """Change settings and their fingerprint."""
-    settings = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps(settings | {"fingerprint": fingerprint(settings)}))
+    settings = read_json(path) | changes
+    write_json(path, settings | {"fingerprint": fingerprint(settings)})
 
 
 def place_in_lookup(path) -> int:
@@ -160,21 +160,21 @@ def without_places(path) -> None:
 
 
 def other_sizes(path) -> None:
-    edit(shards={name: size + 1 for name, size in json.loads(path.read_text())["shards"].items()})(path)
+    edit(shards={name: size + 1 for name, size in read_json(path)["shards"].items()})(path)
 
 
 def other_device(path) -> None:
-    manifest = json.loads(path.read_text())
+    manifest = read_json(path)
     edit(settings=manifest["settings"] | {"device": "cuda"})(path)
 
 
 def other_size(path) -> None:
-    sizes = json.loads(path.read_text())["shards"]
+    sizes = read_json(path)["shards"]
     edit(shards=sizes | {(first := next(iter(sizes))): sizes[first] + 1})(path)
 
 
 def other_checksum(path) -> None:
-    checksums = json.loads(path.read_text())["checksums"]
+    checksums = read_json(path)["checksums"]
     edit(checksums=checksums | {next(iter(checksums)): "0" * 64})(path)
 
 

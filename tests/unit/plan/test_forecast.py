@@ -23,6 +23,7 @@ from lengthwise.store.metrics import METRICS, write_metrics
 from lengthwise.store.paths import job_record_path, metrics_path
 from lengthwise.store.settings import expected
 from lengthwise.store.sizes import missing_bytes
+from lengthwise.system.files import write_json
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ModelConfig(2, 32, 2)
@@ -170,7 +171,7 @@ def test_what_the_loaded_weights_took_in_this_store_is_what_they_will_take(small
     memory = forecast_of(store)["memory"]
     assert (memory["loaded_bytes"], memory["loaded_measured"]) == (job_record["loaded_bytes"], True)
     path = job_record_path(store.path, job_record["job"])
-    path.write_text(json.dumps({key: value for key, value in job_record.items() if key != "loaded_bytes"}))
+    write_json(path, {key: value for key, value in job_record.items() if key != "loaded_bytes"})
     memory = forecast_of(store)["memory"]  # of an earlier version
     assert (memory["loaded_bytes"], memory["loaded_measured"]) == (
         int(forecast.PROCESS_BYTES) + memory["weights_bytes"],

@@ -15,7 +15,7 @@ import pytest
 
 import lengthwise
 from lengthwise.store.layout import layout
-from lengthwise.store.lookup import write_lookup
+from lengthwise.store.lookup import LOOKUP, write_lookup
 from lengthwise.store.paths import shard_path
 from lengthwise.store.settings import fingerprint
 from lengthwise.system.files import write_json
@@ -85,7 +85,7 @@ def make(folder: Path, records: int, filled: bool, embed_dim: int = 320) -> Path
     dataset = folder / "datasets" / "a"
     dataset.mkdir(parents=True)
     pq.write_table(rows, dataset / "index.parquet", compression="zstd")
-    write_lookup(dataset / "index.parquet")
+    write_lookup(dataset / "index.parquet", dataset / LOOKUP)
     manifest = {"schema": 1, "model": "none", "random_weights": False, "settings": settings, "jobs": []}
     counts = {"records": records, "accepted": records, "duplicate": 0, "rejected": 0, "shards": dict.fromkeys(names, 1)}
     write_json(dataset / "manifest.json", {**manifest, **counts})

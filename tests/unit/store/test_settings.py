@@ -1,6 +1,5 @@
 """A store's settings: resolved once, then guarded; what is not comparable never gets in."""
 
-import json
 import os
 
 import pytest
@@ -34,9 +33,15 @@ CONFIG = {
 
 @pytest.fixture
 def store(tmp_path):
-    """A new store of CONFIG on a CPU."""
+    """A store of CONFIG on a CPU with an embedding."""
     settings.create_or_check(tmp_path, CONFIG, RECEIPT, "cpu")
+    add_shard(tmp_path)
     return tmp_path
+
+
+def add_shard(store):
+    (store / "shards" / "ab").mkdir(parents=True)
+    (store / "shards" / "ab" / "abcd.safetensors").touch()
 
 
 def check(store, receipt=RECEIPT, auto_device="cpu", **changes) -> dict:
@@ -148,7 +153,7 @@ def test_all_differences_are_named_at_once(store, refused):
 )
 def test_a_change_of_anything_else_keeps_the_store(store, changes):
     before = (store / "settings.json").read_bytes()
-    assert check(store, **changes) == json.loads(before)
+    assert check(store, **changes) == read_json(store / "settings.json")
     assert (store / "settings.json").read_bytes() == before
 
 
@@ -168,6 +173,25 @@ def test_a_store_whose_settings_were_edited_by_hand_is_refused(store, refused, k
     write_json(store / "settings.json", {**read_json(store / "settings.json"), key: "other"})
     with refused("settings.json", "edited by hand"):
         settings.load(store)
+
+
+def test_a_store_without_an_embedding_takes_new_settings(tmp_path):
+    check(tmp_path)
+    changes = {"precision": "bfloat16", "layers": [0, -1], "storage_dtype": "float32", "outputs": ["mean"]}
+    assert settings.guard(tmp_path, {**CONFIG, **changes}) is None
+    assert settings.expected(tmp_path, {**CONFIG, **changes}, "cpu")["outputs"] == ["mean"]
+    made = check(tmp_path, **changes)
+    assert made == read_json(tmp_path / "settings.json") == settings.guard(tmp_path, {**CONFIG, **changes})
+    assert (made["precision"], made["layers"]) == ("bfloat16", [0, 6])
+
+
+@pytest.mark.parametrize("holder", ["plan/inputs.json", "datasets/a/manifest.json"])
+@pytest.mark.parametrize("damage", [b"", None, b"{"], ids=["empty", "gone", "half"])
+def test_lost_settings_are_read_from_a_copy(store, holder, damage):
+    stored = read_json(store / "settings.json")
+    write_json(store / holder, {"settings": stored})
+    (store / "settings.json").unlink() if damage is None else (store / "settings.json").write_bytes(damage)
+    assert settings.load(store) == stored
 
 
 @pytest.mark.parametrize(
@@ -219,6 +243,7 @@ def own_checkpoint(tmp_path):
     config, receipt = {**CONFIG, "model": str(path)}, fetch(str(path), "")
     settings.create_or_check(store, config, receipt, "cpu")
     write_json(store / "weights.json", receipt)
+    add_shard(store)
     return store, config, path
 
 

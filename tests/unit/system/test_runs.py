@@ -1,12 +1,12 @@
 """What a second run in the same folder prints."""
 
-import json
 import os
 import platform
 import subprocess
 
 import psutil
 
+from lengthwise.system.files import read_json, write_json
 from lengthwise.system.runs import explain_lock, record_run
 
 
@@ -20,21 +20,21 @@ def test_a_killed_run_is_named_and_needs_unlock(tmp_path):
     record_run(tmp_path / "run.json")
     gone = subprocess.Popen(["true"])
     gone.wait()
-    record = json.loads((tmp_path / "run.json").read_text())
-    (tmp_path / "run.json").write_text(json.dumps(record | {"process": gone.pid}))
+    record = read_json(tmp_path / "run.json")
+    write_json(tmp_path / "run.json", record | {"process": gone.pid})
     assert "was killed: run snakemake --unlock" in explain_lock(tmp_path / "run.json")
 
 
 def test_a_later_process_with_the_id_of_a_killed_run_is_not_that_run(tmp_path):
     record_run(tmp_path / "run.json")
-    record = json.loads((tmp_path / "run.json").read_text())
-    (tmp_path / "run.json").write_text(json.dumps(record | {"created": psutil.Process().create_time() - 3600}))
+    record = read_json(tmp_path / "run.json")
+    write_json(tmp_path / "run.json", record | {"created": psutil.Process().create_time() - 3600})
     assert "was killed: run snakemake --unlock" in explain_lock(tmp_path / "run.json")
 
 
 def test_a_record_of_an_earlier_version_is_judged_by_its_process_id(tmp_path):
     record = {"host": platform.node(), "process": os.getpid(), "began": "2024-05-01 12:00:00"}
-    (tmp_path / "run.json").write_text(json.dumps(record))
+    write_json(tmp_path / "run.json", record)
     assert "the run of 2024-05-01 12:00:00" in explain_lock(tmp_path / "run.json")
     assert "is at work here: let it finish" in explain_lock(tmp_path / "run.json")
 
@@ -51,8 +51,8 @@ def test_a_run_whose_process_is_hidden_counts_as_running(tmp_path, monkeypatch):
 
 def test_a_run_on_another_machine_is_named(tmp_path):
     record_run(tmp_path / "run.json")
-    record = json.loads((tmp_path / "run.json").read_text())
-    (tmp_path / "run.json").write_text(json.dumps(record | {"host": "login2"}))
+    record = read_json(tmp_path / "run.json")
+    write_json(tmp_path / "run.json", record | {"host": "login2"})
     assert "on login2" in explain_lock(tmp_path / "run.json")
     assert "if it is gone, run snakemake --unlock" in explain_lock(tmp_path / "run.json")
 

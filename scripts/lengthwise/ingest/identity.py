@@ -1,0 +1,149 @@
+"""Which file a dataset belongs to: the stamps of its FASTA in `summary.json`, compared whenever the workflow is parsed.
+
+A stamp is a configured path, made absolute with its symlinks kept, and the file's size and mtime. A summary has a stamp for each
+path from which this content was read: several working folders may share a store. The same path with other content is read again;
+another path is accepted for the same content (SHA-256) and refused for another.
+"""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from lengthwise.errors import LengthwiseError
+from lengthwise.system.files import facts, has_size, read_json, sha256, write_json
+
+TABLES = ("records.parquet", "sequences.parquet")
+
+
+def input_stamp(path: str | Path) -> dict[str, Any]:
+    """The stamp of a FASTA file.
+
+    Raises
+    ------
+    LengthwiseError
+        There is no such file, or it cannot be reached.
+    """
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise LengthwiseError(f"{path}: cannot be read: {error.strerror}") from error
+    return {"path": os.path.abspath(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def policy_of(config: dict) -> dict:
+    """The policy for records that a checked config asks for, as `summary.json` has it."""
+    return {
+        "letters": config["letters"],
+        "long_policy": config["long_sequences"]["policy"],
+        "max_residues": config["long_sequences"]["max_residues"],
+        "duplicate_ids": config["duplicate_ids"],
+        "nucleotides": config["nucleotides"],
+        "strict": config["strict"],
+    }
+
+
+def read_summary(folder: Path) -> dict | None:
+    """The summary in a dataset's folder ``inputs/<dataset>``; None if it is missing or damaged: the file is read again."""
+    try:
+        return read_json(folder / "summary.json", "records", "input_bytes", "input_sha256")
+    except (OSError, LengthwiseError):
+        return None
+
+
+def why_read_again(folder: Path, stamp: dict, policy: dict) -> str:
+    """Why a FASTA has to be read (again), in a few words; empty if its tables are there and belong to it.
+
+    Parameters
+    ----------
+    folder
+        The folder ``inputs/<dataset>``.
+    stamp, policy
+        The file's `input_stamp`, and `policy_of` the config.
+
+    Raises
+    ------
+    LengthwiseError
+        The tables belong to another file under another path.
+    """
+    summary = read_summary(folder)
+    if summary is None:
+        return "it has no summary, or a damaged one"
+    stamps = summary.get("inputs", [])
+    if stamps and stamp["path"] not in paths_of(summary) and stamp["bytes"] != summary["input_bytes"]:
+        raise other_file(folder, summary, stamp["path"])
+    if stamps and stamp not in stamps:
+        return "its file has another size or time, or is under another path"
+    if not stamps and stamp["bytes"] != summary["input_bytes"]:  # a summary of an earlier version
+        return "its file has another size"
+    known = summary.get("policy") or {}
+    if changed := [key for key in policy if known.get(key, policy[key]) != policy[key]]:
+        return f"the config has another {changed[0]}"
+    for name, expected in summary.get("files", {}).items():
+        if not has_size(folder / name, expected):
+            return f"{name} is missing or has another size"
+    return ""
+
+
+def paths_of(summary: dict) -> list[str]:
+    return [stamp["path"] for stamp in summary.get("inputs", [])]
+
+
+def require_same_content(folder: Path, stamp: dict) -> None:
+    """Refuse a file under a new path unless it has the content that the dataset was read from.
+
+    Raises
+    ------
+    LengthwiseError
+        It has another content.
+    """
+    summary = read_summary(folder)
+    if summary and summary.get("inputs") and stamp["path"] not in paths_of(summary):
+        if sha256(Path(stamp["path"])) != summary["input_sha256"]:
+            raise other_file(folder, summary, stamp["path"])
+
+
+def stamps_with(folder: Path, stamp: dict, input_sha256: str) -> list[dict]:
+    """The stamps of a dataset after a file of this content was read."""
+    summary = read_summary(folder)
+    same = summary is not None and summary["input_sha256"] == input_sha256
+    others = (
+        [known for known in summary.get("inputs", []) if known["path"] != stamp["path"]] if summary and same else []
+    )
+    return [*others, stamp]
+
+
+def adopt(folder: Path, stamp: dict) -> bool:
+    """Add the stamp to a summary of an earlier version, if the file has the content that the summary names.
+
+    Returns
+    -------
+    False if the file has to be read again.
+    """
+    summary = read_summary(folder)
+    if summary is None or not all((folder / name).exists() for name in TABLES):
+        return False
+    if sha256(Path(stamp["path"])) != summary["input_sha256"]:
+        return False
+    write_json(folder / "summary.json", {**summary, "inputs": [stamp], "files": table_facts(folder)})
+    return True
+
+
+def is_of_earlier_version(summary: dict | None) -> bool:
+    """Whether a summary has no stamps."""
+    return summary is not None and "inputs" not in summary
+
+
+def table_facts(folder: Path) -> dict[str, dict]:
+    """Size and checksum of a dataset's tables."""
+    return {name: facts(folder / name) for name in TABLES}
+
+
+def other_file(folder: Path, summary: dict, path: str) -> LengthwiseError:
+    """The refusal of another file under another path."""
+    known = paths_of(summary)
+    return LengthwiseError(
+        f"{path}: the dataset {folder.name!r} in {folder.parent.parent} was read from another file, {known[-1]}. Name this one's "
+        f"dataset in the config (inputs: {{another_name: {path}}}), or let it take the place of that one with "
+        f"rm -r {shlex.quote(str(folder))}"
+    )
