@@ -1,9 +1,12 @@
-"""Locks (flock) on files and folders, and the lock of a whole store."""
+"""Locks (flock) on files and folders, the lock of a whole store, and the lock of the one run in a store."""
 
 import errno
 import fcntl
+import json
 import os
-from collections.abc import Iterator
+import random
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -49,6 +52,106 @@ def exclusive_store_lock(store: Path) -> Iterator[None]:
         yield
 
 
+RUN_LOCK_NAME = "run.lock"
+# What the holder of the run lock says of itself.
+RUN_LOCK_KEYS = ("host", "process", "began", "folder")
+# Readers hold the run lock for microseconds: only a suspended reader holds it longer than this.
+READER_SECONDS = 10.0
+# The holder writes its record right after it got the lock.
+RECORD_SECONDS = 0.5
+
+
+@contextmanager
+def run_lock(store: Path, record: Mapping[str, object]) -> Iterator[bool]:
+    """Hold the lock of the one run in a store; the kernel releases it when this process ends.
+
+    It excludes other runs alone. Jobs, dry runs, forecasts and `progress` do not take it. The file ``run.lock`` stays
+    after the release; its content means something only while it is locked.
+
+    Parameters
+    ----------
+    store
+        The store. It is made if it does not exist.
+    record
+        What other processes are told of this run, as JSON values: ``host``, ``process``, ``began`` and ``folder``.
+
+    Yields
+    ------
+    bool
+        False where the lock cannot be had: the file system has no locks, or the file cannot be written.
+
+    Raises
+    ------
+    LengthwiseError
+        Another run is at work in the store.
+    """
+    path = store / RUN_LOCK_NAME
+    with ExitStack() as stack:
+        descriptor = None
+        with suppress(OSError):  # the first write reports a store that cannot be written
+            store.mkdir(parents=True, exist_ok=True)
+            # NFS needs a file open for writing to lock it exclusively.
+            descriptor = stack.enter_context(opened(path, os.O_RDWR | os.O_CREAT))
+        held = descriptor is not None and _lock_as_run(descriptor, store)
+        if descriptor is not None and held:
+            with suppress(OSError):  # the lock counts, also on a full disk
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(dict(record)).encode(), 0)
+                os.fsync(descriptor)
+            with suppress(OSError):  # of another user
+                os.fchmod(descriptor, store.stat().st_mode & 0o666)  # who may write the folder may run in it
+        yield held
+
+
+def run_lock_holder(store: Path) -> dict | None:
+    """Return the record of the run that holds the store's run lock, or None where nothing tells that one does.
+
+    The record has `RUN_LOCK_KEYS`; what the holder does not say is "unknown". It needs no right to write.
+    """
+    try:
+        with opened(store / RUN_LOCK_NAME) as descriptor:
+            try:
+                lock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return _read_record(descriptor)
+    except OSError:
+        pass
+    return None
+
+
+def _lock_as_run(descriptor: int, store: Path) -> bool:
+    """Lock run.lock exclusively; False if the file system has no locks. A reader's shared lock is waited for."""
+    until = time.monotonic() + READER_SECONDS
+    while True:
+        try:
+            return lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if run := run_lock_holder(store):
+                raise LengthwiseError(
+                    f"{store}: the run of {run['began']} on {run['host']} (process {run['process']}, folder {run['folder']}) "
+                    "is at work in this store: let it finish, or end it there"
+                ) from None
+        except OSError as error:
+            raise LengthwiseError(f"{store / RUN_LOCK_NAME}: {error.strerror}") from error
+        if time.monotonic() > until:
+            raise LengthwiseError(
+                f"{store / RUN_LOCK_NAME}: a process that only reads it keeps it locked, such as a suspended `python -m "
+                "lengthwise progress`: let it go on, or end it"
+            )
+        time.sleep(random.uniform(0.01, 0.05))  # two runs that start at once also meet each other as readers
+
+
+def _read_record(descriptor: int) -> dict:
+    """The record in a locked run.lock."""
+    record, until = None, time.monotonic() + RECORD_SECONDS
+    while not isinstance(record, dict) and time.monotonic() < until:
+        with suppress(ValueError):
+            record = json.loads(os.pread(descriptor, 1 << 16, 0))
+        if not isinstance(record, dict):
+            time.sleep(0.01)
+    return dict.fromkeys(RUN_LOCK_KEYS, "unknown") | (record if isinstance(record, dict) else {})
+
+
 # errno values of a file system that supports no locks or no preallocation. NFS: EBADF for an exclusive lock on a folder.
 UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF}
 
@@ -56,7 +159,7 @@ UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF}
 @contextmanager
 def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     """Yield the descriptor of an open file or folder, to lock it."""
-    descriptor = os.open(path, flags)
+    descriptor = os.open(path, flags, 0o666)
     try:
         yield descriptor
     finally:
