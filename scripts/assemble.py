@@ -12,7 +12,7 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
         snakemake.wildcards.dataset,
         [Path(job_record).stem for job_record in snakemake.input.job_records],
         Path(snakemake.output.index),
-        Path(snakemake.output.rejected),
+        Path(snakemake.output.manifest).with_name("rejected.tsv"),
         Path(snakemake.output.manifest),
         strict=snakemake.config["strict"],
         memory_bytes=snakemake.resources.mem_mb * 10**6 * 2 // 5,

@@ -6,20 +6,22 @@ from lengthwise.system.logging import log, reporting
 
 with reporting(snakemake.log[0], snakemake.scriptdir):
     from lengthwise.errors import LengthwiseError
+    from lengthwise.ingest.identity import input_stamp
     from lengthwise.ingest.ingest import ingest
     from lengthwise.ingest.judge import Policy
     from lengthwise.ingest.normalize import Letters
-    from lengthwise.system.files import read_json, stamp
+    from lengthwise.system.files import stamp
+    from lengthwise.system.runs import recorded_inputs
 
     fasta, params, dataset = Path(snakemake.input.fasta), snakemake.params, snakemake.wildcards.dataset
-    planned_inputs = Path(snakemake.output.records).parents[2] / "plan" / "inputs.json"
-    if stamp(fasta) != read_json(planned_inputs, dataset)[dataset]:
-        raise LengthwiseError(f"{fasta}: changed since this run was planned; run again once nothing writes to it")
+    recorded = (recorded_inputs() or {}).get(dataset)
+    if recorded and not stamp(fasta).items() <= recorded.items():
+        raise LengthwiseError(f"{fasta}: changed since this run began; run again once nothing writes to it")
     summary = ingest(
         fasta,
         Path(snakemake.output.records),
         Path(snakemake.output.sequences),
-        Path(snakemake.output.summary),
+        Path(snakemake.output.records).with_name("summary.json"),
         Policy(
             letters=Letters(**params.letters),
             long_policy=params.long_sequences["policy"],
@@ -29,6 +31,7 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
             strict=params.strict,
         ),
         memory_bytes=snakemake.resources.mem_mb * 10**6 * 2 // 5,  # the rest is for read buffers and tables
+        stamp=input_stamp(fasta, recorded),
     )
     log.info(
         "%s: %s records: %s accepted, %s duplicate, %s rejected; %s residues",

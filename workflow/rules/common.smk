@@ -19,24 +19,23 @@ import snakemake.cli
 import lengthwise.config
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.shapes import MODELS
-from lengthwise.maintain.cleanup import broken_job_records, remove_leftovers
+from lengthwise.ingest.identity import input_stamp, policy_of
 from lengthwise.maintain.run_summary import failure_lines_of, forecast_lines_of, success_lines_of
+from lengthwise.maintain.stale import Wanted, discard_stale, restore, stale_outputs
 from lengthwise.plan.jobs_table import job_rows, planned_job_records
 from lengthwise.store.paths import store_name
 from lengthwise.store.settings import guard, load
 from lengthwise.store.weights import note_new_time
-from lengthwise.system.files import size_and_mtime, stamp, write_json
 from lengthwise.system.gpus import refuse_missing_gpu
-from lengthwise.system.locks import shared_store_lock
+from lengthwise.system.locks import run_lock, shared_store_lock
 from lengthwise.system.logging import ERROR_PREFIX
-from lengthwise.system.runs import explain_lock, record_run
+from lengthwise.system.runs import RUN_RECORD, explain_lock, inputs_of, record_inputs, record_run, recorded_inputs, this_run
 
 STARTED_SECONDS = time.time()
-RUN_RECORD = Path(".snakemake/lengthwise.json")
 
-# The run holds the store's lock until its process ends.
-STORE_LOCK = ExitStack()
-atexit.register(STORE_LOCK.close)
+# The run holds the store's locks until its process ends.
+STORE_LOCKS = ExitStack()
+atexit.register(STORE_LOCKS.close)
 
 # `onstart` appends to this list: Snakemake has got the folder's lock.
 LOCK_ACQUIRED = []
@@ -68,26 +67,33 @@ def folder_is_locked():
     return any(Path(".snakemake/locks").glob("*"))
 
 
-def recover_store(store):
-    """Repair what a killed run or lost files left, and lock the store against `python -m lengthwise prune`.
+def forecasts_alone():
+    """Whether this command only forecasts: it needs no device and leaves the store to the run that may be at work in it."""
+    return command_line() is not None and set(command_line().targets) == {"forecast"}
 
-    Removes the job records of lost or truncated shards, so that these jobs run again. Restores lost settings from a
-    manifest. Removes leftover temporary files. A command that runs no jobs only prints what is broken.
-    """
-    broken = broken_job_records(store)
-    lost_settings = not (store / "settings.json").exists() and load(store)
-    for job_record, shards in broken.items():
-        print(
-            f"lengthwise: job {job_record.stem}: the shard {shards[0]} is missing or truncated; a run makes it again",
-            file=sys.stderr,
-        )
-    if runs_jobs() and not folder_is_locked():
-        for job_record in broken:
-            job_record.unlink()
-        if lost_settings:
-            write_json(store / "settings.json", lost_settings)
-        remove_leftovers(store)
-        STORE_LOCK.enter_context(shared_store_lock(store))
+
+def lock_store(store):
+    """Hold the locks of this run: no other run in the store, no `python -m lengthwise prune --delete`."""
+    if not STORE_LOCKS.enter_context(run_lock(store, this_run())):
+        print(f"lengthwise: {store}: this file system has no locks; let no other run work in this store", file=sys.stderr)
+    STORE_LOCKS.enter_context(shared_store_lock(store))
+
+
+def find_stale(store):
+    """The outputs that have to be made again; prints why. A run locks the store, and mends what needs no job."""
+    stamps = {dataset: input_stamp(entry["path"], entry) for dataset, entry in INPUTS.items()}
+    wanted = Wanted(stamps, policy_of(config), config["retry_rejected"])
+    is_run = runs_jobs() and not folder_is_locked() and not forecasts_alone()
+    if is_run:
+        lock_store(store)
+        restore(store, wanted, config)
+    stale = stale_outputs(store, wanted, guard(store, config))
+    for path, why in stale.items():
+        if path.exists():
+            print(f"lengthwise: {path}: {why}; a run makes it again", file=sys.stderr)
+    if is_run:
+        discard_stale(store, stale)
+    return set(map(str, stale))
 
 
 def print_lock_holder(line):
@@ -98,15 +104,18 @@ def print_lock_holder(line):
 
 try:
     config.update(lengthwise.config.validate(config, Path(workflow.basedir) / "schemas" / "config.schema.yaml"))
-    DATASETS = lengthwise.config.datasets(config["inputs"])
-    FASTA_STATES = {dataset: size_and_mtime(path) for dataset, path in DATASETS.items()}
-    FASTA_STAMPS = {dataset: stamp(path) for dataset, path in DATASETS.items()}
     STORE = str(Path(config["results"]) / store_name(config["model"]))
-    guard(Path(STORE), config)
+    INPUTS = (not workflow.is_main_process and recorded_inputs()) or inputs_of(lengthwise.config.datasets(config["inputs"]))
+    DATASETS = list(INPUTS)
+    STALE = set()
     if workflow.is_main_process:
-        recover_store(Path(STORE))
-        if folder_is_locked() and runs_jobs():
+        STALE = find_stale(Path(STORE))
+        if runs_jobs() and folder_is_locked():
             atexit.register(print_lock_holder, explain_lock(RUN_RECORD))
+        elif runs_jobs():
+            record_inputs(INPUTS)
+    else:
+        guard(Path(STORE), config)
 except (LengthwiseError, OSError) as error:
     sys.exit(f"{ERROR_PREFIX}{error}")  # an exception would print lines of the Snakefile too
 
@@ -115,7 +124,6 @@ WEIGHTS = f"{STORE}/weights.json"
 INDEX = f"{STORE}/datasets/{{dataset}}/index.parquet"
 LOOKUP = f"{STORE}/datasets/{{dataset}}/lookup.arrow"
 JOBS = f"{STORE}/plan/jobs.tsv"
-PLANNED_INPUTS = f"{STORE}/plan/inputs.json"
 
 
 wildcard_constraints:
@@ -123,18 +131,30 @@ wildcard_constraints:
     job="[0-9a-f]{16}",
 
 
+def force_stale():
+    """Have Snakemake make again what the store calls stale, whether it has notes of it or not.
+
+    Input functions call this, because the graph of jobs does not exist before. As `--forcerun` with these files would, but
+    what the command's targets do not need is not made.
+    """
+    workflow.dag.forcefiles.update(STALE)
+
+
 def fasta_of(wildcards):
     """The FASTA file of a dataset."""
-    return DATASETS[wildcards.dataset]
+    force_stale()
+    return INPUTS[wildcards.dataset]["path"]
 
 
 def fasta_state(wildcards):
-    """Its size and mtime. As a param it also detects a file replaced by an older one."""
-    return FASTA_STATES[wildcards.dataset]
+    """Its size and mtime. The form must not change: Snakemake compares it with that of earlier runs."""
+    entry = INPUTS[wildcards.dataset]
+    return f"{entry['bytes']} bytes, {entry['mtime_ns']} ns"
 
 
 def checkpoint_given(wildcards):
     """The checkpoint file, if the config names the model by path."""
+    force_stale()
     return ancient(config["model"]) if config["model"].endswith(".pt") else []
 
 
@@ -155,6 +175,17 @@ def job_records_of_dataset(wildcards):
     return planned_job_records(STORE, wildcards.dataset)
 
 
+def after_plan(file):
+    """An input function for a file of a dataset. It asks for the plan, because Snakemake judges anew after the plan alone
+    whether such a job has to run: else each new plan would repeat it."""
+
+    def path(wildcards):
+        checkpoints.plan.get()
+        return file.format(dataset=wildcards.dataset)
+
+    return path
+
+
 def scaling_study(wildcards):
     """The study's table, unless the config leaves the study out."""
     return f"{STORE}/report/scaling.tsv" if config["scaling"] else []
@@ -173,15 +204,13 @@ def start_run():
         try:
             record_run(RUN_RECORD)
             note_new_time(Path(STORE))
-            write_json(Path(PLANNED_INPUTS), FASTA_STAMPS)  # a job refuses a FASTA that changed since
         except LengthwiseError as error:
             sys.exit(f"{ERROR_PREFIX}{error}")
 
 
 def require_device():
     """End a local run whose device is missing. A forecast alone needs no device."""
-    forecast_alone = command_line() is not None and set(command_line().targets) == {"forecast"}
-    if not workflow.non_local_exec and workflow.is_main_process and uses_gpu() and not forecast_alone:
+    if not workflow.non_local_exec and workflow.is_main_process and uses_gpu() and not forecasts_alone():
         try:
             refuse_missing_gpu()
         except LengthwiseError as error:
@@ -194,7 +223,7 @@ def success_lines():
         return lines
     job_records = planned_job_records(STORE) if os.path.exists(JOBS) else []
     seconds = time.time() - STARTED_SECONDS
-    return success_lines_of(Path(STORE), list(DATASETS), job_records, STARTED_SECONDS, seconds)
+    return success_lines_of(Path(STORE), DATASETS, job_records, STARTED_SECONDS, seconds)
 
 
 def failure_lines():

@@ -2,7 +2,8 @@
 
 In: sequences of all datasets. Out: plan/jobs.tsv; a job record per job, with its shards in shards/; per dataset an index, its
 lookup and a manifest. Work orders and weights never change under one name, so they are `ancient`. plan/jobs.tsv is `ancient`
-too: a new plan alone reruns no job.
+too: a new plan alone reruns no job. The files of a dataset are `update`: Snakemake would delete them before a dataset is
+assembled again. It keeps a copy meanwhile, and puts it back on failure.
 """
 
 
@@ -22,7 +23,7 @@ checkpoint plan:
         runtime=reading_minutes,
     params:
         store=subpath(output.jobs, ancestor=2),
-        datasets=list(DATASETS),
+        datasets=DATASETS,
         retry_rejected=config["retry_rejected"],
     script:
         "../../scripts/plan.py"
@@ -57,10 +58,9 @@ rule assemble:
         job_records=job_records_of_dataset,
         plan=ancient(JOBS),
     output:
-        index=INDEX,
-        lookup=LOOKUP,
-        rejected=f"{STORE}/datasets/{{dataset}}/rejected.tsv",
-        manifest=MANIFEST,
+        index=update(INDEX),
+        lookup=update(LOOKUP),
+        manifest=update(MANIFEST),
     log:
         f"{STORE}/logs/assemble/{{dataset}}.log",
     conda:

@@ -14,8 +14,8 @@ EXPORTED = {
 
 rule export_h5:
     input:
-        manifest=MANIFEST,
-        index=INDEX,
+        manifest=after_plan(MANIFEST),
+        index=after_plan(INDEX),
     output:
         entries=EXPORTED["h5"],
         means=f"{EXPORTS}/h5/per-protein.h5",

@@ -1,6 +1,7 @@
 """Ingest: one FASTA file at a time.
 
-In: a FASTA file. Out: the table of its records, the table of its distinct sequences, and a summary with counts.
+In: a FASTA file. Out: the table of its records, the table of its distinct sequences, and a summary with counts. The summary is no
+declared output: it says whose tables these are, and Snakemake would delete it before a file is read again, or refused.
 """
 
 
@@ -10,7 +11,6 @@ rule ingest:
     output:
         records=f"{STORE}/inputs/{{dataset}}/records.parquet",
         sequences=f"{STORE}/inputs/{{dataset}}/sequences.parquet",
-        summary=f"{STORE}/inputs/{{dataset}}/summary.json",
     log:
         f"{STORE}/logs/ingest/{{dataset}}.log",
     conda:

@@ -62,6 +62,6 @@ rule summarize:
         runtime=short_minutes,
     params:
         store=subpath(output.page, ancestor=2),
-        datasets=list(DATASETS),
+        datasets=DATASETS,
     script:
         "../../scripts/summarize.py"

@@ -68,14 +68,9 @@ def embed_minutes(wildcards, attempt):
 
 def input_gigabytes(wildcards):
     """Uncompressed size of the dataset's FASTA, or of all; compressed files count four times their size."""
-    names = [wildcards.dataset] if "dataset" in wildcards.keys() else list(DATASETS)
-    return (
-        sum(
-            os.path.getsize(path) * (4 if path.lower().endswith((".gz", ".bgz", ".zst")) else 1)
-            for path in map(DATASETS.get, names)
-        )
-        / 1e9
-    )
+    inputs = [INPUTS[wildcards.dataset]] if "dataset" in wildcards.keys() else INPUTS.values()
+    compressed = (".gz", ".bgz", ".zst")
+    return sum(entry["bytes"] * (4 if entry["path"].lower().endswith(compressed) else 1) for entry in inputs) / 1e9
 
 
 def bounded_mem_mb(wildcards, attempt):

@@ -12,23 +12,32 @@ from typing import Any
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.system.files import facts, has_size, read_json, sha256, write_json
+from lengthwise.system.files import stamp as file_stamp
 
 TABLES = ("records.parquet", "sequences.parquet")
 
 
-def input_stamp(path: str | Path) -> dict[str, Any]:
+def input_stamp(path: str | Path, found: dict | None = None) -> dict[str, Any]:
     """The stamp of a FASTA file.
+
+    Parameters
+    ----------
+    path
+        The configured path.
+    found
+        Its size and mtime (``bytes``, ``mtime_ns``) as a run found them; None takes them now.
 
     Raises
     ------
     LengthwiseError
         There is no such file, or it cannot be reached.
     """
-    try:
-        stat = os.stat(path)
-    except OSError as error:
-        raise LengthwiseError(f"{path}: cannot be read: {error.strerror}") from error
-    return {"path": os.path.abspath(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    if found is None:
+        try:
+            found = file_stamp(Path(path))
+        except OSError as error:
+            raise LengthwiseError(f"{path}: cannot be read: {error.strerror}") from error
+    return {"path": os.path.abspath(path), "bytes": found["bytes"], "mtime_ns": found["mtime_ns"]}
 
 
 def policy_of(config: dict) -> dict:
@@ -98,9 +107,10 @@ def require_same_content(folder: Path, stamp: dict) -> None:
         It has another content.
     """
     summary = read_summary(folder)
-    if summary and summary.get("inputs") and stamp["path"] not in paths_of(summary):
-        if sha256(Path(stamp["path"])) != summary["input_sha256"]:
-            raise other_file(folder, summary, stamp["path"])
+    if summary is None or not summary.get("inputs") or stamp["path"] in paths_of(summary):
+        return
+    if sha256(Path(stamp["path"])) != summary["input_sha256"]:
+        raise other_file(folder, summary, stamp["path"])
 
 
 def stamps_with(folder: Path, stamp: dict, input_sha256: str) -> list[dict]:
@@ -114,7 +124,7 @@ def stamps_with(folder: Path, stamp: dict, input_sha256: str) -> list[dict]:
 
 
 def adopt(folder: Path, stamp: dict) -> bool:
-    """Add the stamp to a summary of an earlier version, if the file has the content that the summary names.
+    """Add the stamp to a summary of an earlier version, if the file has the content that the summary names; else remove it.
 
     Returns
     -------
@@ -124,14 +134,10 @@ def adopt(folder: Path, stamp: dict) -> bool:
     if summary is None or not all((folder / name).exists() for name in TABLES):
         return False
     if sha256(Path(stamp["path"])) != summary["input_sha256"]:
+        (folder / "summary.json").unlink()
         return False
     write_json(folder / "summary.json", {**summary, "inputs": [stamp], "files": table_facts(folder)})
     return True
-
-
-def is_of_earlier_version(summary: dict | None) -> bool:
-    """Whether a summary has no stamps."""
-    return summary is not None and "inputs" not in summary
 
 
 def table_facts(folder: Path) -> dict[str, dict]:

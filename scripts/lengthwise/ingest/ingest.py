@@ -54,7 +54,8 @@ def ingest(
     Raises
     ------
     LengthwiseError
-        The dataset belongs to another file; the file cannot be read, is not FASTA, has one id for two different sequences, or breaks another rule of the policy.
+        The dataset belongs to another file. The file cannot be read, is not FASTA, has one id for two different
+        sequences, or breaks another rule of the policy.
     """
     policy, stamp, folder = policy or Policy(), stamp or input_stamp(fasta), summary.parent
     require_same_content(folder, stamp)

@@ -10,8 +10,8 @@ from lengthwise.system.files import read_json
 from lengthwise.system.locks import exclusive_store_lock
 
 
-def broken_job_records(store: Path) -> dict[Path, list[str]]:
-    """Find job records with shards that are missing or have another size.
+def broken_job_records(store: Path) -> dict[Path, str]:
+    """Find job records that are damaged, or with shards that are missing or have another size.
 
     Parameters
     ----------
@@ -20,7 +20,7 @@ def broken_job_records(store: Path) -> dict[Path, list[str]]:
 
     Returns
     -------
-    {path of the job record: names of those shards}. A run embeds these jobs again once their records are removed.
+    {path of the job record: why, in a few words}. A run embeds these jobs again once their records are removed.
     """
     jobs = store / "jobs"
     if not jobs.is_dir():
@@ -29,9 +29,13 @@ def broken_job_records(store: Path) -> dict[Path, list[str]]:
     size_bytes = {entry.name: entry.stat().st_size for entry in files}
     broken = {}
     for job_record in sorted(jobs.glob("*.json")):
-        shards = dict(read_json(job_record, "shards")["shards"])
+        try:
+            shards = dict(read_json(job_record, "shards")["shards"])
+        except (LengthwiseError, ValueError, TypeError):
+            broken[job_record] = "its record is damaged"
+            continue
         if missing := [shard for shard, size in shards.items() if size_bytes.get(f"{shard}.safetensors") != size]:
-            broken[job_record] = missing
+            broken[job_record] = f"the shard {missing[0]} is missing or truncated"
     return broken
 
 

@@ -6,6 +6,7 @@ The first run resolves `auto` and writes settings.json. Every later run compares
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.shapes import MODELS, ModelConfig
@@ -156,7 +157,7 @@ def _read(path: Path, *keys: str) -> tuple[dict, str]:
         They are of a newer version.
     """
     try:
-        settings = read_json(path)
+        settings: Any = read_json(path)
         for key in keys:
             settings = settings.get(key)
     except LengthwiseError as error:

@@ -1,4 +1,4 @@
-"""The record of the run in a working folder, which explains the folder's lock to a second run."""
+"""The records of the run in a working folder: who it is, for a second run, and its inputs, for its jobs."""
 
 import math
 import os
@@ -8,17 +8,46 @@ from pathlib import Path
 
 import psutil
 
-from lengthwise.system.files import read_json, write_json
+from lengthwise.system.files import read_json, stamp, write_json
 
+RUN_RECORD = Path(".snakemake/lengthwise.json")
+# The inputs as the run found them when it began: jobs take them from here, whatever comes, moves or goes meanwhile.
+RUN_INPUTS = Path(".snakemake/lengthwise_inputs.json")
 # A process's creation time shifts when the system clock is set.
 _CREATION_TOLERANCE_SECONDS = 60
 
 
-def record_run(path: Path) -> None:
-    """Write the host, process id and start of this run to the JSON file `path`."""
+def this_run() -> dict:
+    """Host, process id, start and working folder of this run."""
     began = datetime.now().isoformat(sep=" ", timespec="seconds")
     created = psutil.Process().create_time()  # in a container it may differ from `began`
-    write_json(path, {"host": platform.node(), "process": os.getpid(), "began": began, "created": created})
+    return {"host": platform.node(), "process": os.getpid(), "began": began, "created": created, "folder": os.getcwd()}
+
+
+def record_run(path: Path) -> None:
+    """Write `this_run` to the JSON file `path`."""
+    write_json(path, this_run())
+
+
+def inputs_of(datasets: dict[str, str]) -> dict[str, dict]:
+    """{dataset: path, bytes, mtime_ns, ctime_ns} of {dataset: path}.
+
+    Raises
+    ------
+    OSError
+        A file is gone.
+    """
+    return {name: {"path": path, **stamp(Path(path))} for name, path in datasets.items()}
+
+
+def record_inputs(inputs: dict[str, dict]) -> None:
+    """Write the `inputs_of` a run to `RUN_INPUTS`, for its jobs."""
+    write_json(RUN_INPUTS, inputs)
+
+
+def recorded_inputs() -> dict[str, dict] | None:
+    """The inputs of the run in this working folder; None if it recorded none."""
+    return read_json(RUN_INPUTS) if RUN_INPUTS.exists() else None
 
 
 def explain_lock(path: Path) -> str:

@@ -101,6 +101,7 @@ def test_the_order_of_layers_and_outputs_changes_no_number(tmp_path):
 
 def test_another_order_of_layers_is_refused_because_reading_gives_the_first(tmp_path, refused):
     check(tmp_path, layers=[2, 6])
+    add_shard(tmp_path)
     with refused("layers is [2, 6] there and [6, 2] in the config", "Set the config back"):
         check(tmp_path, layers=[6, 2])
 

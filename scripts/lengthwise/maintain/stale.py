@@ -1,0 +1,155 @@
+"""What a run has to make (again), by what the store itself says of its files.
+
+Snakemake compares times, and parameters where its folder `.snakemake` has notes of them. Another working folder has none, and
+times may go back. So the main process asks the store, and has Snakemake make again what is stale.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lengthwise.errors import LengthwiseError
+from lengthwise.ingest import identity
+from lengthwise.maintain.cleanup import broken_job_records, remove_leftovers
+from lengthwise.plan.record import (
+    damaged_files,
+    is_adoptable,
+    plan_record_path,
+    read_plan_record,
+    why_planned_again,
+    write_plan_record,
+)
+from lengthwise.store.manifest import NewerError, read_manifest
+from lengthwise.store.settings import guard
+from lengthwise.system.files import has_size, read_json, write_json
+
+Reasons = dict[Path, str]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a config asks of a store, as far as the store's files say what they were made with."""
+
+    stamps: dict[str, dict]  # {dataset: `identity.input_stamp` of its FASTA}
+    policy: dict  # `identity.policy_of`
+    retry_rejected: bool
+
+
+def stale_outputs(store: Path, wanted: Wanted, settings: dict | None) -> Reasons:
+    """Find the outputs that have to be made again. Reads small files and compares sizes, no more.
+
+    Parameters
+    ----------
+    store, wanted
+        The store, and what the config asks of it.
+    settings
+        The store's settings; None if they are not bound yet and the config has others, or if there is no store.
+
+    Returns
+    -------
+    {output: why, in a few words}. The outputs of a dataset without a folder are new, and left out.
+
+    Raises
+    ------
+    LengthwiseError
+        A dataset belongs to another file; or a newer Lengthwise wrote a file.
+    """
+    found: Reasons = {store / "weights.json": _why_weights(store, settings), **broken_job_records(store)}
+    ingested = {
+        name: identity.why_read_again(store / "inputs" / name, stamp, wanted.policy)
+        for name, stamp in wanted.stamps.items()
+    }
+    found |= {store / "inputs" / name / identity.TABLES[0]: why for name, why in ingested.items()}
+    record = read_plan_record(store)
+    found[store / "plan" / "jobs.tsv"] = why_planned_again(
+        store, record, list(wanted.stamps), wanted.retry_rejected, settings
+    )
+    found |= {
+        store / "datasets" / name / "manifest.json": _why_manifest(store, name, settings)
+        for name, why in ingested.items()
+        if not why  # else it is made again anyway
+    }
+    return {path: why for path, why in found.items() if why and path.parent.exists()}
+
+
+def _why_weights(store: Path, settings: dict | None) -> str:
+    try:
+        read_json(store / "weights.json", "path", "bytes", "sha256")
+    except (OSError, LengthwiseError):
+        return "it is damaged"
+    return "" if settings else "no embedding is stored yet, and the config has other settings"
+
+
+def _why_manifest(store: Path, name: str, settings: dict | None) -> str:
+    folder = store / "datasets" / name
+    try:
+        manifest = read_manifest(folder / "manifest.json")
+    except FileNotFoundError:
+        return "it does not exist"
+    except NewerError:
+        raise
+    except LengthwiseError:
+        return "it is damaged"
+    summary = identity.read_summary(store / "inputs" / name)
+    if summary and manifest.get("input_sha256") != summary["input_sha256"]:
+        return "it is of an earlier content of the FASTA file"
+    if summary and (manifest.get("policy") or summary.get("policy")) != summary.get("policy"):
+        return "it was made with another policy for records"
+    if settings and manifest["settings"] != settings:
+        return "it has other settings than the store"
+    files = manifest.get("files") or dict.fromkeys(
+        ("index.parquet", "lookup.arrow"), None
+    )  # None: of an earlier version
+    for file, expected in files.items():
+        if not (has_size(folder / file, expected) if expected else (folder / file).exists()):
+            return f"{file} is missing or has another size"
+    return ""
+
+
+def restore(store: Path, wanted: Wanted, config: dict) -> None:
+    """Before a run: mend what needs no job, for a run that holds the store's lock.
+
+    Settings that are not bound yet and differ from the config go, with the work orders made for them. Lost settings come back
+    from a copy. Summaries and the plan of an earlier version get their stamps, which reads the FASTA files once.
+    """
+    settings = guard(store, config)
+    if settings is None:
+        for path in (store / "settings.json", plan_record_path(store), *(store / "plan" / "jobs").glob("*.parquet")):
+            path.unlink(missing_ok=True)
+    elif not _is_good(store / "settings.json"):
+        write_json(store / "settings.json", settings)
+    _adopt(store, wanted, settings)
+
+
+def discard_stale(store: Path, stale: Iterable[Path]) -> None:
+    """Remove stale files that the plan would take for good: job records, and work orders that are cut short."""
+    for path in stale:
+        if path.parent == store / "jobs":
+            path.unlink()
+    record = read_plan_record(store)
+    for name in damaged_files(store, record) if record else []:
+        if name.startswith("jobs/"):
+            (store / "plan" / name).unlink(missing_ok=True)
+    remove_leftovers(store)
+
+
+def _is_good(path: Path) -> bool:
+    try:
+        read_json(path)
+    except (OSError, LengthwiseError):
+        return False
+    return True
+
+
+def _adopt(store: Path, wanted: Wanted, settings: dict | None) -> None:
+    """Give summaries and the plan of an earlier version their stamps, where everything is still as they say."""
+    complete = True
+    for name, stamp in wanted.stamps.items():
+        folder = store / "inputs" / name
+        summary = identity.read_summary(folder)
+        if summary is None:
+            complete = False
+        elif "inputs" not in summary:
+            complete &= identity.adopt(folder, stamp)
+    if complete and settings and read_plan_record(store) is None and is_adoptable(store, list(wanted.stamps)):
+        write_plan_record(store, list(wanted.stamps), wanted.retry_rejected, settings)

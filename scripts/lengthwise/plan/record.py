@@ -1,0 +1,105 @@
+"""`plan/inputs.json`: what a plan was made from, and the files that it made. The plan job writes it last.
+
+The main process compares it with the config and the files' sizes; a plan of other datasets, or a damaged one, is made again.
+"""
+
+from pathlib import Path
+
+from lengthwise.errors import LengthwiseError
+from lengthwise.ingest.identity import read_summary
+from lengthwise.system.files import facts, has_size, read_json, sha256, write_json
+
+
+def plan_record_path(store: Path) -> Path:
+    return store / "plan" / "inputs.json"
+
+
+def read_plan_record(store: Path) -> dict | None:
+    """The record; None if it is missing, damaged, or of an earlier version."""
+    try:
+        return read_json(plan_record_path(store), "datasets", "files", "settings")
+    except (OSError, LengthwiseError):
+        return None
+
+
+def write_plan_record(store: Path, datasets: list[str], retry_rejected: bool, settings: dict) -> None:
+    """Write the record of the plan that is there.
+
+    Parameters
+    ----------
+    store
+        The store, with plan/jobs.tsv, its work orders and the tables of the datasets.
+    datasets
+        The datasets that were planned.
+    retry_rejected
+        As the config had it.
+    settings
+        The store's settings. The record is a copy of them too.
+    """
+    known = (read_plan_record(store) or {"files": {}})["files"]
+    orders = sorted(path for path in (store / "plan" / "jobs").glob("*.parquet") if not path.name.startswith("."))
+    files = {"jobs.tsv": facts(store / "plan" / "jobs.tsv")}
+    for path in orders:  # immutable: hashed once
+        name = f"jobs/{path.name}"
+        files[name] = known[name] if name in known and has_size(path, known[name]) else facts(path)
+    record = {
+        "datasets": {name: _tables_sha256(store, name) for name in datasets},
+        "retry_rejected": retry_rejected,
+        "settings": settings,
+        "files": files,
+    }
+    write_json(plan_record_path(store), record)
+
+
+def why_planned_again(
+    store: Path, record: dict | None, datasets: list[str], retry_rejected: bool, settings: dict | None
+) -> str:
+    """Why the plan has to be made (again), in a few words; empty if it is whole and of these datasets.
+
+    Parameters
+    ----------
+    store, record
+        The store and its `read_plan_record`.
+    datasets
+        The datasets of the config.
+    retry_rejected
+        As the config has it.
+    settings
+        The store's settings, None if they are not bound yet.
+    """
+    if record is None:
+        return "" if is_adoptable(store, datasets) else "its record is missing or damaged"
+    if record["datasets"].keys() != set(datasets):
+        return "it is of other datasets"
+    if record["retry_rejected"] != retry_rejected:
+        return "retry_rejected has changed"
+    if settings is None or record["settings"]["fingerprint"] != settings["fingerprint"]:
+        return "it is of other settings"
+    if damaged := damaged_files(store, record):
+        return f"{damaged[0]} is missing or has another size"
+    for name, planned in record["datasets"].items():
+        summary = read_summary(store / "inputs" / name)
+        if summary and summary.get("files", {}).get("sequences.parquet", {}).get("sha256", planned) != planned:
+            return f"the dataset {name!r} has other sequences"
+    return ""
+
+
+def is_adoptable(store: Path, datasets: list[str]) -> bool:
+    """Whether the plan of an earlier version, whose record is {dataset: stamp}, is of these datasets."""
+    try:
+        planned = read_json(plan_record_path(store))
+    except (OSError, LengthwiseError):
+        return False
+    return planned.keys() == set(datasets) and (store / "plan" / "jobs.tsv").exists()
+
+
+def damaged_files(store: Path, record: dict) -> list[str]:
+    """The files of a plan that are missing or have another size, as paths that begin at ``plan/``."""
+    return [name for name, expected in record["files"].items() if not has_size(store / "plan" / name, expected)]
+
+
+def _tables_sha256(store: Path, dataset: str) -> str:
+    """The checksum of a dataset's sequences: its summary's, or for one of an earlier version the file's."""
+    summary = read_summary(store / "inputs" / dataset) or {}
+    table = summary.get("files", {}).get("sequences.parquet")
+    return table["sha256"] if table else sha256(store / "inputs" / dataset / "sequences.parquet")
