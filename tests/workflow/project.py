@@ -7,7 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,8 +72,7 @@ class Project:
         return self.folder / "results" / "tiny"
 
     def write_fasta(self, name: str, sequences: list[bytes]) -> None:
-        records = (f">{name}_{i}\n{sequence.decode()}\n" for i, sequence in enumerate(sequences))
-        (self.folder / "in" / f"{name}.fasta").write_text("".join(records))
+        (self.folder / "in" / f"{name}.fasta").write_text(fasta_text(name, sequences))
 
     def configure(self, **config) -> None:
         """Without the scaling study, which takes longer than all the rest of a small run."""
@@ -99,6 +100,18 @@ class Project:
         )
         return Run(done.returncode, done.stdout + done.stderr)
 
+    def start(self, *arguments: str) -> subprocess.Popen:
+        """Begin a command in the background; its output goes to `snakemake.out` in the folder."""
+        with open(self.folder / "snakemake.out", "w") as output:
+            return subprocess.Popen(
+                self.command(*arguments),
+                cwd=self.folder,
+                env=self.environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
+
     def shards(self) -> dict[str, tuple[int, int]]:
         """{shard: (time of its making, number of its sequences)}."""
         paths = self.store.glob("shards/*/*.safetensors")
@@ -112,10 +125,35 @@ class Project:
             for path in self.store.glob(pattern)
         }
 
+    def keep(self) -> None:
+        """Keep a copy of the folder beside it, for `reset`."""
+        shutil.copytree(self.folder, self._kept, symlinks=True)
+
+    def reset(self) -> "Project":
+        """Bring the folder back to what `keep` kept, at its own path: inputs under another path are read again."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.copytree(self._kept, self.folder, symlinks=True)
+        return self
+
+    @property
+    def _kept(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".kept")
+
     def copy(self, folder: Path) -> "Project":
         """The same project elsewhere, with the times of its files."""
         shutil.copytree(self.folder, folder)
         return Project(folder, self.checkout)
+
+
+def fasta_text(name: str, sequences: list[bytes]) -> str:
+    return "".join(f">{name}_{i}\n{sequence.decode()}\n" for i, sequence in enumerate(sequences))
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited too long"
+        time.sleep(0.05)
 
 
 def random_sequences(n: int, seed: int, longest: int = 60) -> list[bytes]:

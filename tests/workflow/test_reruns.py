@@ -24,12 +24,13 @@ def finished(tmp_path_factory):
     project.checkout = folder / "checkout"
     run = project.snakemake()
     assert run.code == 0, run.output
+    project.keep()
     return project, run
 
 
 @pytest.fixture
-def project(finished, tmp_path):
-    return finished[0].copy(tmp_path / "project")
+def project(finished):
+    return finished[0].reset()
 
 
 def rerun(project, *arguments):

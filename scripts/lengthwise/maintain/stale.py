@@ -122,14 +122,17 @@ def restore(store: Path, wanted: Wanted, config: dict) -> None:
 
 
 def discard_stale(store: Path, stale: Iterable[Path]) -> None:
-    """Remove stale files that the plan would take for good: job records, and work orders that are cut short."""
-    for path in stale:
-        if path.parent == store / "jobs":
-            path.unlink()
+    """Remove stale files that would be taken for good: job records, weights.json, the plan, work orders that are cut short.
+
+    The plan judges what is finished by job records and work orders. Snakemake begins with the jobs of the plan that is there, and
+    leaves out what depends on a forced job by `ancient` files alone.
+    """
     record = read_plan_record(store)
     for name in damaged_files(store, record) if record else []:
-        if name.startswith("jobs/"):
-            (store / "plan" / name).unlink(missing_ok=True)
+        (store / "plan" / name).unlink(missing_ok=True)
+    for path in stale:
+        if path.parent == store / "jobs" or path in (store / "weights.json", store / "plan" / "jobs.tsv"):
+            path.unlink(missing_ok=True)
     remove_leftovers(store)
 
 

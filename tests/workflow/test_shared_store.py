@@ -1,0 +1,245 @@
+"""A dataset belongs to the file that the config names, whatever folder a run begins in and whatever Snakemake's notes say.
+
+What is served is judged by ids and digests against the FASTA file.
+"""
+
+import gzip
+import io
+import os
+import shutil
+import signal
+import subprocess
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from Bio import SeqIO
+from project import Project, Run, fasta_text, random_sequences, wait_for
+
+import lengthwise
+from lengthwise.__main__ import main
+from lengthwise.ingest.digests import digest
+from lengthwise.system.files import read_json
+from lengthwise.system.locks import run_lock_holder
+
+A, B, C = (random_sequences(6, seed=seed) for seed in (1, 2, 3))
+NOTHING: Counter = Counter()
+
+
+def served(project: Project, dataset: str) -> dict[str, bytes]:
+    """{id: digest} of a dataset; each id's rows are read, and belong to that digest."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*RANDOM WEIGHTS")
+        ds = lengthwise.open(project.store / "datasets" / dataset)
+    records = ds.records[ds.records["status"] != "rejected"]
+    assert [len(rows) for rows in ds] == records["length"].tolist()
+    return dict(zip(records["id"], records["digest"], strict=True))
+
+
+def of_file(path: Path) -> dict[str, bytes]:
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    records = SeqIO.parse(io.StringIO(text.decode()), "fasta")
+    return {record.id: digest(str(record.seq).encode()) for record in records}
+
+
+def reversed_sequences(sequences: list[bytes]) -> list[bytes]:
+    """Other proteins of the same lengths, so that a file of them has the same size."""
+    return [sequence[::-1] for sequence in sequences]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Folder one, with datasets a and b."""
+    project = Project.with_tiny_model(tmp_path_factory.mktemp("shared") / "one", a=A, b=B)
+    assert run(project).code == 0
+    project.keep()
+    return project
+
+
+def run(project: Project, *arguments: str) -> Run:
+    return project.snakemake(*arguments)
+
+
+@pytest.fixture
+def one(finished):
+    return finished.reset()
+
+
+def second_folder(one: Project, folder: Path, **inputs: list[bytes]) -> Project:
+    """Another working folder over the store of `one`, with FASTA files of its own."""
+    two = Project(folder, one.checkout)
+    (folder / "config").mkdir(parents=True)
+    (folder / "in").mkdir()
+    for name, sequences in inputs.items():
+        two.write_fasta(name, sequences)
+    (folder / "results").symlink_to(one.folder / "results")
+    shutil.copy2(one.folder / "tiny.pt", folder / "tiny.pt")
+    two.configure(inputs=["in/*.fasta"], model="tiny.pt")
+    return two
+
+
+@pytest.mark.parametrize("same_size", [False, True], ids=["other-size", "same-size"])
+def test_another_file_of_that_name_in_a_second_folder_is_refused(one, tmp_path, same_size):
+    two = second_folder(one, tmp_path / "two", a=reversed_sequences(A) if same_size else C[:3])
+    os.utime(two.folder / "in/a.fasta", (1e9, 1e9))
+    for _ in range(2):  # a refusal leaves nothing that the next run takes for good
+        ended = run(two)
+        assert ended.code == 1
+        assert ended.rules["plan"] == ended.rules["embed"] == 0
+        (line,) = set(ended.errors)
+        for words in (str(one.folder / "in/a.fasta"), str(two.folder / "in/a.fasta"), "inputs: {", "rm -r "):
+            assert words in line
+    assert served(one, "a") == of_file(one.folder / "in/a.fasta")
+    subprocess.run(line[line.index("rm -r ") :], shell=True, check=True, cwd=two.folder)
+    assert run(two).code == 0
+    assert served(one, "a") == of_file(two.folder / "in/a.fasta")
+
+
+def test_another_name_for_the_second_folders_file_is_accepted(one, tmp_path):
+    two = second_folder(one, tmp_path / "two", a=C)
+    two.configure(inputs={"other": "in/a.fasta"}, model="tiny.pt")
+    assert run(two).code == 0
+    assert served(one, "a") == of_file(one.folder / "in/a.fasta")
+    assert served(one, "other") == of_file(two.folder / "in/a.fasta")
+
+
+def test_the_same_content_under_another_path_is_accepted_and_embeds_nothing(one, tmp_path):
+    two = second_folder(one, tmp_path / "two", a=A, b=B)
+    shards = one.shards()
+    ended = run(two)
+    assert ended.code == 0, ended.output
+    assert ended.rules["embed"] == 0
+    assert one.shards() == shards
+    for project in (one, two):
+        again = run(project)
+        assert again.rules == NOTHING, again.output
+
+
+def replaced_by_copy_p(one):
+    other = one.folder / "other.fasta"
+    other.write_text(fasta_text("x", reversed_sequences(A)))
+    os.utime(other, (1e9, 1e9))
+    subprocess.run(["cp", "-p", other, one.folder / "in/a.fasta"], check=True)
+
+
+def replaced_by_checkout(one):
+    """A file of the same size and another, older time."""
+    (one.folder / "in/a.fasta").write_text(fasta_text("a", reversed_sequences(A)))
+    os.utime(one.folder / "in/a.fasta", (1.1e9, 1.1e9))
+
+
+def retargeted(one):
+    (one.folder / "new.fasta").write_text(fasta_text("a", C))
+    os.utime(one.folder / "new.fasta", (1e9, 1e9))
+    (one.folder / "in/a.fasta").unlink()
+    (one.folder / "in/a.fasta").symlink_to("../new.fasta")
+
+
+@pytest.mark.parametrize("notes", ["kept", "lost"])
+@pytest.mark.parametrize("replace", [replaced_by_copy_p, replaced_by_checkout, retargeted])
+def test_an_older_file_in_an_inputs_place_is_read(one, replace, notes):
+    replace(one)
+    if notes == "lost":
+        shutil.rmtree(one.folder / ".snakemake")
+    before = sorted(one.store.rglob("*"))
+    look = run(one, "--dry-run")
+    assert look.rules["ingest"] == 1
+    assert sorted(one.store.rglob("*")) == before
+    ended = run(one)
+    assert ended.code == 0, ended.output
+    assert ended.rules["ingest"] == 1
+    assert served(one, "a") == of_file(one.folder / "in/a.fasta")
+    assert served(one, "b") == of_file(one.folder / "in/b.fasta")
+    assert run(one).rules == NOTHING
+
+
+def test_a_compressed_file_of_other_content_in_a_files_place(one):
+    (one.folder / "in/a.fasta").unlink()
+    (one.folder / "in/a.fasta.gz").write_bytes(gzip.compress(fasta_text("a", C).encode()))
+    one.configure(inputs=["in/*.fasta*"], model="tiny.pt")
+    ended = run(one)
+    assert (ended.code, ended.rules) == (1, NOTHING)
+    assert "a.fasta.gz" in ended.errors[0]
+    subprocess.run(ended.errors[0][ended.errors[0].index("rm -r ") :], shell=True, check=True, cwd=one.folder)
+    assert run(one).code == 0
+    assert served(one, "a") == of_file(one.folder / "in/a.fasta.gz")
+
+
+def test_the_same_content_under_two_names(one):
+    shutil.copy(one.folder / "in/a.fasta", one.folder / "in/twin.fasta")
+    shards = one.shards()
+    assert run(one).code == 0
+    assert one.shards() == shards
+    assert served(one, "a") == served(one, "twin") == of_file(one.folder / "in/a.fasta")
+
+
+def test_a_policy_that_changed_while_the_notes_are_lost_is_applied(one):
+    shutil.rmtree(one.folder / ".snakemake")
+    one.configure(inputs=["in/*.fasta"], model="tiny.pt", long_sequences={"policy": "skip", "max_residues": 30})
+    ended = run(one)
+    assert ended.rules["ingest"] == 2
+    manifest = read_json(one.store / "datasets/a/manifest.json")
+    assert manifest["rejected"] == sum(len(sequence) > 30 for sequence in A)
+
+
+def test_two_folders_one_after_the_other_leave_each_others_datasets(one, tmp_path):
+    two = second_folder(one, tmp_path / "two", c=[*A[:2], *C])
+    files = {path: path.stat().st_mtime_ns for path in (one.store / "datasets").rglob("*")}
+    assert run(two).code == 0
+    assert files.items() <= {path: path.stat().st_mtime_ns for path in (one.store / "datasets").rglob("*")}.items()
+    shards = one.shards()
+    for project in (one, two, one):
+        ended = run(project)
+        assert ended.code == 0, ended.output
+        assert one.shards() == shards
+        assert {ended.rules[rule] for rule in ("ingest", "embed", "assemble")} == {0}
+        for name, folder in (("a", one), ("b", one), ("c", two)):
+            assert served(one, name) == of_file(folder.folder / f"in/{name}.fasta")
+    assert main_verify(one) == 0
+
+
+def main_verify(project: Project) -> int:
+    return main(["verify", str(project.store)])
+
+
+def test_two_runs_at_once_are_one_run_and_one_line(one, tmp_path):
+    two = second_folder(one, tmp_path / "two", c=C)
+    one.write_fasta("slow", random_sequences(400, seed=9, longest=900))
+    first = subprocess.Popen(
+        one.command(), cwd=one.folder, env=one.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        wait_for(lambda: (one.store / "run.lock").exists() and read_lock(one) == first.pid)
+        for project, where in ((two, [str(one.folder), "at work in this store"]), (one, ["at work here"])):
+            ended = run(project)
+            assert (ended.code, ended.rules) == (1, NOTHING)
+            (line,) = set(ended.errors)
+            for words in (f"process {first.pid}", *where):
+                assert words in line
+        look = run(two, "--dry-run")
+        assert (look.code, look.rules["embed"]) == (0, 0)
+        assert first.wait(timeout=600) == 0, first.stdout.read()
+    finally:
+        first.kill()
+        first.communicate()
+    assert run(two).code == 0
+    for name, project in (("slow", one), ("a", one), ("c", two)):
+        assert served(one, name) == of_file(project.folder / f"in/{name}.fasta")
+
+
+def read_lock(project: Project) -> int | None:
+    return (run_lock_holder(project.store) or {}).get("process")
+
+
+def test_the_lock_dies_with_its_process(one):
+    one.write_fasta("slow", random_sequences(400, seed=9, longest=900))
+    first = subprocess.Popen(
+        one.command(), cwd=one.folder, env=one.environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+    )
+    wait_for(lambda: read_lock(one) == first.pid)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    wait_for(lambda: read_lock(one) is None)
+    assert run(one, "--unlock").code == 0
+    assert run(one).code == 0
