@@ -7,6 +7,7 @@ import re
 from collections.abc import Set
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 
 from lengthwise.export.source import Source
@@ -23,7 +24,7 @@ def write_pt(source: Source, folder: Path, names: list[str]) -> int:
     ambiguous = source.ids_sharing("lower(id)")
     with open(folder / "files.tsv", "w", newline="") as table:
         rows = csv.writer(table, delimiter="\t", lineterminator="\n")
-        rows.writerow(["id", "file"])
+        rows.writerow(["id", "file", "bytes", "crc32c"])
         n = 0
         for protein in source.proteins(names):
             n += 1
@@ -34,8 +35,9 @@ def write_pt(source: Source, folder: Path, names: list[str]) -> int:
             buffer = io.BytesIO()
             torch.save(result, buffer)
             name = file_name(protein.id, ambiguous)
-            (folder / name).write_bytes(buffer.getbuffer())
-            rows.writerow([protein.id, name])
+            content = buffer.getvalue()
+            (folder / name).write_bytes(content)
+            rows.writerow([protein.id, name, len(content), f"{google_crc32c.value(content):08x}"])
     return n
 
 

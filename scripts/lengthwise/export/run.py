@@ -15,6 +15,7 @@ from lengthwise.export.h5 import write_h5
 from lengthwise.export.parquet import write_parquet
 from lengthwise.export.pt import write_pt
 from lengthwise.export.source import Source
+from lengthwise.store.receipts import protein_files, write_receipt
 from lengthwise.store.sizes import tensors_of
 from lengthwise.system.files import fsync_folder, scratch_folder, writing
 from lengthwise.system.locks import lock, shared_store_lock
@@ -54,10 +55,21 @@ def export(dataset: Path, kind: str, memory_bytes: int = 1 << 30) -> int:
             Source(dataset, part.with_name("spill"), memory_bytes) as source,
         ):
             source.require_space(part, kind)
-            return _WRITERS[kind](source, part, tensors_of(kind, source.settings))
+            n = _WRITERS[kind](source, part, tensors_of(kind, source.settings))
+            _write_receipt(part, kind, n, source.index_sha256)
+            return n
     except (OSError, pa.ArrowException, duckdb.Error) as error:
         reason = " ".join(str(error).split())[:300]
         raise LengthwiseError(f"{folder}: cannot be made: {reason}; mend that and run again") from error
+
+
+def _write_receipt(folder: Path, kind: str, entries: int, index_sha256: str) -> None:
+    """Write the receipt of a finished export."""
+    proteins = protein_files(folder) if kind == "pt" else []
+    counted = {"files": len(proteins), "bytes": sum(entry.stat().st_size for entry in proteins)}
+    origin = {"kind": kind, "index_sha256": index_sha256, "entries": entries}
+    names = {*os.listdir(folder)} - {entry.name for entry in proteins}
+    write_receipt(folder, names, **origin, **({"proteins": counted} if kind == "pt" else {}))
 
 
 @contextmanager

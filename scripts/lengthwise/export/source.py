@@ -18,6 +18,7 @@ from lengthwise.store.lookup import read_pages
 from lengthwise.store.manifest import read_manifest
 from lengthwise.store.shard import Shard
 from lengthwise.store.sizes import export_bytes
+from lengthwise.system.files import read_json, sha256
 from lengthwise.system.text import size
 
 # The size of a batch of pooled vectors.
@@ -45,10 +46,15 @@ class Source:
     memory_bytes
         The limit of DuckDB's memory; beyond it sorting spills to `spill`.
 
+    Attributes
+    ----------
+    index_sha256
+        The checksum of the index.
+
     Raises
     ------
     LengthwiseError
-        The manifest is missing or damaged.
+        The manifest is missing or damaged, or the index is damaged.
     OSError
         The index is damaged.
     """
@@ -59,11 +65,11 @@ class Source:
         self.settings = self.manifest["settings"]
         self.layer = self.settings["layers"][0]
         self.store = dataset.resolve().parent.parent
-        self.sequences = str(self.store / "inputs" / self.manifest["dataset"] / "sequences.parquet")
+        self.sequences = self.store / "inputs" / self.manifest["dataset"] / "sequences.parquet"
         self.database = duckdb.connect(
             config={"memory_limit": f"{memory_bytes}B", "temp_directory": str(spill), "threads": 1}
         )
-        read_pages(dataset / "index.parquet")  # DuckDB does not check the checksums of pages
+        self.index_sha256 = _require_undamaged(dataset / "index.parquet", self.manifest)
         index = str(dataset / "index.parquet").replace("'", "''")  # CREATE VIEW takes no parameters
         self.database.execute(
             f"CREATE VIEW records AS SELECT * FROM read_parquet('{index}') WHERE status <> 'rejected'"
@@ -124,7 +130,8 @@ class Source:
         """
         key, join, parameters = "NULL", "", []
         if with_key:
-            key, parameters = "key", [self.sequences]
+            key, parameters = "key", [str(self.sequences)]
+            _require_undamaged(self.sequences, read_json(self.sequences.with_name("summary.json")))
             join = " JOIN (SELECT digest, sha256(decode(sequence) || '_' || length) AS key FROM read_parquet(?)) USING (digest)"
         reader = self.database.sql(
             f"SELECT id, {key} AS key, digest, shard, sequence_no, row_start, length, min(record_no) AS record_no"
@@ -175,3 +182,14 @@ class Source:
 
     def __exit__(self, *_: object) -> None:
         self.database.close()
+
+
+def _require_undamaged(table: Path, record: dict) -> str:
+    """Refuse a damaged table; returns its checksum, which `record` has in its "files"."""
+    found = sha256(table)
+    expected = record.get("files", {}).get(table.name)
+    if expected is None:  # of an earlier version
+        read_pages(table)  # DuckDB does not check the checksums of pages
+    elif expected["sha256"] != found:
+        raise LengthwiseError(f"{table}: damaged; remove it and run snakemake again")
+    return found

@@ -8,10 +8,9 @@ import pyarrow.parquet as pq
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.maintain.cleanup import leftovers, remove
-from lengthwise.maintain.quarantine import QUARANTINE_ENDING
 from lengthwise.plan.planner import read_jobs
 from lengthwise.store.manifest import read_manifest
-from lengthwise.store.paths import job_record_path, work_order_path
+from lengthwise.store.paths import QUARANTINE_ENDING, job_record_path, work_order_path
 from lengthwise.system.files import read_json
 from lengthwise.system.locks import exclusive_store_lock
 

@@ -9,10 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from lengthwise.errors import LengthwiseError
+from lengthwise.store.paths import QUARANTINE_ENDING
 from lengthwise.system.files import fsync_folder
 
-# The ending of quarantined files.
-QUARANTINE_ENDING = ".damaged"
 # Causes in the file itself (None: its content). Others, such as a missing permission, say nothing about the file.
 _FILE_ERRORS = {None, errno.EIO, errno.ENOENT}
 

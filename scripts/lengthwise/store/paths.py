@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+# The ending of quarantined files.
+QUARANTINE_ENDING = ".damaged"
 _COMPRESSION_ENDING = re.compile(r"\.(gz|bgz|zst)$", re.IGNORECASE)
 _FASTA_ENDING = re.compile(r"\.(fasta|fas|fa|faa|fsa|mpfa|pep|seq)$", re.IGNORECASE)
 

@@ -3,6 +3,7 @@
 import csv
 import functools
 import hashlib
+import json
 import os
 import resource
 import shutil
@@ -28,10 +29,11 @@ from lengthwise.export.pt import file_name
 from lengthwise.export.run import export
 from lengthwise.maintain.cleanup import leftovers, remove
 from lengthwise.store.layout import layout
-from lengthwise.store.paths import shard_path
+from lengthwise.store.paths import QUARANTINE_ENDING, shard_path
+from lengthwise.store.receipts import RECEIPT, read_receipt, why_exported_again
 from lengthwise.store.settings import fingerprint
 from lengthwise.store.shard import Shard
-from lengthwise.system.files import write_json
+from lengthwise.system.files import read_json, sha256, write_json
 from lengthwise.system.locks import exclusive_store_lock
 
 KINDS = ("h5", "pt", "biotrainer", "parquet")
@@ -140,7 +142,7 @@ def test_pt_has_what_extract_py_writes(exported, store):
     with open(folder / "pt" / "files.tsv", newline="") as table:
         rows = list(csv.DictReader(table, delimiter="\t"))
     assert sorted(row["id"] for row in rows) == sorted(ds.ids)
-    assert {path.name for path in (folder / "pt").iterdir()} == {row["file"] for row in rows} | {"files.tsv"}
+    assert {path.name for path in (folder / "pt").iterdir()} == {row["file"] for row in rows} | {"files.tsv", RECEIPT}
     pooled = {(kind, n): ds.layer(n).pooled(kind) for kind in ("mean", "bos") for n in (1, 2)}
     for row in rows:
         loaded = torch.load(folder / "pt" / row["file"], weights_only=True)
@@ -158,7 +160,7 @@ def test_pt_has_what_extract_py_writes(exported, store):
 
 def test_pt_files_have_safe_names_that_differ_whatever_the_case(exported):
     folder, _ = exported
-    names = [path.name for path in (folder / "pt").iterdir()]
+    names = [path.name for path in (folder / "pt").iterdir() if path.name != RECEIPT]
     assert "sp|P00003|NAME_3.pt" in names
     assert len({name.lower() for name in names}) == len(names)
     assert all(name[0] not in ".-" and len(name) < 256 and name.isascii() and "/" not in name for name in names)
@@ -175,7 +177,7 @@ def test_biotrainer_finds_every_sequence_by_its_hash_and_others_every_id(exporte
     sequences = {record_id: sequence for record_id, sequence in _records(store) if record_id in ds}
     means = dict(zip(ds.ids, ds.pooled("mean"), strict=True))
     names = ("embeddings_file_tiny.h5", "reduced_embeddings_file_tiny.h5")
-    assert {path.name for path in (folder / "biotrainer").iterdir()} == set(names)
+    assert {path.name for path in (folder / "biotrainer").iterdir()} == {*names, RECEIPT}
     with (
         h5py.File(folder / "biotrainer" / names[0]) as residues,
         h5py.File(folder / "biotrainer" / names[1]) as reduced,
@@ -289,7 +291,7 @@ def test_what_a_killed_export_left_is_gone_after_the_next(small):
     assert all(path.name.startswith(".") for path in (small / "exports").iterdir())
     assert content(small / "exports") != {}
     export(small, "parquet")
-    assert content(small / "exports").keys() == {Path("parquet/pooled.parquet")}
+    assert content(small / "exports").keys() == {Path("parquet/pooled.parquet"), Path("parquet") / RECEIPT}
 
 
 KILLED_IN_RENAME = """
@@ -332,7 +334,8 @@ def test_a_record_that_is_gone_has_no_file_after_the_next_export(small):
 def test_exports_at_once_end_with_one_whole_export(small):
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(export, [small] * 3, ["h5"] * 3)) == [12] * 3
-    assert content(small / "exports").keys() == {Path("h5/per-residue.h5"), Path("h5/per-protein.h5")}
+    names = ("per-residue.h5", "per-protein.h5", RECEIPT)
+    assert content(small / "exports").keys() == {Path("h5") / name for name in names}
     with h5py.File(small / "exports" / "h5" / "per-residue.h5") as file:
         assert len(file) == 12
 
@@ -388,8 +391,80 @@ def test_a_damaged_index_is_not_exported(small, kind, refused):
     content = path.read_bytes()
     path.write_bytes(content.replace(b"p11", b"p12", 1))
     assert "p12" in pd.read_parquet(path)["id"].tolist()
+    with refused(str(path), "damaged"):
+        export(small, kind)
+    of_an_earlier_version(small)
     with refused("exports", "cannot be made"):
         export(small, kind)
+
+
+def of_an_earlier_version(dataset: Path) -> None:
+    """Take the checksums of files out of a dataset's records."""
+    for path in (dataset / "manifest.json", dataset.parents[1] / "inputs" / dataset.name / "summary.json"):
+        record = read_json(path)
+        del record["files"]
+        path.write_text(json.dumps(record))
+
+
+def test_damaged_sequences_give_no_keys(small, refused):
+    path = small.parents[1] / "inputs" / "a" / "sequences.parquet"
+    pq.write_table(pq.read_table(path)[1:], path)
+    with refused(str(path), "damaged"):
+        export(small, "biotrainer")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_receipt_tells_what_an_export_is_and_whether_it_is_whole(small, kind):
+    folder, index = small / "exports" / kind, sha256(small / "index.parquet")
+    export(small, kind)
+    receipt = read_receipt(folder)
+    assert (receipt["kind"], receipt["index_sha256"], receipt["entries"]) == (kind, index, 12)
+    assert receipt["files"] == {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in folder.iterdir()
+        if path.suffix != ".pt" and path.name != RECEIPT
+    }
+    assert why_exported_again(folder, index) == why_exported_again(folder, None) == ""
+    assert "another index" in why_exported_again(folder, "0" * 64)
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        if path.suffix != ".pt":
+            assert path.name in why_exported_again(folder, index)
+        path.unlink()
+        if path.name != RECEIPT:
+            assert why_exported_again(folder, index) != ""
+        path.write_bytes(content)
+    assert why_exported_again(folder, index) == ""
+
+
+def test_a_pt_export_lists_size_and_checksum_of_each_file(small):
+    export(small, "pt")
+    folder = small / "exports" / "pt"
+    table = pd.read_csv(folder / "files.tsv", sep="\t", dtype={"crc32c": str})
+    assert table["bytes"].tolist() == [(folder / name).stat().st_size for name in table["file"]]
+    checksums = [f"{google_crc32c.value((folder / name).read_bytes()):08x}" for name in table["file"]]
+    assert table["crc32c"].tolist() == checksums
+    assert read_receipt(folder)["proteins"] == {"files": 12, "bytes": table["bytes"].sum()}
+
+
+def test_an_export_without_a_receipt_is_of_an_earlier_version_and_one_in_quarantine_is_made_again(small):
+    export(small, "h5")
+    folder, index = small / "exports" / "h5", sha256(small / "index.parquet")
+    receipt = folder / RECEIPT
+    receipt.rename(folder / f"{RECEIPT}{QUARANTINE_ENDING}")
+    assert RECEIPT in why_exported_again(folder, index)
+    (folder / f"{RECEIPT}{QUARANTINE_ENDING}").unlink()
+    assert why_exported_again(folder, index) == ""
+    assert why_exported_again(small / "exports" / "pt", index) == ""  # not there at all
+
+
+def test_whether_an_export_is_whole_is_asked_without_a_library():
+    """The question is asked whenever the workflow is parsed."""
+    code = "import sys, lengthwise.store.receipts; print({'numpy', 'pyarrow', 'duckdb', 'torch'} & sys.modules.keys())"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.stdout == "set()\n", run.stderr
 
 
 @pytest.fixture
