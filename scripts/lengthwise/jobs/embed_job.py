@@ -24,12 +24,12 @@ from lengthwise.jobs.heartbeat import Heartbeat
 from lengthwise.jobs.parity import ParityError, receipt
 from lengthwise.jobs.pipeline import Progress, ShardPipeline
 from lengthwise.plan.work_orders import PlannedShard, read_work_order
-from lengthwise.store.paths import shard_path
+from lengthwise.store.paths import find_metrics, shard_path
 from lengthwise.store.settings import require as require_settings
 from lengthwise.store.settings import shape_of
 from lengthwise.store.shard import Shard, is_complete
 from lengthwise.store.weights import require_unchanged
-from lengthwise.system.files import write_json, writing
+from lengthwise.system.files import facts, write_json, writing
 from lengthwise.system.text import count
 from lengthwise.system.versions import git_commit
 
@@ -66,7 +66,7 @@ def embed_job(
     work_order
         The job's work order.
     job_record
-        The JSON file to write last: shards, versions, device, timings.
+        The JSON file to write last: shards, checksums of their metrics, versions, device, timings.
     device
         cuda, cpu, or auto: the store's own.
     batch_tokens
@@ -155,6 +155,7 @@ def _contents(store: Path, shards: list[PlannedShard], made: set[str]) -> dict:
     too_long = [s.name for s in shards if (Shard(shard_path(store, s.name))["status"] == Status.DOES_NOT_FIT).any()]
     return {
         "shards": {shard.name: shard_path(store, shard.name).stat().st_size for shard in shards},
+        "metrics": {s.name: facts(path) for s in shards if (path := find_metrics(store, s.name))},
         "does_not_fit": too_long,
         "made": [shard.name for shard in shards if shard.name in made],
         "sequences": sum(len(shard.lengths) for shard in shards),

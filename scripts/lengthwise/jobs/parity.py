@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ def receipt(
         An error is above the bound.
     """
     path = _path(store, maker)
-    if path.exists():
+    with suppress(FileNotFoundError, LengthwiseError):  # a damaged one is made again
         return read_json(path, "parity")["parity"]
     chosen = _choose(store, settings, shards)
     if not chosen:

@@ -8,8 +8,7 @@ import pandas as pd
 
 from lengthwise.esm2.costs import ASSUMED_FLOPS, forecast_seconds
 from lengthwise.esm2.shapes import ModelConfig
-from lengthwise.store.metrics import read_metrics
-from lengthwise.store.paths import find_metrics
+from lengthwise.store.metrics import find_undamaged, read_metrics
 from lengthwise.store.settings import shape_of
 from lengthwise.system.files import read_json
 from lengthwise.system.machine import READ_BYTES_PER_SECOND
@@ -119,7 +118,7 @@ def measured_here(store: Path, settings: dict, shape: ModelConfig) -> list[Rate]
         paths = [paths[i] for i in np.linspace(0, len(paths) - 1, MAX_JOBS).astype(int)]
     job_records = [job_record for path in paths if (job_record := read_json(path))["made"]]
     shards = [shard for job_record in job_records for shard in job_record["made"]]
-    rows = read_metrics(path for shard in shards if (path := find_metrics(store, shard)))
+    rows = read_metrics(find_undamaged(store, shards, job_records))
     if not len(rows):
         return []
     mean = (rows["n_tokens"] / rows["n_sequences"]).astype(

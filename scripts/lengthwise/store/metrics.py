@@ -1,5 +1,6 @@
 """Batch metrics: a Parquet file per shard with a row for each forward pass."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,7 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.dataset import ParquetFileFormat, dataset
 
-from lengthwise.system.files import atomic, writing
+from lengthwise.store.lookup import read_pages
+from lengthwise.store.paths import find_metrics
+from lengthwise.system.files import atomic, sha256, writing
+
+log = logging.getLogger("lengthwise")
 
 # wall_ms: host time since the job's previous batch finished. On a CPU, where several batches run at once, the batch's share of
 #   it. The rows of a job add up to its time without the model's load.
@@ -53,6 +58,31 @@ def write_metrics(path: Path, rows: list[dict]) -> None:
     """Write the rows of one shard's batches atomically."""
     with atomic(path) as part, writing(path):
         pq.write_table(pa.Table.from_pylist(rows, METRICS), part, write_page_checksum=True)
+
+
+def find_undamaged(store: Path, shards: Iterable[str], job_records: list[dict]) -> list[Path]:
+    """The files with the metrics of these shards. A damaged one is left out and named in the log: it cannot be made again.
+
+    Parameters
+    ----------
+    store, shards
+        The store and the names of its shards.
+    job_records
+        The records of their jobs, which have the checksums of the files. Those of earlier versions have none.
+    """
+    expected = {shard: each for record in job_records for shard, each in record.get("metrics", {}).items()}
+    found = []
+    for shard in shards:
+        if path := find_metrics(store, shard):
+            try:
+                if shard not in expected:
+                    read_pages(path)
+                elif sha256(path) != expected[shard]["sha256"]:
+                    raise ValueError("another checksum")
+                found.append(path)
+            except (OSError, ValueError, pa.ArrowException) as error:
+                log.warning("%s: damaged (%s); these metrics are left out", path, str(error).partition("\n")[0])
+    return found
 
 
 def read_metrics(paths: Iterable[Path]) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from lengthwise.jobs import embed_job, pipeline
 from lengthwise.store.paths import job_record_path, metrics_path
 from lengthwise.store.shard import Shard
 from lengthwise.store.shard_writer import ShardWriter
-from lengthwise.system.files import read_json
+from lengthwise.system.files import facts, read_json
 
 # Float32 sums in another order, relative to the RMS: see test_model.
 FLOAT32_TOLERANCE = 2e-5
@@ -99,6 +99,7 @@ def test_a_job_record_says_what_was_made(new):
     assert read_json(job_record_path(store.path, job)) == job_record
     assert list(job_record["shards"]) == job_record["made"] == work_order["shard"].drop_duplicates().tolist()
     assert job_record["shards"] == {shard: store.shard_path(shard).stat().st_size for shard in job_record["made"]}
+    assert job_record["metrics"] == {shard: facts(metrics_path(store.path, shard)) for shard in job_record["made"]}
     assert (job_record["job"], job_record["sequences"], job_record["residues"]) == (
         job,
         len(work_order),
@@ -106,6 +107,15 @@ def test_a_job_record_says_what_was_made(new):
     )
     assert job_record["versions"]["torch"] == torch.__version__
     assert job_record["load_seconds"] > 0
+
+
+def test_a_job_record_leaves_out_metrics_that_are_missing(new):
+    store, job = new()
+    first = store.embed(job)
+    job_record_path(store.path, job).unlink()
+    gone, *rest = first["shards"]
+    metrics_path(store.path, gone).unlink()
+    assert store.embed(job)["metrics"] == {shard: first["metrics"][shard] for shard in rest}
 
 
 def test_metrics_have_the_columns_of_the_design_and_count_every_residue(new):

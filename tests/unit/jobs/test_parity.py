@@ -16,6 +16,7 @@ from lengthwise.jobs import embed_job, parity
 from lengthwise.store.paths import job_record_path
 from lengthwise.store.shard import Shard
 from lengthwise.store.shard_writer import ShardWriter
+from lengthwise.system.files import read_json
 
 
 @pytest.fixture
@@ -93,6 +94,17 @@ def test_a_device_is_compared_once_and_again_with_other_versions(new, references
     files = [json.loads(path.read_text()) for path in (store.path / "parity").iterdir()]
     assert sorted(file["versions"]["torch"] for file in files) == sorted([torch.__version__, "9.9"])
     assert all(file["device"] == first["device"] for file in files)
+
+
+@pytest.mark.parametrize("text", ["", "{}"])
+def test_a_damaged_receipt_is_made_again(new, references, text):
+    store, jobs = new(job_seconds=1e-9)
+    first = store.embed(jobs[0])
+    (path,) = (store.path / "parity").iterdir()
+    path.write_text(text)
+    store.embed(jobs[1])
+    assert len(references) == 2
+    assert read_json(path)["device"] == first["device"]
 
 
 def assert_it_fails(store, job, refused, *words):
