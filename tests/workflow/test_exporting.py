@@ -16,6 +16,7 @@ FILES = {
     "biotrainer/reduced_embeddings_file_demo.h5",
     "parquet/pooled.parquet",
     "pt/files.tsv",
+    *(f"{kind}/receipt.json" for kind in KINDS),
 }
 
 

@@ -1,6 +1,8 @@
 """Summarize: write the report's tables, figures and page. Captions of figures are in page.html."""
 
+import logging
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import jinja2
@@ -14,14 +16,16 @@ from lengthwise.report import figures, tables
 from lengthwise.report.pca import Projection, project
 from lengthwise.report.study.facts import study_facts
 from lengthwise.report.study.fits import Fit, as_table, fit_all
-from lengthwise.report.study.schema import no_study, read_scaling
+from lengthwise.report.study.schema import SCALING, no_study, read_scaling
 from lengthwise.report.svg import Plot, save
 from lengthwise.report.words import MEASURES, measures_in_words
-from lengthwise.store.metrics import read_encoded
-from lengthwise.store.paths import find_metrics, job_record_path
+from lengthwise.store.metrics import find_undamaged, read_encoded
+from lengthwise.store.paths import QUARANTINE_ENDING, job_record_path
+from lengthwise.store.receipts import write_receipt
 from lengthwise.store.settings import require, shape_of
-from lengthwise.system.files import atomic, read_json
+from lengthwise.system.files import atomic, read_json, writing
 
+log = logging.getLogger("lengthwise")
 STUDY_FIGURES = ("scaling_memory", "no_grad", "half_precision", "copies", "scaling_throughput", "scaling_time")
 FIGURES = ("throughput", "memory", "time", "fill", *STUDY_FIGURES, "map")
 STUDY_OFF = "The scaling study is off; with scaling: true in the config, the next run measures it."
@@ -44,7 +48,7 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
         The table that `lengthwise.report.study.measure.scaling` wrote; None leaves the study out of the report.
     out
         The folder for the tables (`lengthwise.report.tables.COLUMNS`) as TSV and Parquet, an SVG and a PNG of each of
-        `FIGURES` (of one that cannot be drawn an SVG that says why), and index.html, which is last.
+        `FIGURES` (of one that cannot be drawn an SVG that says why), index.html, and last the receipt of these files.
 
     Returns
     -------
@@ -55,18 +59,19 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
     Raises
     ------
     LengthwiseError
-        A job has no job record: it is not finished.
+        A job has no job record: it is not finished. Or the study's table is damaged.
     """
     settings = require(store)
     job_records = _read_job_records(store, jobs_tsv)
     shards = list(dict.fromkeys(shard for job_record in job_records for shard in job_record["shards"]))
-    present = [path for shard in shards if (path := find_metrics(store, shard))]
+    present = find_undamaged(store, shards, job_records)
     metrics = read_encoded(present)
     tables.write({"metrics": metrics}, out)
     batches = tables.batches(metrics, job_records)
     del metrics  # large where there are millions of batches
     bins, jobs, devices = tables.bin_by_length(batches), tables.jobs(job_records, batches), tables.devices(batches)
-    study = read_scaling(scaling) if scaling else no_study()
+    kept = _kept_study(out / SCALING) if scaling is None else _measured_study(scaling)
+    study = no_study() if scaling is None or kept is None else kept
     found = fit_all(study)
     ledger = [read_json(manifest) | {"dataset": name} for name, manifest in datasets.items()]
     projection, no_map = project(store, settings, datasets)
@@ -79,7 +84,9 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
         "laws": as_table(found),
         "map": projection.records if projection else no_records,
     }
-    _write_tables(written, study, scaling, out)
+    tables.write(written, out)
+    tables.write_columns(out)
+    tables.write_parquet(study if kept is None else kept, out / "scaling.parquet")
     facts = _facts(settings, job_records, batches, devices, ledger)
     facts |= {"shards": len(shards), "missing_metrics": len(shards) - len(present)}
     page = _template().render(
@@ -108,15 +115,37 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
     )
     with atomic(out / "index.html") as part:
         part.write_text(page, encoding="utf-8")
+    write_receipt(out, _written_files(written, kept, out), datasets=list(datasets))
     return facts
 
 
-def _write_tables(written: dict[str, pd.DataFrame], study: pd.DataFrame, scaling: Path | None, out: Path) -> None:
-    """Write the tables, their columns' meanings, and the Parquet copy of the study."""
-    tables.write(written, out)
-    tables.write_columns(out)
-    kept = scaling or out / "scaling.tsv"  # the study of an earlier run
-    tables.write_parquet(read_scaling(kept) if kept.exists() else study, out / "scaling.parquet")
+def _measured_study(scaling: Path) -> pd.DataFrame:
+    """The study; a damaged one is put into quarantine, so that the next run measures it again."""
+    try:
+        return read_scaling(scaling)
+    except LengthwiseError as error:
+        with writing(scaling):
+            scaling.rename(scaling.with_name(scaling.name + QUARANTINE_ENDING))
+        raise LengthwiseError(f"{error}; it is in quarantine: run snakemake again, which measures it again") from error
+
+
+def _kept_study(scaling: Path) -> pd.DataFrame | None:
+    """The study of an earlier run, for its Parquet copy; None if there is none, or a damaged one."""
+    try:
+        return read_scaling(scaling)
+    except FileNotFoundError:
+        return None
+    except LengthwiseError as error:
+        log.warning("%s; it is left out", error)
+        return None
+
+
+def _written_files(written: Iterable[str], kept: pd.DataFrame | None, out: Path) -> list[str]:
+    """The files of the report."""
+    names = [f"{table}.{ending}" for table in ("metrics", *written) for ending in ("tsv", "parquet")]
+    names += ["columns.tsv", "scaling.parquet", "index.html", *([] if kept is None else [SCALING])]
+    names += [f"{figure}.{ending}" for figure in FIGURES for ending in ("svg", "png")]
+    return [name for name in names if (out / name).exists()]
 
 
 def _read_job_records(store: Path, jobs_tsv: Path) -> list[dict]:
@@ -228,8 +257,14 @@ def _with_measure(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _parity(store: Path) -> list[dict]:
-    """The parity receipts: comparisons with fair-esm, one for each device and set of versions."""
-    return [read_json(path, "device", "versions", "parity") for path in sorted((store / "parity").glob("*.json"))]
+    """The undamaged parity receipts: comparisons with fair-esm, one for each device and set of versions."""
+    found = []
+    for path in sorted((store / "parity").glob("*.json")):
+        try:
+            found.append(read_json(path, "device", "versions", "parity"))
+        except LengthwiseError as error:
+            log.warning("%s; it is left out", error)
+    return found
 
 
 def _versions(job_records: list[dict]) -> dict[str, str]:

@@ -21,6 +21,16 @@ def write_receipt(folder: Path, names: Iterable[str], **origin: object) -> None:
     write_json(folder / RECEIPT, {**origin, "files": {name: facts(folder / name) for name in sorted(names)}})
 
 
+def add_to_receipt(folder: Path, name: str) -> None:
+    """Add a file to the receipt of a folder whose other files another rule writes."""
+    try:
+        receipt = read_receipt(folder) or {"files": {}}
+    except LengthwiseError:  # the other rule writes it again
+        receipt = {"files": {}}
+    receipt["files"][name] = facts(folder / name)
+    write_json(folder / RECEIPT, receipt)
+
+
 def read_receipt(folder: Path) -> dict | None:
     """The receipt of a folder; None where there is none: an earlier version made the folder, or nothing is there yet.
 
@@ -36,6 +46,14 @@ def read_receipt(folder: Path) -> dict | None:
         if path.with_name(RECEIPT + QUARANTINE_ENDING).exists():
             raise LengthwiseError(f"{path}: is in quarantine; run snakemake: it is made again") from None
         return None
+
+
+def checksums_of(folder: Path) -> dict[str, str]:
+    """{file: SHA-256} from the receipt of a folder; empty where it says none."""
+    try:
+        return {name: each["sha256"] for name, each in (read_receipt(folder) or {"files": {}})["files"].items()}
+    except LengthwiseError:
+        return {}
 
 
 def damaged_files(folder: Path) -> list[str]:

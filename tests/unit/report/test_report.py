@@ -1,7 +1,9 @@
 """The report: its tables, figures and page agree with the metrics, job records and study of a store."""
 
 import json
+import os
 import re
+import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
 from html.parser import HTMLParser
@@ -19,12 +21,14 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.plan.planner import JOBS_COLUMNS
 from lengthwise.report import summarize
-from lengthwise.report.study.schema import COLUMNS
+from lengthwise.report.study.schema import COLUMNS, read_scaling
 from lengthwise.report.tables import COLUMNS as MEANINGS
 from lengthwise.store.layout import layout
 from lengthwise.store.metrics import METRICS, write_metrics
-from lengthwise.store.paths import job_record_path, metrics_path, shard_path
+from lengthwise.store.paths import QUARANTINE_ENDING, job_record_path, metrics_path, shard_path
+from lengthwise.store.receipts import RECEIPT, damaged_files, read_receipt, reported_datasets
 from lengthwise.store.settings import fingerprint
+from lengthwise.system.files import facts, read_json
 
 SETTINGS = {
     "model": "demo",
@@ -548,6 +552,100 @@ def test_a_study_that_was_measured_outlasts_a_report_without_it(store):
     _, page = store.summarize()
     assert "The scaling study is off" in page
     assert {name: (out / name).read_bytes() for name in names} == before
+
+
+def test_the_receipt_vouches_for_every_file_and_names_the_datasets(whole):
+    store, _ = whole
+    out = store.folder / "report"
+    receipt = read_receipt(out)
+    names = {path.name for path in out.iterdir()} - {RECEIPT}
+    assert receipt["files"] == {name: facts(out / name) for name in names}
+    assert reported_datasets(out) == receipt["datasets"] == ["a"]
+    assert damaged_files(out) == []
+
+
+def test_damaged_files_of_a_report_are_named(whole, tmp_path):
+    out = Path(shutil.copytree(whole[0].folder / "report", tmp_path / "report"))
+    (out / "jobs.tsv").unlink()
+    os.truncate(out / "map.svg", 100)
+    assert sorted(damaged_files(out)) == ["jobs.tsv", "map.svg"]
+    os.truncate(out / RECEIPT, 100)
+    assert (damaged_files(out), reported_datasets(out)) == ([RECEIPT], None)
+    (out / RECEIPT).rename(out / f"{RECEIPT}{QUARANTINE_ENDING}")
+    assert damaged_files(out) == [RECEIPT]
+    (out / f"{RECEIPT}{QUARANTINE_ENDING}").unlink()
+    assert (damaged_files(out), reported_datasets(out)) == ([], None)  # of an earlier version
+
+
+SPOILED_STUDIES = {
+    "empty": lambda content: b"",
+    "no columns": lambda content: b"\n",
+    "cut": lambda content: content[: len(content) // 2],
+    "no text": lambda content: b"\xff" + content[1:],
+    "another number": lambda content: content[:-40] + content[-40:].replace(b"8", b"7"),
+    "another word": lambda content: content.replace(b"fair-esm", b"fair-esn", 1),
+}
+
+
+@pytest.mark.parametrize("spoiled", SPOILED_STUDIES)
+def test_a_damaged_study_is_one_line_and_goes_out_of_the_way(store, refused, spoiled):
+    store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
+    scaling = store.folder / "report" / "scaling.tsv"
+    content = SPOILED_STUDIES[spoiled](scaling.read_bytes())
+    assert content != scaling.read_bytes()
+    scaling.write_bytes(content)
+    with refused(f"{scaling}: damaged", "in quarantine", "run snakemake again"):
+        summarize.summarize(store.folder, store.folder / "jobs.tsv", store.datasets, scaling, scaling.parent)
+    assert not scaling.exists()
+    assert scaling.with_name(f"scaling.tsv{QUARANTINE_ENDING}").read_bytes() == content
+    assert damaged_files(scaling.parent) == ["scaling.tsv"]
+
+
+@pytest.mark.parametrize("spoiled", [name for name in SPOILED_STUDIES if name != "another number"])
+def test_a_damaged_study_of_an_earlier_version_is_noticed_too(tmp_path, refused, spoiled):
+    study().to_csv(tmp_path / "scaling.tsv", sep="\t", index=False)
+    (tmp_path / "scaling.tsv").write_bytes(SPOILED_STUDIES[spoiled]((tmp_path / "scaling.tsv").read_bytes()))
+    with refused("scaling.tsv: damaged"):
+        read_scaling(tmp_path / "scaling.tsv")
+
+
+@pytest.mark.parametrize("spoiled", SPOILED_STUDIES)
+def test_a_damaged_study_is_left_out_where_the_study_is_off(store, caplog, spoiled):
+    store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
+    scaling = store.folder / "report" / "scaling.tsv"
+    scaling.write_bytes(SPOILED_STUDIES[spoiled](scaling.read_bytes()))
+    store.study = None
+    store.summarize()
+    assert f"{scaling}: damaged" in caplog.text
+    assert pd.read_parquet(scaling.with_suffix(".parquet")).empty
+    assert "scaling.tsv" not in read_receipt(scaling.parent)["files"]
+    caplog.clear()
+    assert damaged_files(scaling.parent) == []
+
+
+@pytest.mark.parametrize("record", ["of this version", "of an earlier version"])
+@pytest.mark.parametrize("spoil", ["emptied", "cut", "flipped"])
+def test_damaged_metrics_count_as_missing(store, caplog, spoil, record):
+    store.job({"s0": batches_of("s0", 40), "s1": batches_of("s1", 40)}).dataset("a")
+    bad = metrics_path(store.folder, "s1")
+    if record == "of this version":
+        path = job_record_path(store.folder, "job0")
+        expected = {shard: facts(metrics_path(store.folder, shard)) for shard in ("s0", "s1")}
+        path.write_text(json.dumps(read_json(path) | {"metrics": expected}))
+    content = bytearray(bad.read_bytes())
+    content[30] ^= 1  # within a page, which has a checksum of its own
+    bad.write_bytes({"emptied": b"", "cut": content[:500], "flipped": content}[spoil])
+    found, _ = store.summarize()
+    assert (found["batches"], found["missing_metrics"]) == (40, 1)
+    assert f"{bad}: damaged" in caplog.text
+
+
+def test_a_damaged_parity_receipt_is_left_out(store, caplog):
+    store.job({"s0": batches_of("s0", 4)}).dataset("a")
+    (store.folder / "parity").mkdir()
+    (store.folder / "parity" / "cpu.json").write_text("")
+    assert "Parity with fair-esm" not in store.summarize()[1]
+    assert "cpu.json: damaged" in caplog.text
 
 
 def test_parity_receipts_are_shown(store):

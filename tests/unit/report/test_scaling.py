@@ -13,6 +13,8 @@ from lengthwise.esm2.model import onednn_serves
 from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.report.study import measure
 from lengthwise.report.study.schema import SERIES, read_scaling
+from lengthwise.store.receipts import RECEIPT, damaged_files, read_receipt, write_receipt
+from lengthwise.system.files import facts
 
 SHAPE = ModelConfig(2, 32, 2)
 LENGTHS = (50, 100, 200, 350, 500, 1500)
@@ -116,6 +118,20 @@ def test_without_time_everything_is_skipped_and_null(weights, tmp_path):
     assert set(rows["status"]) == {measure.SKIPPED_TIME}
     assert rows[["wall_ms", "residues_per_second", "peak_bytes"]].isna().all(axis=None)
     assert read_scaling(tmp_path / "scaling.tsv")["peak_bytes"].isna().all()
+
+
+def test_a_new_study_takes_its_place_in_the_receipt_of_the_report(weights, tmp_path):
+    (tmp_path / "page.html").write_text("the page")
+    write_receipt(tmp_path, ["page.html"], datasets=["a"])
+    for _ in range(2):
+        measure.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=0.0)
+        expected = {name: facts(tmp_path / name) for name in ("page.html", "scaling.tsv")}
+        assert read_receipt(tmp_path) == {"datasets": ["a"], "files": expected}
+        (tmp_path / "scaling.tsv").unlink()
+        assert damaged_files(tmp_path) == ["scaling.tsv"]
+    (tmp_path / RECEIPT).write_text("")
+    measure.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=0.0)
+    assert read_receipt(tmp_path) == {"files": {"scaling.tsv": facts(tmp_path / "scaling.tsv")}}
 
 
 def test_with_little_time_only_long_points_are_skipped(weights, tmp_path):

@@ -35,6 +35,7 @@ from lengthwise.report.study.schema import (
     SKIPPED_MEMORY,
     SKIPPED_TIME,
 )
+from lengthwise.store.receipts import add_to_receipt
 from lengthwise.system.files import atomic
 from lengthwise.system.text import count
 
@@ -104,7 +105,7 @@ def scaling(
     device, precision
         As in the store's settings.
     table
-        The TSV to write.
+        The TSV to write; the receipt in its folder gets its checksum.
     threads
         CPU threads for torch: here a batch runs on all of them, while production gives each core a batch of its own.
     seconds
@@ -147,6 +148,7 @@ def scaling(
     frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
     with atomic(table) as part:
         frame.to_csv(part, sep="\t", index=False)
+    add_to_receipt(table.parent, table.name)
     return frame
 
 

@@ -4,8 +4,15 @@ from pathlib import Path
 
 import pandas as pd
 
+from lengthwise.errors import LengthwiseError
+from lengthwise.store.receipts import checksums_of
+from lengthwise.system.files import sha256
+
+# The table in report/.
+SCALING = "scaling.tsv"
 LENGTHWISE, FAIR_ESM = "lengthwise", "fair-esm"
 OK, SKIPPED_TIME, SKIPPED_MEMORY, OUT_OF_MEMORY = "ok", "skipped_time", "skipped_memory", "out_of_memory"
+STATUSES = (OK, SKIPPED_TIME, SKIPPED_MEMORY, OUT_OF_MEMORY)
 
 # Nullable types where a skipped point has no value.
 COLUMNS = {
@@ -44,9 +51,25 @@ def no_study() -> pd.DataFrame:
 
 
 def read_scaling(table: Path) -> pd.DataFrame:
-    """Read scaling.tsv; columns that an earlier version did not write are null."""
-    study = pd.read_csv(table, sep="\t")
-    if "batch_tokens" not in study:
-        full = study["n_sequences"] > 1
-        study.loc[full, "batch_tokens"] = study.loc[full, "n_tokens"].max()
-    return study.reindex(columns=list(COLUMNS)).astype(COLUMNS)
+    """Read scaling.tsv; columns that an earlier version did not write are null.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is none.
+    LengthwiseError
+        It is damaged.
+    """
+    try:
+        if table.name in (checksums := checksums_of(table.parent)) and sha256(table) != checksums[table.name]:
+            raise ValueError("another checksum")
+        study = pd.read_csv(table, sep="\t")
+        if "batch_tokens" not in study:
+            full = study["n_sequences"] > 1
+            study.loc[full, "batch_tokens"] = study.loc[full, "n_tokens"].max()
+        study = study.reindex(columns=list(COLUMNS)).astype(COLUMNS)
+    except (ValueError, KeyError, TypeError) as error:
+        raise LengthwiseError(f"{table}: damaged ({str(error).partition(chr(10))[0]})") from error
+    if not (study["engine"].isin((LENGTHWISE, FAIR_ESM)) & study["status"].isin(STATUSES)).all():
+        raise LengthwiseError(f"{table}: damaged (unknown words)")
+    return study
