@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,7 @@ def verify(store: Path, quick: bool = False) -> Iterator[CheckResult]:
         raise LengthwiseError(f"{store}: no store here (no weights.json); give results/<model>")
     settings, manifests = require(store), sorted(store.glob("datasets/*/manifest.json"))
     _require_agreement(store, settings, manifests)
-    shards = _ShardChecks(store, settings, quick)
+    shards = _ShardChecks(store, settings, manifests, quick)
     yield CheckResult("weights", problems_of(lambda: weights.verify(store, quick), None))
     parity = sorted(store.glob("parity/*.json"))
     keys = ("device", "versions", "parity")
@@ -100,8 +100,8 @@ def _require_agreement(store: Path, settings: dict, manifests: list[Path]) -> No
 class _ShardChecks:
     """Checks each shard once, however many datasets use it."""
 
-    def __init__(self, store: Path, settings: dict, quick: bool):
-        self.store, self.settings, self.quick = store, settings, quick
+    def __init__(self, store: Path, settings: dict, manifests: list[Path], quick: bool):
+        self.store, self.settings, self.manifests, self.quick = store, settings, manifests, quick
         self.checked: dict[str, Shard | LengthwiseError] = {}
         self.damaged_sequences: dict[str, list[int]] = {}
         self.checked_bytes, self.logged = 0, time.monotonic()
@@ -119,6 +119,16 @@ class _ShardChecks:
                 self.logged = time.monotonic()
                 log.info("%s of %.2f GB checked so far", count(len(self.checked), "shard"), self.checked_bytes / 1e9)
         return self.checked[name]
+
+    @cached_property
+    def indexes(self) -> dict[str, list[Path]]:
+        """{shard: the indexes of the datasets that use it}, of undamaged manifests."""
+        found: dict[str, list[Path]] = {}
+        for path in self.manifests:
+            with suppress(LengthwiseError):
+                for name in read_manifest(path)["shards"]:
+                    found.setdefault(name, []).append(path.with_name("index.parquet"))
+        return found
 
 
 def check_shard_header(path: Path, settings: dict) -> Shard:
@@ -165,14 +175,13 @@ def _check_dataset(path: Path, shards: _ShardChecks) -> CheckResult:
 
 def _check_shards(path: Path, manifest: dict, shards: _ShardChecks) -> tuple[list[Problem], dict[str, Shard]]:
     """Problems of the shards of a manifest, and the shards without damage."""
-    index = path.with_name("index.parquet")
     problems, intact = [], {}
     for shard_id, size_bytes in manifest["shards"].items():
         shard = shards.check(shard_id, size_bytes)
         if isinstance(shard, LengthwiseError):
             problems.append(Problem(str(shard), repairable_path(shard_path(shards.store, shard_id), shard)))
         elif damaged := shards.damaged_sequences[shard_id]:
-            problems += problems_of_sequences(index, shard, damaged, "is damaged")
+            problems += problems_of_sequences(shards.indexes.get(shard_id, []), shard, damaged, "is damaged")
         else:
             intact[shard_id] = shard
             # The shard's header has confirmed its size, so the manifest is wrong.
@@ -197,7 +206,7 @@ def _check_index(index: Path, manifest: dict, shards: dict[str, Shard]) -> list[
             check_counts(database, index, manifest)
             for shard_id, numbers in sequences_that_differ(database, index, shards).items():
                 what = "has other rows or another status in the index"
-                problems += problems_of_sequences(index, shards[shard_id], numbers, what)
+                problems += problems_of_sequences([index], shards[shard_id], numbers, what)
     except LengthwiseError as error:
         return [*problems, Problem(str(error), repairable_path(index, error))]
     readable = manifest["accepted"] + manifest["duplicate"]

@@ -29,16 +29,21 @@ def run(store: Path, quick: bool, repair: bool) -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     problems: list[Problem] = []
+    printed: set[str] = set()  # datasets share shards, and so problems
     times_seen: Counter[str] = Counter()
     for result in verify(store, quick):
         problems += result.problems
-        for problem in result.problems:
-            what = problem.message.partition(": ")[2]
+        new = dict.fromkeys(problem.message for problem in result.problems if problem.message not in printed)
+        printed |= new.keys()
+        for message in new:
+            what = message.partition(": ")[2]
             times_seen[what] += 1
             if times_seen[what] <= MAX_IDENTICAL_MESSAGES:
-                print(f"lengthwise: error: {problem.message}", file=sys.stderr)
+                print(f"lengthwise: error: {message}", file=sys.stderr)
         if not result.problems:
             print(f"{result.name}: good" + (f", {result.note}" if result.note else ""), flush=True)
+        elif not new:
+            print(f"{result.name}: uses damaged files that are named above", flush=True)
     for what, n in times_seen.items():
         if n > MAX_IDENTICAL_MESSAGES:
             print(f"lengthwise: error: and {n - MAX_IDENTICAL_MESSAGES:,} more files: {what}", file=sys.stderr)

@@ -113,23 +113,31 @@ def _compare(records: dict[str, np.ndarray], shard: dict[str, np.ndarray]) -> li
     return numbers[differs].tolist()
 
 
-def problems_of_sequences(index: Path, shard: Shard, numbers: list[int], what: str) -> list[Problem]:
-    """A problem for each of these sequences of a shard, with the records of the index that read it."""
+def problems_of_sequences(indexes: list[Path], shard: Shard, numbers: list[int], what: str) -> list[Problem]:
+    """A problem for each of these sequences of a shard, with the records of the indexes that read it."""
     digests = shard.read("digests")
     readers: dict[int, list[str]] = {}
+    for index in indexes:
+        for number, ids in _records_of(index, shard, numbers).items():
+            readers.setdefault(number, []).extend(f"{record_id} of {index.parent.name}" for record_id in ids)
+    problems = []
+    for number in numbers:
+        records = readers.get(number, [])
+        more = f" and {len(records) - MAX_NAMED_RECORDS} more" if len(records) > MAX_NAMED_RECORDS else ""
+        who = f"it is {', '.join(records[:MAX_NAMED_RECORDS])}{more}" if records else "no record is known to read it"
+        digest = digest_name(digests[number].tobytes())
+        problems.append(Problem(f"{shard.path}: sequence {number}, {digest}, {what}; {who}", shard.path))
+    return problems
+
+
+def _records_of(index: Path, shard: Shard, numbers: list[int]) -> dict[int, list[str]]:
+    """{sequence number in the shard: ids of its records}; empty if the index is damaged."""
     with suppress(LengthwiseError), index_database(index) as database:
-        readers = dict(
+        return dict(
             database.execute(
                 "SELECT sequence_no, list(id ORDER BY record_no) FROM records"
                 " WHERE shard = ? AND sequence_no IN (SELECT unnest(?::INTEGER[])) GROUP BY sequence_no",
                 [shard.path.stem, numbers],
             ).fetchall()
         )
-    problems = []
-    for number in numbers:
-        ids = readers.get(number, [])
-        more = f" and {len(ids) - MAX_NAMED_RECORDS} more" if len(ids) > MAX_NAMED_RECORDS else ""
-        records = f"it is {', '.join(ids[:MAX_NAMED_RECORDS])}{more}" if ids else "no record here reads it"
-        digest = digest_name(digests[number].tobytes())
-        problems.append(Problem(f"{shard.path}: sequence {number}, {digest}, {what}; {records}", shard.path))
-    return problems
+    return {}

@@ -97,10 +97,24 @@ def test_a_flipped_bit_names_the_sequence_and_the_records_that_read_it(verify, s
     name = "SQ." + base64.urlsafe_b64encode(hashlib.sha512(sequence).digest()[:24]).decode()
     code, good, wrong = verify()
     assert (code, good[0]) == (1, "weights: good")
-    assert wrong == [
-        f"lengthwise: error: {path}: sequence {row['sequence_no']}, {name}, is damaged; it is {reader}"
-        for reader in (record, f"other_{record}")
-    ]
+    readers = f"{record} of one, other_{record} of two"
+    assert wrong == [f"lengthwise: error: {path}: sequence {row['sequence_no']}, {name}, is damaged; it is {readers}"]
+
+
+def test_a_damaged_sequence_of_a_shared_shard_is_told_once_with_the_records_that_read_it(verify, store, proteins):
+    """Dataset one uses the shard too, for other sequences."""
+    two = store.open("two").records.set_index("id")
+    shared = set(store.open("one").records["shard"])
+    record = next(f"other_{name}" for name in list(proteins)[20:] if two.loc[f"other_{name}", "shard"] in shared)
+    path = store.shard_path(two.loc[record, "shard"])
+    flip(path, place_of(path, "layer_2", int(two.loc[record, "row_start"])))
+    code, said, wrong = verify()
+    assert code == 1
+    assert len(wrong) == 1
+    assert wrong[0].endswith(f"is damaged; it is {record} of two")
+    assert said[:2] == ["weights: good", "dataset two: uses damaged files that are named above"]
+    store.path.joinpath("datasets/two/index.parquet").unlink()
+    assert "no record is known to read it" in verify()[2][0]
 
 
 def test_five_records_of_a_damaged_sequence_are_named_and_the_rest_counted(small_store, capsys):
@@ -110,7 +124,9 @@ def test_five_records_of_a_damaged_sequence_are_named_and_the_rest_counted(small
     (path,) = store.shard_files()
     flip(path, place_of(path, "layer_2"))
     assert main(["verify", str(store.path)]) == 1
-    assert capsys.readouterr().err.endswith("is damaged; it is p0, p1, p2, p3, p4 and 3 more\n")
+    assert capsys.readouterr().err.endswith(
+        "is damaged; it is p0 of a, p1 of a, p2 of a, p3 of a, p4 of a and 3 more\n"
+    )
 
 
 def test_quick_reads_no_embeddings(verify, store, monkeypatch):
