@@ -1,8 +1,10 @@
 """Progress of a run: the plan gives the totals, job records the finished jobs, heartbeats the running ones.
 
-`progress_command` prints it.
+A run may replace the plan and remove any of these files at any moment. `progress_command` prints the progress.
 """
 
+import csv
+import errno
 import json
 import os
 import statistics
@@ -14,11 +16,14 @@ from pathlib import Path
 from lengthwise.errors import LengthwiseError
 from lengthwise.jobs.heartbeat import HEARTBEAT_KEYS
 from lengthwise.plan.jobs_table import job_rows
+from lengthwise.system.locks import run_lock_holder
 
 # The job of an older heartbeat was killed. Some network file systems show a file a minute late.
 STALE_SECONDS = 120.0
 # Finished jobs whose speed stands for that of jobs without one.
 RECENT_JOBS = 10
+# errno values of a file or folder that was removed or replaced meanwhile. ESTALE: on NFS.
+_VANISHED = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,31 @@ class RunProgress:
     stopped: list[JobProgress]  # their heartbeats are stale
     residues_per_second: float
     seconds_left: float | None  # on one device where no job is running; None where no speed is known
+    run: dict | None = None  # the record of the run at work; it may replace the plan
+
+    @property
+    def all_jobs_done(self) -> bool:
+        return self.jobs_done == self.jobs
 
     @property
     def complete(self) -> bool:
-        return self.jobs_done == self.jobs
+        return self.all_jobs_done and self.run is None
+
+
+class NoPlanError(LengthwiseError):
+    """A store has no plan at this moment.
+
+    Attributes
+    ----------
+    reason
+        Why, without the store's path.
+    being_made
+        Whether a run at work makes the plan, or a trace tells that one makes it or was ended while it did.
+    """
+
+    def __init__(self, store: Path, reason: str, being_made: bool):
+        super().__init__(f"{store}: {reason}")
+        self.reason, self.being_made = reason, being_made
 
 
 @dataclass(frozen=True)
@@ -75,10 +101,14 @@ def read_progress(store: Path, now: float | None = None) -> RunProgress:
 
     Raises
     ------
+    NoPlanError
+        The store has no plan now: none was made yet, or it is being made again.
     LengthwiseError
-        The store has no plan.
+        No run has begun in the store.
     """
-    jobs, now = _read_plan(store), time.time() if now is None else now
+    # Before the plan: a run that ends in between leaves its own plan, not the one before.
+    run = run_lock_holder(store)
+    jobs, now = _read_plan(store, run), time.time() if now is None else now
     finished = {entry.name.removesuffix(".json") for entry in _json_files(store / "jobs")} & jobs.keys()
     heartbeats = (_read_heartbeat(Path(entry.path)) for entry in _json_files(store / "running"))
     unfinished = [
@@ -97,7 +127,13 @@ def read_progress(store: Path, now: float | None = None) -> RunProgress:
         stopped=sorted(stopped, key=lambda job: job.heartbeat_age_seconds),
         residues_per_second=sum(job.residues_per_second for job in running),
         seconds_left=_seconds_left(store, jobs, finished, running),
+        run=run,
     )
+
+
+def run_text(run: dict) -> str:
+    """Return a few words on the run at work."""
+    return f"the run of {run['began']} on {run['host']} is at work"
 
 
 def _seconds_left(
@@ -137,22 +173,45 @@ def _modified_time(path: Path) -> float:
         return 0.0
 
 
-def _read_plan(store: Path) -> dict[str, _PlannedJob]:
+def _read_plan(store: Path, run: dict | None) -> dict[str, _PlannedJob]:
     try:
         rows = job_rows(plan_table(store))
-    except FileNotFoundError as error:
-        raise LengthwiseError(f"{store}: no plan here yet (no plan/jobs.tsv); give results/<model> of a run") from error
-    # The table rounds a tiny job to 0.000 seconds, which would divide by zero.
-    return {
-        job: _PlannedJob(int(row["residues"]), max(float(row["forecast_seconds"]), 1e-3)) for job, row in rows.items()
-    }
+        if rows or plan_table(store).read_text().endswith("\n"):  # without rows: a whole header
+            # The table rounds a tiny job to 0.000 seconds, which would divide by zero.
+            return {
+                job: _PlannedJob(int(row["residues"]), max(float(row["forecast_seconds"]), 1e-3))
+                for job, row in rows.items()
+            }
+    except OSError as error:
+        if error.errno not in _VANISHED:
+            raise
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error):  # cut short
+        pass
+    raise _no_plan(store, run)
+
+
+def _no_plan(store: Path, run: dict | None) -> LengthwiseError:
+    """The error for a store without a readable plan."""
+    plan = plan_table(store)
+    if run:
+        return NoPlanError(store, f"no plan now: {run_text(run)} and makes one", being_made=True)
+    if plan.exists() or (plan.parent / "jobs").is_dir():  # work orders
+        reason = "no plan now (plan/jobs.tsv is missing or incomplete): a run makes it, or was ended while it did"
+        return NoPlanError(store, reason, being_made=True)
+    if plan.parent.is_dir() or (store / "settings.json").exists():
+        reason = "no plan here yet (no plan/jobs.tsv); give results/<model> of a run"
+        return NoPlanError(store, reason, being_made=False)
+    return LengthwiseError(f"{store}: no run has begun here; give results/<model> of one")
 
 
 def _json_files(folder: Path) -> list[os.DirEntry]:
-    if not folder.is_dir():
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if entry.name.endswith(".json") and not entry.name.startswith(".")]
+    except OSError as error:
+        if error.errno not in _VANISHED:
+            raise
         return []
-    with os.scandir(folder) as entries:
-        return [entry for entry in entries if entry.name.endswith(".json") and not entry.name.startswith(".")]
 
 
 def _read_heartbeat(path: Path) -> dict | None:
@@ -161,16 +220,22 @@ def _read_heartbeat(path: Path) -> dict | None:
         heartbeat = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    valid = isinstance(heartbeat, dict) and heartbeat.keys() >= HEARTBEAT_KEYS
+    valid = isinstance(heartbeat, dict) and heartbeat.keys() >= HEARTBEAT_KEYS and _has_types(heartbeat)
     return heartbeat if valid else None
+
+
+def _has_types(heartbeat: dict) -> bool:
+    names = all(isinstance(heartbeat[key], str) for key in ("job", "host", "device"))
+    return names and all(isinstance(heartbeat[key], int | float) for key in ("time", "done", "residues", "seconds"))
 
 
 def _job_progress(heartbeat: dict, job: _PlannedJob, now: float) -> JobProgress:
     done_before = job.residues - heartbeat["residues"]  # by an earlier try; the heartbeat counts this try alone
     rate = heartbeat["done"] / heartbeat["seconds"] if heartbeat["seconds"] > 0 else 0.0
+    gpu = f"GPU {heartbeat['gpu']} " if heartbeat["gpu"] else ""
     return JobProgress(
         job=heartbeat["job"],
-        place=f"{heartbeat['host']} {'GPU ' + heartbeat['gpu'] + ' ' if heartbeat['gpu'] else ''}{heartbeat['device']}",
+        place=f"{heartbeat['host']} {gpu}{heartbeat['device']}",
         residues_per_second=rate,
         done_residues=done_before + heartbeat["done"],
         total_residues=job.residues,

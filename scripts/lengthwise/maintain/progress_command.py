@@ -6,9 +6,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from lengthwise.errors import LengthwiseError
 from lengthwise.jobs.heartbeat import BEAT_SECONDS
-from lengthwise.maintain.progress import JobProgress, RunProgress, plan_table, read_progress
+from lengthwise.maintain.progress import JobProgress, NoPlanError, RunProgress, read_progress, run_text
 from lengthwise.system.text import count, duration
 
 REDRAW_SECONDS = 2.0
@@ -24,46 +23,76 @@ def run(store: Path, once: bool) -> int:
 
 
 def watch(store: Path, once: bool = False) -> None:
-    """Show the progress of a run until all jobs are done: a block in a terminal, a line a minute elsewhere.
+    """Show the progress of a run: a block in a terminal, a line a minute elsewhere.
+
+    It ends when all jobs of the plan are done and no run is at work, which might replace the plan. Where the file system has
+    no locks a run at work is not seen.
 
     Parameters
     ----------
     store
-        The folder ``results/<model>``. If it has no plan yet, `watch` waits for it.
+        The folder ``results/<model>``. While it has no plan, `watch` waits for one.
     once
         Show the progress once and return.
 
     Raises
     ------
     LengthwiseError
-        No run has begun in the store; or there is no plan, and `once` is set.
+        No run has begun in the store; or there is no plan, none is being made, and `once` is set.
     """
-    name, is_terminal, drawn_lines = store.resolve().name, sys.stdout.isatty(), 0
-    if not (plan_table(store).parent.is_dir() or (store / "settings.json").exists()):
-        raise LengthwiseError(f"{store}: no run has begun here; give results/<model> of one")
-    if not once and not plan_table(store).exists():
-        print(f"{name}: no plan yet; waiting for it", flush=True)
-        while not plan_table(store).exists():
-            time.sleep(REDRAW_SECONDS)
+    name, screen = store.resolve().name, _Screen()
     while True:
-        progress = read_progress(store)
-        if is_terminal:
+        try:
+            progress = read_progress(store)
+        except NoPlanError as error:
+            if once and not error.being_made:
+                raise
+            reason = error.reason if error.being_made else "no plan yet"
+            screen.show_waiting(f"{name}: {reason}" if once else f"{name}: {reason}; waiting for it")
+            complete, pause_seconds = False, REDRAW_SECONDS
+        else:
+            screen.show(name, progress)
+            complete, pause_seconds = progress.complete, REDRAW_SECONDS if screen.is_terminal else LINE_SECONDS
+        if once or complete:
+            return
+        time.sleep(pause_seconds)
+
+
+class _Screen:
+    """What is printed: in a terminal each state over the one before, elsewhere lines with the time."""
+
+    def __init__(self) -> None:
+        self.is_terminal, self.drawn_lines, self.waiting = sys.stdout.isatty(), 0, ""
+
+    def show(self, name: str, progress: RunProgress) -> None:
+        self.waiting = ""
+        if self.is_terminal:
             columns, rows = shutil.get_terminal_size()
-            lines = [line[: columns - 1] for line in block_text(name, progress, columns - 1, rows - 1)]
-            erase = f"\x1b[{drawn_lines}F\x1b[J" if drawn_lines else ""
-            print(erase + "\n".join(lines), flush=True)
-            drawn_lines = len(lines)
+            self._draw(block_text(name, progress, columns - 1, rows - 1))
         else:
             print(f"{time.strftime('%H:%M:%S')}  {line_text(name, progress)}", flush=True)
-        if once or progress.complete:
-            return
-        time.sleep(REDRAW_SECONDS if is_terminal else LINE_SECONDS)
+
+    def show_waiting(self, line: str) -> None:
+        """Show why there is no progress; in a log once."""
+        if self.is_terminal:
+            self._draw([line])
+        elif line != self.waiting:
+            print(line, flush=True)
+        self.waiting = line
+
+    def _draw(self, lines: list[str]) -> None:
+        columns = shutil.get_terminal_size().columns
+        erase = f"\x1b[{self.drawn_lines}F\x1b[J" if self.drawn_lines else ""
+        print(erase + "\n".join(line[: columns - 1] for line in lines), flush=True)
+        self.drawn_lines = len(lines)
 
 
 def line_text(name: str, progress: RunProgress) -> str:
     """The progress in one line."""
     parts = [_done_text(progress)]
-    if not progress.complete:
+    if progress.run and progress.all_jobs_done:
+        parts += [_plan_may_change(progress.run)]
+    elif not progress.complete:
         parts += [f"{len(progress.running):,} running"] if progress.running else []
         parts += [_speed_text(progress)]
         parts += [f"{len(progress.stopped):,} stopped without an end"] if progress.stopped else []
@@ -76,8 +105,8 @@ def block_text(name: str, progress: RunProgress, columns: int, rows: int) -> lis
     width = min(columns, BAR_COLUMNS)
     filled = int(share * width)
     lines = [f"{name}: {_done_text(progress)}", "█" * filled + "░" * (width - filled)]
-    if progress.complete:
-        return [*lines, "complete"]
+    if progress.all_jobs_done:
+        return [*lines, _plan_may_change(progress.run) if progress.run else "complete"]
     lines.append(_speed_text(progress))
     job_lines = rows - len(lines) - 2
     shown = progress.running if len(progress.running) <= job_lines else progress.running[: job_lines - 1]
@@ -100,6 +129,10 @@ def _job_text(job: JobProgress, place_columns: int) -> str:
     late = f", last heartbeat {duration(age)} ago" if age > 4 * BEAT_SECONDS else ""
     percent, rate = 100 * job.done_residues / job.total_residues, f"{job.residues_per_second:,.0f} residues/s"
     return f"  {job.place:{place_columns}}  {job.job}  {percent:3.0f} %  {rate}  {left}{late}"
+
+
+def _plan_may_change(run: dict) -> str:
+    return f"{run_text(run)} and may change the plan"
 
 
 def _done_text(progress: RunProgress) -> str:

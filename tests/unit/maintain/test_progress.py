@@ -1,7 +1,13 @@
 """Progress over all jobs of a run, from the plan, the job records and the heartbeats of running jobs."""
 
+import errno
 import json
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
@@ -11,10 +17,11 @@ from lengthwise.jobs import embed_job
 from lengthwise.jobs import heartbeat as heartbeat_module
 from lengthwise.jobs.heartbeat import HEARTBEAT_KEYS, Heartbeat
 from lengthwise.maintain import progress_command
-from lengthwise.maintain.progress import STALE_SECONDS, read_progress
+from lengthwise.maintain.progress import STALE_SECONDS, NoPlanError, read_progress
 from lengthwise.maintain.progress_command import block_text, line_text
 from lengthwise.store.paths import job_record_path
 from lengthwise.store.shard_writer import ShardWriter
+from lengthwise.system.locks import RUN_LOCK_NAME, run_lock
 
 NOW = 1_800_000_000.0
 
@@ -208,6 +215,188 @@ def test_in_a_terminal_the_block_is_drawn_over_itself(plan, monkeypatch, capsys)
     assert len(first.splitlines()) == 3
     assert all(len(line) < 60 for line in (first + second).splitlines())
     assert second.splitlines()[-1] == "complete"
+
+
+RUN = {"host": "n1", "process": 11, "began": "2030-01-02 03:04:05", "folder": "/second"}
+AT_WORK = "the run of 2030-01-02 03:04:05 on n1 is at work"
+
+
+def test_a_finished_plan_is_not_complete_while_a_run_is_at_work(plan):
+    store = plan(2)
+    store.finish(0, 1)
+    with run_lock(store.path, RUN):
+        state = read_progress(store.path)
+        assert (state.all_jobs_done, state.complete) == (True, False)
+        assert line_text("x", state).endswith(f", 2 of 2 jobs done, {AT_WORK} and may change the plan")
+        assert block_text("x", state, 100, 20)[-1] == f"{AT_WORK} and may change the plan"
+    assert read_progress(store.path).complete
+
+
+class Sleeps:
+    """Stands in for `time.sleep`: at each call the next of some functions; `seconds` are the pauses asked for."""
+
+    def __init__(self, monkeypatch, *steps):
+        self.steps, self.seconds = list(steps), []
+        monkeypatch.setattr(progress_command.time, "sleep", self)
+
+    def __call__(self, seconds: float) -> None:
+        self.seconds.append(seconds)
+        self.steps.pop(0)()
+
+
+def test_it_follows_a_second_run_from_the_old_plan_over_none_to_the_new_one(plan, monkeypatch, capsys):
+    store = plan(1)
+    store.finish(0)
+    second_run = run_lock(store.path, RUN)
+    second_run.__enter__()
+    sleeps = Sleeps(
+        monkeypatch,
+        (store.path / "plan" / "jobs.tsv").unlink,  # Snakemake, before the rule runs again
+        lambda: None,
+        lambda: plan(2),
+        lambda: store.finish(1),
+        lambda: second_run.__exit__(None, None, None),
+    )
+    assert main(["progress", str(store.path)]) == 0
+    old, none, new, summarizing, last = capsys.readouterr().out.splitlines()
+    assert f"1 of 1 job done, {AT_WORK} and may change the plan" in old
+    assert none.endswith(f": no plan now: {AT_WORK} and makes one; waiting for it")
+    assert "1 of 2 jobs done, no job is running" in new
+    assert f"2 of 2 jobs done, {AT_WORK} and may change the plan" in summarizing
+    assert last.endswith("2 of 2 jobs done")
+    assert sleeps.seconds == [60, 2, 2, 60, 60]
+
+
+def test_once_beside_a_second_run_shows_one_state_and_returns(plan, monkeypatch, capsys):
+    store = plan(1)
+    store.finish(0)
+    Sleeps(monkeypatch)
+    with run_lock(store.path, RUN):
+        assert main(["progress", str(store.path), "--once"]) == 0
+        (line,) = capsys.readouterr().out.splitlines()
+        assert f"1 of 1 job done, {AT_WORK}" in line
+        shutil.rmtree(store.path / "plan")
+        assert main(["progress", str(store.path), "--once"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.endswith(f": no plan now: {AT_WORK} and makes one\n")
+    assert printed.err == ""
+
+
+def test_a_run_that_has_made_nothing_but_its_lock_has_begun(tmp_path, capsys):
+    with run_lock(tmp_path / "store", RUN):
+        assert main(["progress", str(tmp_path / "store"), "--once"]) == 0
+    assert AT_WORK in capsys.readouterr().out
+    assert main(["progress", str(tmp_path / "store"), "--once"]) == 1
+
+
+def without_locks(monkeypatch) -> None:
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks")))
+
+
+def test_without_locks_it_still_waits_for_a_plan_that_vanished(plan, monkeypatch, capsys):
+    store = plan(2)
+    store.finish(0)
+    (store.path / "plan" / "jobs").mkdir()  # work orders
+    without_locks(monkeypatch)
+    Sleeps(monkeypatch, (store.path / "plan" / "jobs.tsv").unlink, lambda: plan(1))
+    with run_lock(store.path, RUN) as held:
+        assert not held
+        assert main(["progress", str(store.path)]) == 0
+    _, none, last = capsys.readouterr().out.splitlines()
+    assert "a run makes it, or was ended while it did; waiting for it" in none
+    assert last.endswith("1 of 1 job done")  # as where no run is at work
+    (store.path / "plan" / "jobs.tsv").unlink()
+    assert main(["progress", str(store.path), "--once"]) == 0
+    assert "a run makes it, or was ended while it did" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.3, 0.6, 0.85])
+def test_a_plan_cut_short_is_waited_for_and_never_complete(plan, capsys, monkeypatch, share):
+    store = plan(1)
+    store.finish(0)
+    table = store.path / "plan" / "jobs.tsv"
+    text = table.read_text()
+    table.write_text(text[: int(share * len(text))])
+    assert main(["progress", str(store.path), "--once"]) == 0
+    assert "missing or incomplete" in capsys.readouterr().out
+    Sleeps(monkeypatch, lambda: table.write_text(text))
+    assert main(["progress", str(store.path)]) == 0
+    assert [line.endswith("1 of 1 job done") for line in capsys.readouterr().out.splitlines()] == [False, True]
+
+
+def test_a_plan_without_jobs_is_complete(plan):
+    assert read_progress(plan(0).path).complete
+
+
+@pytest.mark.parametrize("key", ["job", "host", "device", "time", "done", "residues", "seconds", "gpu"])
+@pytest.mark.parametrize("value", [None, [], {}, 7, "x"])
+def test_a_heartbeat_with_odd_values_is_no_error(plan, key, value):
+    store = plan(1)
+    store.beat(0, done=500, seconds=50)
+    path = store.path / "running" / "job0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    block_text("x", read_progress(store.path, NOW), 100, 20)
+
+
+def test_files_that_come_and_go_are_no_error(plan):
+    """Plan, job records and heartbeats are replaced and removed while they are read."""
+    store, ended = plan(20), threading.Event()
+
+    def churn():
+        while not ended.is_set():
+            for number in range(20):
+                store.beat(number, done=500, seconds=50)
+                store.finish(number)
+            for folder in ("jobs", "running", "plan"):
+                shutil.rmtree(store.path / folder)
+            plan(20)
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        with run_lock(store.path, RUN):
+            until, read, unexpected = time.monotonic() + 2, 0, []
+            while time.monotonic() < until or not read:
+                try:
+                    unexpected += [state] if (state := read_progress(store.path)).complete else []
+                    read += 1
+                except NoPlanError as error:
+                    unexpected += [] if error.being_made else [error]
+        assert thread.is_alive()
+        assert unexpected == []
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_it_ends_after_a_run_that_was_killed(plan):
+    """With a real second run and a real `progress`."""
+    store = plan(1)
+    store.finish(0)
+    hold = (
+        "import sys, time\nfrom pathlib import Path\nfrom lengthwise.system.locks import run_lock\n"
+        f"with run_lock(Path(sys.argv[1]), {RUN}): print(1, flush=True); time.sleep(600)"
+    )
+    # As in a terminal, where it looks every two seconds.
+    watch = (
+        "import sys\nfrom lengthwise.__main__ import main\nfrom lengthwise.maintain import progress_command\n"
+        "progress_command.LINE_SECONDS = 0.1\nsys.exit(main(['progress', sys.argv[1]]))"
+    )
+    start = {"stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", hold, str(store.path)], **start) as run:
+        run.stdout.readline()
+        with subprocess.Popen([sys.executable, "-c", watch, str(store.path)], **start) as progress:
+            try:
+                lines = [progress.stdout.readline() for _ in range(3)]
+                assert all(AT_WORK in line for line in lines)
+                run.send_signal(signal.SIGKILL)
+                last = progress.stdout.readlines()[-1]
+                assert progress.wait() == 0
+            finally:
+                run.kill()
+                progress.kill()
+    assert last.endswith("1 of 1 job done\n")
+    assert (store.path / RUN_LOCK_NAME).exists()
 
 
 def test_a_heartbeat_exists_while_a_job_runs_and_is_removed_afterwards(tmp_path, monkeypatch):
