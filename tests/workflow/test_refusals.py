@@ -125,7 +125,7 @@ def test_an_input_that_changes_after_planning_is_one_line(small, tmp_path):
     (small.folder / "in.fasta").write_text(">a\nMKV\n")
     small.configure(inputs=["in.fasta"], model="tiny.pt")
     small.checkout = tmp_path / "checkout"
-    assert_one_line(small.snakemake(), "in.fasta", "changed since this run was planned")
+    assert_one_line(small.snakemake(), "in.fasta", "changed since this run began")
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_an_input_that_changes_before_its_job_on_another_node_is_one_line(projec
     fasta.write_text(">a\nMKA\n")
     os.utime(fasta, ns=(before.st_atime_ns, before.st_mtime_ns))
     on_node = ["--mode", "remote", "--target-jobs", "ingest:dataset=in", "--allowed-rules", "ingest", "--nolock"]
-    assert_one_line(project.snakemake(*on_node), "in.fasta", "changed since this run was planned")
+    assert_one_line(project.snakemake(*on_node), "in.fasta", "changed since this run began")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

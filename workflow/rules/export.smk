@@ -3,12 +3,11 @@
 In: a dataset's manifest and index. Out: a folder for each export that the config names, replaced atomically.
 """
 
+from lengthwise.store.paths import export_path
+
 EXPORTS = f"{STORE}/datasets/{{dataset}}/exports"
 EXPORTED = {
-    "h5": f"{EXPORTS}/h5/per-residue.h5",
-    "pt": f"{EXPORTS}/pt/files.tsv",
-    "biotrainer": f"{EXPORTS}/biotrainer/embeddings_file_{Path(STORE).name}.h5",
-    "parquet": f"{EXPORTS}/parquet/pooled.parquet",
+    kind: export_path(f"{STORE}/datasets/{{dataset}}", kind, Path(STORE).name) for kind in ("h5", "pt", "biotrainer", "parquet")
 }
 
 

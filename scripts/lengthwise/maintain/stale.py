@@ -20,6 +20,9 @@ from lengthwise.plan.record import (
     write_plan_record,
 )
 from lengthwise.store.manifest import NewerError, read_manifest
+from lengthwise.store.paths import export_path
+from lengthwise.store.receipts import damaged_files as damaged_files_of
+from lengthwise.store.receipts import reported_datasets, why_exported_again
 from lengthwise.store.settings import guard
 from lengthwise.system.files import has_size, read_json, write_json
 
@@ -33,6 +36,8 @@ class Wanted:
     stamps: dict[str, dict]  # {dataset: `identity.input_stamp` of its FASTA}
     policy: dict  # `identity.policy_of`
     retry_rejected: bool
+    exports: list[str]
+    scaling: bool
 
 
 def stale_outputs(store: Path, wanted: Wanted, settings: dict | None) -> Reasons:
@@ -64,11 +69,12 @@ def stale_outputs(store: Path, wanted: Wanted, settings: dict | None) -> Reasons
     found[store / "plan" / "jobs.tsv"] = why_planned_again(
         store, record, list(wanted.stamps), wanted.retry_rejected, settings
     )
-    found |= {
-        store / "datasets" / name / "manifest.json": _why_manifest(store, name, settings)
-        for name, why in ingested.items()
-        if not why  # else it is made again anyway
-    }
+    for name in (name for name, why in ingested.items() if not why):  # else its dataset is made again anyway
+        folder = store / "datasets" / name
+        found[folder / "manifest.json"] = why = _why_manifest(store, name, settings)
+        if not why:
+            found |= _stale_exports(store, folder, wanted.exports)
+    found |= _stale_report(store / "report", wanted)
     return {path: why for path, why in found.items() if why and path.parent.exists()}
 
 
@@ -104,6 +110,27 @@ def _why_manifest(store: Path, name: str, settings: dict | None) -> str:
         if not (has_size(folder / file, expected) if expected else (folder / file).exists()):
             return f"{file} is missing or has another size"
     return ""
+
+
+def _stale_exports(store: Path, dataset: Path, kinds: list[str]) -> Reasons:
+    index = read_manifest(dataset / "manifest.json").get("files", {}).get("index.parquet", {}).get("sha256")
+    return {
+        Path(export_path(dataset, kind, store.name)): why_exported_again(dataset / "exports" / kind, index)
+        for kind in kinds
+    }
+
+
+def _stale_report(folder: Path, wanted: Wanted) -> Reasons:
+    if not (page := folder / "index.html").exists():
+        return {}
+    damaged = damaged_files_of(folder)
+    found = {page: f"{damaged[0]} is missing, damaged or of another size" if damaged else ""}
+    if (reported := reported_datasets(folder)) is not None and sorted(reported) != sorted(wanted.stamps):
+        found[page] = "it is of other datasets"
+    study = folder / "scaling.tsv"
+    if wanted.scaling and (study.name in damaged or not study.exists() or not study.stat().st_size):
+        found[study] = "it is missing, damaged or of another size"
+    return found
 
 
 def restore(store: Path, wanted: Wanted, config: dict) -> None:

@@ -46,3 +46,14 @@ def work_order_path(store: Path, job: str) -> Path:
 
 def job_record_path(store: Path, job: str) -> Path:
     return store / "jobs" / f"{job}.json"
+
+
+def export_path(dataset: Path | str, kind: str, store: str) -> str:
+    """The file of an export that is there once the export is: of entries, or of the list of its files."""
+    names = {
+        "h5": "per-residue.h5",
+        "pt": "files.tsv",
+        "biotrainer": f"embeddings_file_{store}.h5",
+        "parquet": "pooled.parquet",
+    }
+    return f"{dataset}/exports/{kind}/{names[kind]}"
