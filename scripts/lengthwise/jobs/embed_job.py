@@ -23,7 +23,12 @@ from lengthwise.esm2.status import Status
 from lengthwise.jobs.heartbeat import Heartbeat
 from lengthwise.jobs.parity import ParityError, receipt
 from lengthwise.jobs.pipeline import Progress, ShardPipeline
-from lengthwise.plan.work_orders import PlannedShard, read_work_order
+from lengthwise.plan.work_orders import (
+    DamagedError,
+    PlannedShard,
+    add_sequences,
+    read_work_order,
+)
 from lengthwise.store.paths import find_metrics, shard_path
 from lengthwise.store.settings import require as require_settings
 from lengthwise.store.settings import shape_of
@@ -83,15 +88,15 @@ def embed_job(
     Raises
     ------
     LengthwiseError
-        The device or the weights are missing, disk space or time runs out, or stored rows are not what fair-esm computes.
+        The device or the weights are missing, disk space or time runs out, stored rows are not what fair-esm computes, or
+        the work order is damaged.
     """
     settings = require_settings(store)
     set_threads(threads)
     torch_device = resolve_device(settings["device"] if device == "auto" else device)
     checkpoint = require_unchanged(store, settings["weights_sha256"])
     job, started = work_order.stem, datetime.now(UTC)
-    shards = _read_shards(work_order)
-    pending = [s for s in shards if not is_complete(shard_path(store, s.name), s.digests, settings["fingerprint"])]
+    shards, pending = _read_shards(store, work_order, settings["fingerprint"])
     progress = Progress(job, sum(int(shard.lengths.sum()) for shard in pending))
     with Heartbeat(store, job, device_name(torch_device), progress.state):  # until the job record is there
         made = _Made(set(), None, 0.0, None)
@@ -118,13 +123,17 @@ def embed_job(
     return record
 
 
-def _read_shards(work_order: Path) -> list[PlannedShard]:
-    shards = list(read_work_order(work_order))
-    if any(sequence is None for shard in shards for sequence in shard.sequences):
-        raise LengthwiseError(
-            f"{work_order}: lacks sequences that are in no input any more; run snakemake --forcerun plan"
-        )
-    return shards
+def _read_shards(store: Path, work_order: Path, fingerprint: str) -> tuple[list[PlannedShard], list[PlannedShard]]:
+    """All shards of a work order, and those that do not exist yet, with the sequences that they are to hold."""
+    try:
+        shards = list(read_work_order(work_order, fingerprint))
+        pending = [s for s in shards if not is_complete(shard_path(store, s.name), s.digests, fingerprint)]
+        add_sequences(store, pending)
+    except DamagedError as error:
+        with writing(work_order):
+            work_order.unlink(missing_ok=True)  # the next plan makes it again
+        raise LengthwiseError(f"{work_order}: {error}; it is removed: run snakemake --forcerun plan") from error
+    return shards, pending
 
 
 def _make(

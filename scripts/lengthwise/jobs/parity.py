@@ -123,7 +123,8 @@ def _choose(store: Path, settings: dict, shards: "list[PlannedShard]") -> list[t
     lengths = np.concatenate([shard.lengths for shard in shards])
     starts = np.cumsum([0, *(len(shard.lengths) for shard in shards)])
     quick = forecast_seconds(lengths, shape_of(settings), settings["device"]) <= MAX_SECONDS
-    fit = np.flatnonzero((status == Status.GOOD) & (lengths <= MAX_RESIDUES) & quick)
+    known = np.array([sequence != b"" for shard in shards for sequence in shard.sequences])
+    fit = np.flatnonzero((status == Status.GOOD) & (lengths <= MAX_RESIDUES) & quick & known)
     chosen = []
     for place in np.unique(fit[[0, len(fit) // 2, -1]]) if len(fit) else ():
         i = int(np.searchsorted(starts, place, side="right")) - 1

@@ -4,19 +4,30 @@ All questions are DuckDB queries over the files, so that memory does not grow wi
 """
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import duckdb
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.status import Status
-from lengthwise.plan.work_orders import WORK_ORDER, replace_work_order, write_work_order
-from lengthwise.store.paths import job_record_path, shard_path, work_order_path
-from lengthwise.store.shard import Shard
+from lengthwise.plan.cuts import MAX_WORK_ORDER_BYTES, SEQUENCE_OVERHEAD_BYTES, cut_runs
+from lengthwise.plan.work_orders import (
+    WORK_ORDER,
+    finished_sequences,
+    is_intact,
+    write_work_order_of_shards,
+)
+from lengthwise.store.manifest import read_manifest
+from lengthwise.store.paths import shard_path, work_order_path
+from lengthwise.store.settings import require
+from lengthwise.store.shard import Shard, is_complete
 from lengthwise.system.files import read_json
 
 
@@ -37,16 +48,19 @@ class ExistingJobs:
 
     def __init__(self, store: Path, sequences: list[Path], database: duckdb.DuckDBPyConnection, folder: Path):
         self.store, self.sequences, self.database = store, sequences, database
+        self.settings = require(store)
         self.empty = folder / "none.parquet"  # read_parquet refuses an empty list of files
         pq.write_table(WORK_ORDER.empty_table(), self.empty)
-        self._view("inputs", sequences, "file_index AS dataset, file_row_number AS row, digest, sequence")
+        self._view("inputs", sequences, "file_index AS dataset, file_row_number AS row, digest")
 
     def select(self, retry_rejected: bool) -> tuple[dict[str, set[int]], list[np.ndarray]]:
         """Select the jobs that count; the sequences that they do not hold are new work.
 
         - A finished job, one with a job record, counts.
-        - An unfinished job counts if the datasets need all of its sequences and no other counting job holds any.
-        - Finished shards of the remaining jobs go into one new job, which has nothing left to compute.
+        - An unfinished job of the last plan counts if the datasets need all of its sequences and no finished job holds any.
+        - Other finished shards that hold needed sequences go into a new job, which has nothing left to compute.
+
+        A finished job's work order that is lost or damaged is written again from its shards.
 
         Parameters
         ----------
@@ -58,20 +72,20 @@ class ExistingJobs:
         (datasets_of_job, is_new)
             {job: numbers of the datasets that need it}, and for each dataset a bool [n] that marks its new sequences.
         """
-        finished = sorted(_names(self.store / "jobs", ".json"))
-        existing = _names(self.store / "plan" / "jobs", ".parquet")
+        last_plan = _jobs_of_last_plan(self.store)
+        job_records = self._read_job_records(last_plan)
+        finished = sorted(job_records)
         for job in finished:
-            if job not in existing:
-                self._restore(job)
+            if not self._is_intact(job):
+                write_work_order_of_shards(self.store, list(job_records[job]["shards"]), self.settings, job)
         self._view_of_jobs("finished_jobs", finished)
-        unfinished = sorted(existing - set(finished))
-        resumable = self._without_overlaps(self._needed_in_full(unfinished))
-        self._view_of_jobs("held", finished + resumable)
-        jobs = finished + resumable + self._take_over_shards(sorted(set(unfinished) - set(resumable)))
+        kept = self._needed_in_full(_names(self.store / "plan" / "jobs", ".parquet") - {*finished}, last_plan)
+        self._view_of_jobs("held", finished + kept)
+        jobs = finished + kept + self._take_over_shards()
         self._view_of_jobs("held", jobs)
         self.database.execute("CREATE TABLE retried (digest BLOB)")
         if retry_rejected:
-            self._find_retried(finished)
+            self._find_retried(job_records)
         return self._match(jobs)
 
     def _match(self, jobs: list[str]) -> tuple[dict[str, set[int]], list[np.ndarray]]:
@@ -118,70 +132,78 @@ class ExistingJobs:
         paths = [work_order_path(self.store, job) for job in jobs]
         self._view(view, [*paths, self.empty], "file_index AS job, shard, digest, length")
 
-    def _needed_in_full(self, unfinished: list[str]) -> list[str]:
-        """The unfinished jobs whose sequences the datasets all need and no finished job holds."""
-        self._view_of_jobs("unfinished", unfinished)
+    def _read_job_records(self, last_plan: set[str] | None) -> dict[str, dict]:
+        """The job records by job.
+
+        A job of a killed run may write its record just after a later plan has given its shards to another job. That record is
+        removed, unless a manifest names it, so that a shard is in one record.
+        """
+        folder = self.store / "jobs"
+        job_records = {job: read_json(folder / f"{job}.json", "shards") for job in sorted(_names(folder, ".json"))}
+        listed = Counter(shard for job_record in job_records.values() for shard in job_record["shards"])
+        late = {
+            job
+            for job in job_records.keys() - (job_records.keys() if last_plan is None else last_plan)
+            if any(listed[shard] > 1 for shard in job_records[job]["shards"])
+        }
+        with suppress(LengthwiseError, OSError):  # a damaged manifest leaves open what it needs
+            manifests = self.store.glob("datasets/*/manifest.json") if late else []
+            for job in late.difference(*(read_manifest(manifest)["jobs"] for manifest in manifests)):
+                (folder / f"{job}.json").unlink()
+                del job_records[job]
+        return job_records
+
+    def _needed_in_full(self, unfinished: set[str], last_plan: set[str] | None) -> list[str]:
+        """The unfinished jobs of the last plan whose sequences the datasets all need and no finished job holds.
+
+        Jobs of one plan share no sequence. Where it is unknown which is the last plan's, any job may be: then of those that
+        share a sequence only the first by name is a candidate.
+        """
+        candidates = sorted(filter(self._is_intact, unfinished if last_plan is None else unfinished & last_plan))
+        self._view_of_jobs("candidates", candidates)
+        rows = "(SELECT min(job) AS job, digest FROM candidates GROUP BY digest)" if last_plan is None else "candidates"
         needed = self.database.execute(
-            "SELECT job, count(*) FROM unfinished SEMI JOIN inputs USING (digest) ANTI JOIN finished_jobs USING (digest)"
+            f"SELECT job, count(*) FROM {rows} SEMI JOIN inputs USING (digest) ANTI JOIN finished_jobs USING (digest)"
             " GROUP BY job ORDER BY job"
         ).fetchall()
         return [
-            unfinished[j]
+            candidates[j]
             for j, n in needed
-            if n == pq.read_metadata(work_order_path(self.store, unfinished[j])).num_rows
+            if n == pq.read_metadata(work_order_path(self.store, candidates[j])).num_rows
         ]
 
-    def _without_overlaps(self, jobs: list[str]) -> list[str]:
-        """These jobs, sorted by name, without those that share a sequence with an earlier selected one."""
-        self._view_of_jobs("candidates", jobs)
-        self.database.execute(
-            "CREATE TABLE shared AS SELECT digest, job FROM candidates"
-            " SEMI JOIN (SELECT digest FROM candidates GROUP BY digest HAVING count(*) > 1) USING (digest)"
-        )
-        overlaps: dict[int, set[int]] = defaultdict(set)
-        for later, earlier in self.database.execute(
-            "SELECT DISTINCT a.job, b.job FROM shared AS a JOIN shared AS b USING (digest) WHERE a.job > b.job"
-        ).fetchall():
-            overlaps[later].add(earlier)
-        selected: set[int] = set()
-        for j in range(len(jobs)):
-            if not overlaps[j] & selected:
-                selected.add(j)
-        return [jobs[j] for j in sorted(selected)]
+    def _is_intact(self, job: str) -> bool:
+        return is_intact(work_order_path(self.store, job), self.settings["fingerprint"])
 
-    def _take_over_shards(self, ignored: list[str]) -> list[str]:
-        """Write one job of the ignored jobs' finished shards that hold needed sequences; [] if there is none."""
-        self._view_of_jobs("ignored", ignored)
-        found = self.database.execute("SELECT shard, min(job) FROM ignored GROUP BY shard ORDER BY shard").fetchall()
-        finished = [(shard, j) for shard, j in found if shard_path(self.store, shard).exists()]
-        if not finished:
-            return []
-        self.database.execute("CREATE TABLE finished (shard VARCHAR, job UBIGINT)")
-        self.database.executemany("INSERT INTO finished VALUES (?, ?)", finished)
-        useful: dict[str, set[bytes]] = defaultdict(set)
-        for shard, digest in self.database.execute(
-            "SELECT shard, digest FROM ignored SEMI JOIN finished USING (shard, job)"
-            " SEMI JOIN inputs USING (digest) ANTI JOIN held USING (digest)"
-        ).fetchall():
-            useful[shard].add(digest)
-        rows: list[pa.Table] = []
-        names: list[str] = []
-        taken: set[bytes] = set()
-        for shard, j in finished:  # sorted by name, so that planning again selects the same ones
-            if useful[shard] - taken:
-                taken |= useful[shard]
-                names.append(shard)
-                work_order = pq.read_table(work_order_path(self.store, ignored[j]), filters=[("shard", "=", shard)])
-                rows.append(work_order.cast(WORK_ORDER))
-        if not rows:
-            return []
-        return [write_work_order(self.store, names, pa.concat_tables(rows))]
+    def _take_over_shards(self) -> list[str]:
+        """Write jobs of the finished shards that no job of `held` lists and that hold needed sequences; one at most, usually."""
+        listed = {shard for (shard,) in self.database.execute("SELECT DISTINCT shard FROM held").fetchall()}
+        self.database.execute("CREATE TABLE orphans (shard VARCHAR, digest BLOB, length INTEGER)")
+        for path in self.store.glob("shards/*/*.safetensors"):
+            if path.stem not in listed:
+                with suppress(LengthwiseError):  # a damaged one holds nothing
+                    orphan = finished_sequences(self.store, path.stem, self.settings)
+                    if is_complete(path, orphan["digest"].to_pylist(), self.settings["fingerprint"]):
+                        self.database.register("orphan", orphan)
+                        self.database.execute("INSERT INTO orphans SELECT ?, digest, length FROM orphan", [path.stem])
+        # Of the shards that hold a sequence the first by name is taken, so that planning again takes the same ones.
+        taken = self.database.execute(
+            "SELECT shard, sum(length + ?) FROM orphans SEMI JOIN (SELECT min(shard) AS shard FROM orphans"
+            " SEMI JOIN inputs USING (digest) ANTI JOIN held USING (digest) GROUP BY digest) USING (shard)"
+            " GROUP BY shard ORDER BY shard",
+            [SEQUENCE_OVERHEAD_BYTES],
+        ).fetchall()
+        shards, n_bytes = [shard for shard, _ in taken], [float(n) for _, n in taken]
+        return [
+            write_work_order_of_shards(self.store, shards[start:stop], self.settings)
+            for start, stop in pairwise(cut_runs(np.array(n_bytes), MAX_WORK_ORDER_BYTES).tolist())
+        ]
 
-    def _find_retried(self, finished: list[str]) -> None:
+    def _find_retried(self, job_records: dict[str, dict]) -> None:
         """Fill retried(digest) with the sequences that every finished job rejected because they did not fit into memory."""
         self.database.execute("CREATE TABLE too_long (job UBIGINT, digest BLOB)")
-        for j, job in enumerate(finished):
-            for name in read_json(job_record_path(self.store, job)).get("does_not_fit", []):
+        for j, job_record in enumerate(job_records.values()):
+            for name in job_record.get("does_not_fit", []):
                 shard = Shard(shard_path(self.store, name))
                 rows = [
                     [j, shard["digests"][i].tobytes()] for i in np.flatnonzero(shard["status"] == Status.DOES_NOT_FIT)
@@ -194,27 +216,22 @@ class ExistingJobs:
             " ANTI JOIN too_long USING (job, digest)) USING (digest)"
         )
 
-    def _restore(self, job: str) -> None:
-        """Write a finished job's lost work order again from its shards; sequences that no dataset has stay null."""
-        names, starts, digests, lengths = [], [], [], []
-        for name in read_json(job_record_path(self.store, job))["shards"]:
-            shard = Shard(shard_path(self.store, name))
-            bounds = shard["offsets"]
-            names += [name] * (len(bounds) - 1)
-            starts += bounds[:-1].tolist()
-            lengths += np.diff(bounds).tolist()
-            digests += [digest.tobytes() for digest in shard["digests"]]
-        sequence_of = dict(
-            self.database.execute(
-                "SELECT digest, any_value(sequence) FROM inputs WHERE digest IN (SELECT unnest(?::BLOB[])) GROUP BY digest",
-                [digests],
-            ).fetchall()
-        )
-        columns = [names, starts, digests, lengths, [sequence_of.get(digest) for digest in digests]]
-        work_order = pa.table(
-            [pa.array(c, f.type) for c, f in zip(columns, WORK_ORDER, strict=True)], schema=WORK_ORDER
-        )
-        replace_work_order(work_order_path(self.store, job), work_order)
+
+def remove_rivals(store: Path, planned: Iterable[str]) -> None:
+    """Remove the work orders that are neither of this plan nor of a finished job. Their finished shards stay."""
+    for job in _names(store / "plan" / "jobs", ".parquet") - _names(store / "jobs", ".json") - {*planned}:
+        with suppress(OSError):  # of another user; the next plan ignores it too
+            work_order_path(store, job).unlink()
+
+
+def _jobs_of_last_plan(store: Path) -> set[str] | None:
+    """The jobs of plan/jobs.tsv; None where it is missing or damaged, which a cut in the middle of a line shows."""
+    try:
+        table = (store / "plan" / "jobs.tsv").read_text()
+    except (OSError, ValueError):
+        return None
+    header, *rows = table.splitlines() or [""]
+    return {row.partition("\t")[0] for row in rows} if table.endswith("\n") and header.startswith("job\t") else None
 
 
 def _names(folder: Path, ending: str) -> set[str]:

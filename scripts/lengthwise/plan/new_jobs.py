@@ -40,7 +40,7 @@ def write_new_jobs(store: Path, settings: dict, sizes: Sizes, work: SortedSequen
         job_sequences = job_rows.filter(pc.invert(job_rows.column("repeats"))).select(["digest", "length", "sequence"])
         first, last = np.searchsorted(shards, [start, stop])
         work_order = work_order_table(job_sequences, shards[first : last + 1] - start, settings)
-        yield write_work_order(store, pc.unique(work_order.column("shard")).to_pylist(), work_order), datasets
+        yield write_work_order(store, work_order), datasets
 
 
 class _RowReader:

@@ -1,6 +1,6 @@
 """The plan: which sequences no finished shard holds, cut into shards and jobs.
 
-1. `existing_jobs` selects the work orders that still count; the sequences outside them are new work.
+1. `existing_jobs` selects the work orders that still count; the sequences outside them are new work. Other work orders go.
 2. `external_sort` sorts the new work by length and digest.
 3. `new_jobs` writes a work order per job, cut by `cuts`.
 4. `job_requests` says what each job asks a scheduler for.
@@ -19,7 +19,7 @@ import pyarrow as pa
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.costs import forecast_seconds
 from lengthwise.plan.cuts import Sizes
-from lengthwise.plan.existing_jobs import ExistingJobs
+from lengthwise.plan.existing_jobs import ExistingJobs, remove_rivals
 from lengthwise.plan.external_sort import SortedSequences
 from lengthwise.plan.job_requests import job_requests
 from lengthwise.plan.new_jobs import write_new_jobs
@@ -69,7 +69,7 @@ def plan(
     Raises
     ------
     LengthwiseError
-        Damaged: the settings, a work order, or a shard of a job whose work order is lost.
+        Damaged: the settings, a table of sequences, a job record, or a shard of a finished job whose work order is lost.
     """
     settings, sequence_tables = require(store), list(sequences.values())
     with scratch_folder(jobs_tsv.parent / ".spill") as scratch:
@@ -85,6 +85,7 @@ def plan(
     table = table.join(job_requests(table, settings, checkpoint_bytes))[JOBS_COLUMNS]
     with atomic(jobs_tsv) as part:
         table.to_csv(part, sep="\t", index=False)
+    remove_rivals(store, table["job"])
     return table
 
 

@@ -2,18 +2,25 @@
 
 import hashlib
 import itertools
+from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lengthwise.errors import LengthwiseError
+from lengthwise.ingest.digests import digest as sequence_digest
 from lengthwise.plan.external_sort import digest_bytes
-from lengthwise.store.layout import shard_name
-from lengthwise.store.paths import work_order_path
+from lengthwise.store.layout import REMAKE, shard_name
+from lengthwise.store.paths import shard_path, work_order_path
+from lengthwise.store.shard import Shard
 from lengthwise.system.files import atomic
+from lengthwise.system.text import count
 
 WORK_ORDER = pa.schema(
     [
@@ -24,6 +31,11 @@ WORK_ORDER = pa.schema(
         ("sequence", pa.binary()),
     ]
 )
+_ALL_BUT_RESIDUES = pa.schema(list(WORK_ORDER)[:-1])
+
+
+class DamagedError(Exception):
+    """What is wrong with a work order, in a few words."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +45,97 @@ class PlannedShard:
     name: str
     digests: list[bytes]
     lengths: np.ndarray  # [n] residues
-    sequences: list[bytes]
+    sequences: list[bytes]  # b"" where the work order lacks it, see `add_sequences`
 
 
-def read_work_order(work_order: Path) -> Iterator[PlannedShard]:
-    """The shards of a work order, in its order."""
-    table = pq.read_table(work_order)  # `cuts.MAX_WORK_ORDER_BYTES` bounds it
-    names = table.column("shard").to_numpy()
-    starts = np.flatnonzero(np.concatenate([[True], names[1:] != names[:-1]]))
-    for start, stop in itertools.pairwise([*starts.tolist(), len(names)]):
-        rows = table.slice(start, stop - start)
-        digests, lengths, sequences = (rows.column(name) for name in ("digest", "length", "sequence"))
-        yield PlannedShard(names[start], digests.to_pylist(), lengths.to_numpy(), sequences.to_pylist())
+def read_work_order(work_order: Path, fingerprint: str) -> Iterator[PlannedShard]:
+    """The shards of a work order, in its order. A sequence that is not what its digest says is left out.
+
+    Parameters
+    ----------
+    work_order
+        The file.
+    fingerprint
+        That of the store's settings.
+
+    Raises
+    ------
+    DamagedError
+        It is missing or damaged, or was written for other settings.
+    LengthwiseError
+        The disk cannot read it.
+    """
+    for name, rows in _shard_rows(work_order, fingerprint, WORK_ORDER):
+        digests, lengths = rows.column("digest").to_pylist(), rows.column("length").to_numpy()
+        planned = zip(rows.column("sequence").to_pylist(), digests, lengths.tolist(), strict=True)
+        sequences = [s if _matches(s, digest, length) else b"" for s, digest, length in planned]
+        yield PlannedShard(name, digests, lengths, sequences)
+
+
+def is_intact(work_order: Path, fingerprint: str) -> bool:
+    """Whether a work order is whole and was written for these settings. Its residues are not read."""
+    try:
+        deque(_shard_rows(work_order, fingerprint, _ALL_BUT_RESIDUES), maxlen=0)
+    except DamagedError:
+        return False
+    return True
+
+
+def add_sequences(store: Path, shards: list[PlannedShard]) -> None:
+    """Add the sequences that a work order lacks to its shards, from the tables of the store's inputs.
+
+    Raises
+    ------
+    DamagedError
+        No table has one of them.
+    """
+    places = {
+        digest: (shard, i) for shard in shards for i, digest in enumerate(shard.digests) if not shard.sequences[i]
+    }
+    if not places:
+        return
+    digests = pa.array(list(places), pa.binary(24))
+    for table in sorted(store.glob("inputs/*/sequences.parquet")):
+        with suppress(OSError, pa.ArrowException):  # a damaged table adds nothing
+            for batch in pq.ParquetFile(table).iter_batches(columns=["digest", "sequence"]):
+                for row in batch.filter(pc.is_in(batch.column("digest"), digests)).to_pylist():
+                    shard, i = places[row["digest"]]
+                    if _matches(row["sequence"], row["digest"], shard.lengths[i]):
+                        shard.sequences[i] = row["sequence"]
+    if left := sum(not shard.sequences[i] for shard, i in places.values()):
+        raise DamagedError(f"lacks {count(left, 'sequence')} that no input has")
+
+
+def _matches(sequence: bytes | None, digest: bytes, length: int) -> bool:
+    return sequence is not None and len(sequence) == length and sequence_digest(sequence) == digest
+
+
+def _shard_rows(work_order: Path, fingerprint: str, schema: pa.Schema) -> Iterator[tuple[str, pa.Table]]:
+    """(name, rows) of each shard. Names, which are hashes of digests, and first rows, which lengths give, are checked."""
+    try:
+        with pq.ParquetFile(work_order) as file:
+            table = file.read(schema.names).cast(schema)  # `cuts.MAX_WORK_ORDER_BYTES` bounds it
+    except FileNotFoundError as error:
+        raise DamagedError("missing") from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        if getattr(error, "errno", None):
+            raise LengthwiseError(f"{work_order}: cannot be read: {error}") from error
+        raise DamagedError("damaged") from error
+    if not len(table) or any(table.column(name).null_count for name in _ALL_BUT_RESIDUES.names):
+        raise DamagedError("damaged")
+    names, lengths, first_rows = (table.column(name).to_numpy() for name in ("shard", "length", "row_start"))
+    digests = digest_bytes(table.column("digest").combine_chunks())  # [n, 24]
+    bounds = np.flatnonzero(names[1:] != names[:-1]) + 1
+    for start, stop in itertools.pairwise([0, *bounds.tolist(), len(names)]):
+        is_named = names[start] == shard_name(fingerprint, [digests[start:stop].tobytes()])
+        if not (is_named and np.array_equal(first_rows[start:stop], _first_rows(lengths[start:stop]))):
+            raise DamagedError("damaged, or of other settings")
+        yield names[start], table.slice(start, stop - start)
+
+
+def _first_rows(lengths: np.ndarray) -> np.ndarray:
+    """The first row of each sequence of a shard."""
+    return np.cumsum(lengths, dtype=np.int64) - lengths
 
 
 def work_order_table(sequences: pa.Table, shard_bounds: np.ndarray, settings: dict) -> pa.Table:
@@ -64,21 +155,49 @@ def work_order_table(sequences: pa.Table, shard_bounds: np.ndarray, settings: di
     names, row_starts = [], []
     for start, stop in itertools.pairwise(shard_bounds.tolist()):
         names.append(shard_name(settings["fingerprint"], [digests[start:stop].tobytes()]))
-        row_starts.append(np.concatenate([[0], np.cumsum(lengths[start : stop - 1], dtype=np.int64)]))
+        row_starts.append(_first_rows(lengths[start:stop]))
     shard_of_row = pa.array(np.repeat(np.arange(len(names)), np.diff(shard_bounds)))
     columns = [pa.array(names).take(shard_of_row), pa.array(np.concatenate(row_starts)), *sequences.columns]
     return pa.table(columns, schema=WORK_ORDER)
 
 
-def write_work_order(store: Path, shards: list[str], work_order: pa.Table) -> str:
-    """Write a work order unless it exists; returns the job's name, a hash over the names of its shards in order."""
-    job = hashlib.sha256("".join(shards).encode()).hexdigest()[:16]
-    if not work_order_path(store, job).exists():
-        replace_work_order(work_order_path(store, job), work_order)
+def finished_sequences(store: Path, shard: str, settings: dict) -> pa.Table:
+    """The columns digest, length and sequence of a finished shard. It has no residues, so `sequence` is null.
+
+    Raises
+    ------
+    LengthwiseError
+        The shard is missing or damaged.
+    """
+    finished = Shard(shard_path(store, shard))
+    digests, n = finished["digests"].tobytes(), len(finished["status"])
+    if shard_name(settings["fingerprint"], [digests]) != shard:
+        raise LengthwiseError(f"{finished.path}: has other sequences than its name says; {REMAKE}")
+    columns = {
+        "digest": pa.FixedSizeBinaryArray.from_buffers(pa.binary(24), n, [None, pa.py_buffer(digests)]),
+        "length": np.diff(finished["offsets"]).astype(np.int32),
+        "sequence": pa.nulls(n, pa.binary()),
+    }
+    return pa.table(columns)
+
+
+def write_work_order(store: Path, work_order: pa.Table, job: str = "") -> str:
+    """Write a work order; returns the job's name, which for a new job is a hash over the names of its shards in order."""
+    shards = pc.unique(work_order.column("shard")).to_pylist()
+    job = job or hashlib.sha256("".join(shards).encode()).hexdigest()[:16]
+    with atomic(work_order_path(store, job)) as part:
+        pq.write_table(work_order, part, 65_536, compression="zstd", use_dictionary=["shard", "length"])
     return job
 
 
-def replace_work_order(path: Path, work_order: pa.Table) -> None:
-    """Write a work order atomically, whether it exists or not."""
-    with atomic(path) as part:
-        pq.write_table(work_order, part, 65_536, compression="zstd", use_dictionary=["shard", "length"])
+def write_work_order_of_shards(store: Path, shards: list[str], settings: dict, job: str = "") -> str:
+    """Write the work order of finished shards, without residues: where embedding needs some, it takes them from the inputs.
+
+    Raises
+    ------
+    LengthwiseError
+        A shard is missing or damaged.
+    """
+    parts = [finished_sequences(store, shard, settings) for shard in shards]
+    work_order = work_order_table(pa.concat_tables(parts), np.cumsum([0, *map(len, parts)]), settings)
+    return write_work_order(store, work_order, job)

@@ -133,14 +133,18 @@ def test_a_job_in_use_keeps_all_its_files(small_store, random_proteins):
     assert unused(store, delete=True) == {"inputs/long"}
 
 
-def test_work_orders_outside_the_plan_are_unused(store, random_proteins):
+def test_finished_shards_of_a_job_that_no_plan_has_are_unused(store, random_proteins):
     store.ingest("c", random_proteins(20, seed=5))
     store.plan(shard_bytes=8_000)
-    (job,) = store.jobs_of("c")
+    (job,) = set(store.jobs_of("c"))
+    shards = store.embed(job)["shards"]
+    job_record_path(store.path, job).unlink()  # killed before it
     store.datasets.remove("c")
     store.plan()
-    assert unused(store, delete=True) == {f"plan/jobs/{job}.parquet", "inputs/c"}
     assert not work_order_path(store.path, job).exists()
+    names = {name.partition(".")[0].rpartition("/")[2] for name in unused(store, delete=True) - {"inputs/c"}}
+    assert names == shards.keys()
+    assert is_good(store)
 
 
 def test_leftovers_are_unused_in_every_folder_and_other_hidden_files_stay(store):

@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import duckdb
 import numpy as np
-import pandas as pd
 import pytest
 
 from lengthwise.esm2.costs import forecast_seconds
@@ -177,13 +176,13 @@ def test_an_unfinished_job_with_a_sequence_that_no_dataset_needs_is_ignored(stor
     assert sorted(planned(store)) == sorted(wanted(store))
 
 
-def test_an_ignored_job_counts_again_when_all_its_sequences_are_needed_again(store, random_proteins):
+def test_after_an_input_that_changed_and_changed_back_no_sequence_is_planned_twice(store, random_proteins):
     before = store.plan(**SMALL_JOBS).to_dict("records")
     store.ingest("a", dict(list(random_proteins(60).items())[1:]))
     store.plan(**SMALL_JOBS)
     store.ingest("a", random_proteins(60))
     store.plan(**SMALL_JOBS)
-    assert sorted(planned(store)) == sorted(wanted(store))  # whichever jobs count: no sequence twice
+    assert sorted(planned(store)) == sorted(wanted(store))
     assert len({row["job"] for row in before} & set(store.jobs["job"])) >= len(before) - 1
 
 
@@ -239,16 +238,6 @@ def test_shards_of_several_ignored_jobs_are_taken_over_the_same_way_twice(store,
     work_orders = snapshot(store.path / "plan" / "jobs")
     store.plan(**SMALL_JOBS)
     assert snapshot(store.path / "plan" / "jobs") == work_orders
-
-
-def test_the_lost_work_order_of_a_finished_job_is_written_again_from_its_shards(store):
-    (job,) = store.plan(shard_bytes=16_000)["job"]
-    store.embed(job)
-    jobs_tsv, work_order = store.jobs_tsv.read_bytes(), store.work_order(job)
-    work_order_path(store.path, job).unlink()
-    store.plan()
-    assert store.jobs_tsv.read_bytes() == jobs_tsv
-    pd.testing.assert_frame_equal(store.work_order(job), work_order)
 
 
 def test_a_shard_holds_no_more_than_shard_bytes_unless_one_sequence_does(store):
@@ -328,28 +317,6 @@ def test_a_plan_within_little_memory_is_the_same(store, tmp_path, monkeypatch, r
         planned_within(52 << 20)
 
 
-def test_of_unfinished_jobs_that_share_sequences_the_first_by_name_counts(store):
-    """As after an input that changed and changed back."""
-    store.plan(**SMALL_JOBS)
-    aside = snapshot(store.path / "plan" / "jobs")
-    shutil.rmtree(store.path / "plan")
-    store.plan(job_seconds=3e-4, shard_bytes=5_000)
-    for path, content in aside.items():
-        path.write_bytes(content)
-    work_orders = {
-        path.stem: set(store.work_order(path.stem)["digest"]) for path in (store.path / "plan" / "jobs").iterdir()
-    }
-    expected, held = [], set()
-    for job, digests in sorted(work_orders.items()):
-        if not digests & held:
-            expected.append(job)
-            held |= digests
-    store.plan()
-    assert set(expected) < set(store.jobs["job"])
-    assert set(store.jobs["job"]) & set(work_orders) == set(expected)
-    assert sorted(planned(store)) == sorted(wanted(store))
-
-
 def test_sequences_that_several_new_datasets_share_are_planned_once_for_all_of_them(small_store, random_proteins):
     store, proteins = small_store(), list(random_proteins(90).items())
     parts = {"c": proteins[:60], "a": proteins[20:80], "b": proteins[10:30] + proteins[70:]}
@@ -362,17 +329,6 @@ def test_sequences_that_several_new_datasets_share_are_planned_once_for_all_of_t
         held = [set(store.work_order(job)["digest"]) for job in store.jobs["job"]]
         stands_on = [job for job, digests in zip(store.jobs["job"], held, strict=True) if digests & wanted(store, name)]
         assert store.jobs_of(name) == stands_on
-
-
-def test_a_damaged_work_order_is_one_line_that_says_what_to_do(store, refused):
-    store.plan(**SMALL_JOBS)
-    path = work_order_path(store.path, store.jobs["job"][1])
-    path.write_bytes(path.read_bytes()[:-20])
-    with refused("damaged", path.name, "remove that file and run again"):
-        store.plan(**SMALL_JOBS)
-    path.unlink()
-    store.plan(**SMALL_JOBS)
-    assert sorted(planned(store)) == sorted(wanted(store))
 
 
 def test_the_work_is_cut_from_sequences_sorted_by_length(store):
