@@ -28,6 +28,7 @@ from lengthwise.plan.work_orders import (
     PlannedShard,
     add_sequences,
     read_work_order,
+    require_planned,
 )
 from lengthwise.store.paths import find_metrics, shard_path
 from lengthwise.store.settings import require as require_settings
@@ -88,8 +89,8 @@ def embed_job(
     Raises
     ------
     LengthwiseError
-        The device or the weights are missing, disk space or time runs out, stored rows are not what fair-esm computes, or
-        the work order is damaged.
+        The device or the weights are missing, disk space or time runs out, stored rows are not what fair-esm computes, the work
+        order is damaged, or a later plan has removed it.
     """
     settings = require_settings(store)
     set_threads(threads)
@@ -101,7 +102,9 @@ def embed_job(
     with Heartbeat(store, job, device_name(torch_device), progress.state):  # until the job record is there
         made = _Made(set(), None, 0.0, None)
         if pending:
-            made = _make(store, settings, checkpoint, torch_device, pending, progress, batch_tokens, deadline)
+            made = _make(
+                store, settings, checkpoint, torch_device, pending, progress, batch_tokens, deadline, work_order
+            )
         maker = {"device": device_name(torch_device), "versions": versions()}
         parity = _compare(store, settings, checkpoint, torch_device, maker, shards, made.shards)
         record = {
@@ -119,6 +122,7 @@ def embed_job(
             "loaded_bytes": made.loaded_bytes,
             "embed_seconds": round(progress.seconds, 3),
         }
+        require_planned(work_order)  # or the shards would be in two job records
         write_json(job_record, record)
     return record
 
@@ -145,6 +149,7 @@ def _make(
     progress: Progress,
     batch_tokens: int | str,
     deadline: float,
+    work_order: Path,
 ) -> _Made:
     """Load the model and make the pending shards; on return the model's memory is free for the reference."""
     began = time.perf_counter()
@@ -153,7 +158,7 @@ def _make(
     tokens = engine.auto_batch_tokens() if isinstance(batch_tokens, str) else batch_tokens
     load_seconds = time.perf_counter() - began
     progress.start()
-    with ShardPipeline(store, settings, engine, progress, deadline) as pipeline:
+    with ShardPipeline(store, settings, engine, progress, deadline, work_order) as pipeline:
         # Longest sequences first, so that one that does not fit shows at once.
         made = pipeline.make(pending[::-1], tokens)
     return _Made(made, tokens, load_seconds, loaded_bytes)

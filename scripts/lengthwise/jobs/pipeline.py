@@ -18,7 +18,7 @@ from lengthwise.esm2.devices import device_name, is_out_of_memory
 from lengthwise.esm2.engine import BatchResult, Engine
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS
 from lengthwise.esm2.status import Status
-from lengthwise.plan.work_orders import PlannedShard
+from lengthwise.plan.work_orders import PlannedShard, require_planned
 from lengthwise.store.metrics import write_metrics
 from lengthwise.store.paths import metrics_path
 from lengthwise.store.shard_writer import ShardWriter
@@ -110,11 +110,21 @@ class ShardPipeline:
         Counts the residues done.
     deadline
         When this process will be ended, in seconds of the epoch.
+    work_order
+        No shard is opened once this file is gone: a later plan has given its sequences to other jobs.
     """
 
-    def __init__(self, store: Path, settings: dict, engine: Engine, progress: Progress, deadline: float = math.inf):
+    def __init__(
+        self,
+        store: Path,
+        settings: dict,
+        engine: Engine,
+        progress: Progress,
+        deadline: float = math.inf,
+        work_order: Path | None = None,
+    ):
         self.store, self.settings, self.engine = store, settings, engine
-        self.progress, self.deadline = progress, deadline
+        self.progress, self.deadline, self.work_order = progress, deadline, work_order
         self.open: deque[_OpenShard] = deque()  # opened, and not yet handed to the writer for commit
         self.opened_residues = 0  # of all shards opened so far
         self.writes: deque[Future] = deque()  # of the writer thread, in order
@@ -139,7 +149,8 @@ class ShardPipeline:
         Raises
         ------
         LengthwiseError
-            The remaining shards would not be done by the deadline, the disk is full, or the checkpoint changed.
+            The remaining shards would not be done by the deadline, the work order is gone, the disk is full, or the
+            checkpoint changed.
         """
         remaining, made = deque(shards), set()
         while remaining and self._fits_deadline(remaining[0]):
@@ -176,6 +187,8 @@ class ShardPipeline:
         process are open: waiting then could deadlock.
         """
         while remaining and self._fits_deadline(shard := remaining[0]):
+            if self.work_order:
+                require_planned(self.work_order)
             try:
                 writer = ShardWriter(
                     self.store, shard.name, shard.digests, shard.lengths, self.settings, wait=not self.open

@@ -218,7 +218,10 @@ class ExistingJobs:
 
 
 def remove_rivals(store: Path, planned: Iterable[str]) -> None:
-    """Remove the work orders that are neither of this plan nor of a finished job. Their finished shards stay."""
+    """Remove the work orders that are neither of this plan nor of a finished job. Their finished shards stay.
+
+    A job of a killed run that still lives ends once its work order is gone.
+    """
     for job in _names(store / "plan" / "jobs", ".parquet") - _names(store / "jobs", ".json") - {*planned}:
         with suppress(OSError):  # of another user; the next plan ignores it too
             work_order_path(store, job).unlink()

@@ -106,6 +106,20 @@ def add_sequences(store: Path, shards: list[PlannedShard]) -> None:
         raise DamagedError(f"lacks {count(left, 'sequence')} that no input has")
 
 
+def require_planned(work_order: Path) -> None:
+    """Refuse to go on without the work order.
+
+    Raises
+    ------
+    LengthwiseError
+        It is gone: a plan that was made after this job began has removed it.
+    """
+    if not work_order.exists():
+        raise LengthwiseError(
+            f"{work_order}: is gone: a later plan has given its sequences to other jobs, and uses the shards that are finished"
+        )
+
+
 def _matches(sequence: bytes | None, digest: bytes, length: int) -> bool:
     return sequence is not None and len(sequence) == length and sequence_digest(sequence) == digest
 

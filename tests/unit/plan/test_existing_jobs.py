@@ -16,6 +16,7 @@ from lengthwise.plan import existing_jobs, planner
 from lengthwise.plan.work_orders import WORK_ORDER, is_intact
 from lengthwise.store.paths import job_record_path, work_order_path
 from lengthwise.store.shard import Shard
+from lengthwise.store.shard_writer import ShardWriter
 
 JOBS = {"job_seconds": 4e-4, "shard_bytes": 8_000}  # several jobs of several shards
 OTHER_JOBS = {"job_seconds": 3e-4, "shard_bytes": 5_000}
@@ -308,6 +309,36 @@ def test_whatever_byte_of_a_work_order_flips_the_rows_are_right_or_it_is_removed
         assert path.exists() == is_embedded
         ends.append(is_embedded)
     assert {*ends} == {True, False}
+
+
+def test_a_job_that_outlives_its_plan_ends_and_its_finished_shards_count(
+    small_store, random_proteins, undisturbed, refused, monkeypatch
+):
+    """As one on a cluster does whose Snakemake was killed, beside the next run, of which an input has changed."""
+    store = small_store()
+    store.ingest("a", random_proteins(60))
+    (job,) = store.plan(shard_bytes=8_000)["job"]
+    commit, finished = ShardWriter.commit, []
+
+    def commit_and_plan(self):
+        commit(self)
+        finished.append(self.path.stem)
+        if len(finished) == 3:
+            store.ingest("a", dict(list(random_proteins(60).items())[1:]))
+            store.plan(shard_bytes=8_000)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "commit", commit_and_plan)
+        with refused(job, "a later plan"):
+            store.embed(job, batch_tokens=64)
+    assert not job_record_path(store.path, job).exists()
+    assert 3 <= len(finished) < 8  # one or two were open
+    made = [shard for job_record in store.embed_all() for shard in job_record["made"]]
+    assert not {*finished[:3]} & {*made}
+    assert {*finished[:3]} < {*listed(store)}
+    assert len(listed(store)) == len({*listed(store)})
+    assert store.assemble("a")["accepted"] == 59
+    assert is_good(store)
 
 
 @pytest.mark.parametrize("in_manifest", [False, True])
