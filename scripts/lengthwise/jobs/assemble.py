@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.status import Status
-from lengthwise.store.layout import REMAKE
+from lengthwise.store.layout import REMAKE, shard_name
 from lengthwise.store.lookup import LOOKUP, SCHEMA, write_lookup
-from lengthwise.store.paths import job_record_path, shard_path, work_order_path
+from lengthwise.store.paths import job_record_path, shard_path
 from lengthwise.store.provenance import content_sha256, makers, readme
 from lengthwise.store.settings import require, shape_of
 from lengthwise.store.shard import Shard
@@ -81,7 +81,7 @@ def assemble(
     Raises
     ------
     LengthwiseError
-        A record is not accounted for, or a shard is missing or differs from its work order.
+        A record is not accounted for, or a shard is missing or damaged.
     """
     settings, summary = require(store), read_json(store / "inputs" / dataset / "summary.json")
     rows, folder = _RowChecks(dataset), manifest.parent
@@ -155,32 +155,33 @@ def _join_records(
 
 
 def _find_places(database: duckdb.DuckDBPyConnection, store: Path, jobs: list[str], fingerprint: str) -> None:
-    """Create the table `place`: where each sequence of these jobs is, after comparing work orders with shards."""
+    """Create the table `place`: where each sequence of these jobs is."""
     database.execute("CREATE TABLE reasons (verdict UTINYINT, why VARCHAR)")
     database.executemany("INSERT INTO reasons VALUES (?, ?)", [list(item) for item in _REASONS.items()])
     database.execute(
-        "CREATE TABLE planned (digest BLOB, shard VARCHAR, sequence_no INTEGER, row_start BIGINT, verdict UTINYINT)"
+        "CREATE TABLE held (digest BLOB, shard VARCHAR, sequence_no INTEGER, row_start BIGINT, verdict UTINYINT)"
     )
     for job in jobs:
-        work_order = pq.read_table(work_order_path(store, job), columns=["shard", "row_start", "digest"])
-        start = 0
-        for stop in pc.run_end_encode(work_order.column("shard").combine_chunks()).run_ends.to_pylist():
-            part, start = work_order.slice(start, stop - start), stop
-            shard = Shard(shard_path(store, part.column("shard")[0].as_py()))
-            if shard.metadata.get("fingerprint") != fingerprint:
-                raise LengthwiseError(f"{shard.path}: was made with other settings than this store's; {REMAKE}")
-            if shard["digests"].tobytes() != b"".join(part.column("digest").to_pylist()):
-                raise LengthwiseError(f"{shard.path}: holds other sequences than {job} promised; {REMAKE}")
-            part = part.append_column("sequence_no", pa.array(np.arange(len(part), dtype=np.int32)))
-            database.register("part", part.append_column("verdict", pa.array(shard["status"])))
-            database.execute("INSERT INTO planned SELECT digest, shard, sequence_no, row_start, verdict FROM part")
+        for name in read_json(job_record_path(store, job), "shards")["shards"]:
+            shard = Shard(shard_path(store, name))
+            digests, n = shard["digests"].tobytes(), len(shard["status"])
+            if shard.metadata.get("fingerprint") != fingerprint or shard_name(fingerprint, [digests]) != name:
+                raise LengthwiseError(f"{shard.path}: has other sequences or settings than its name says; {REMAKE}")
+            columns = {
+                "digest": pa.FixedSizeBinaryArray.from_buffers(pa.binary(24), n, [None, pa.py_buffer(digests)]),
+                "sequence_no": np.arange(n, dtype=np.int32),
+                "row_start": shard["offsets"][:-1],
+                "verdict": shard["status"],
+            }
+            database.register("part", pa.table(columns))
+            database.execute("INSERT INTO held SELECT digest, ?, sequence_no, row_start, verdict FROM part", [name])
     # Several jobs may hold a sequence: a good one comes first, then the order of shard names decides.
     database.execute(
         "CREATE TABLE place AS SELECT digest,"
         " min_by(struct_pack(shard, sequence_no, row_start, verdict), (verdict, shard)) AS spot"
-        " FROM planned GROUP BY digest"
+        " FROM held GROUP BY digest"
     )
-    database.execute("DROP TABLE planned")
+    database.execute("DROP TABLE held")
 
 
 class _RowChecks:

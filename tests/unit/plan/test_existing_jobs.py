@@ -357,3 +357,13 @@ def test_a_job_record_that_comes_after_its_shards_were_taken_over_goes_unless_a_
         assert store.jobs_tsv.read_bytes() == table
         assert len(listed(store)) == len({*listed(store)})
     assert is_good(store)
+
+
+def test_a_dataset_is_assembled_without_the_work_orders_of_its_finished_jobs(store):
+    store.embed_all()
+    index = store.path / "datasets" / "a" / "index.parquet"
+    store.assemble("a")
+    assembled = index.read_bytes()
+    shutil.rmtree(store.path / "plan" / "jobs")
+    assert store.assemble("a")["accepted"] == 60
+    assert index.read_bytes() == assembled
