@@ -10,7 +10,6 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
     from lengthwise.plan.cuts import Sizes
     from lengthwise.plan.disk_check import require_space, unfinished_jobs
     from lengthwise.plan.planner import plan
-    from lengthwise.plan.record import write_plan_record
     from lengthwise.plan.throughput import slowdown
     from lengthwise.store.settings import require
     from lengthwise.store.sizes import missing_bytes
@@ -26,7 +25,6 @@ with reporting(snakemake.log[0], snakemake.scriptdir):
     jobs = plan(store, sequences, sizes, Path(snakemake.output.jobs), memory_bytes, retry)
     if config["disk_space"] == "refuse":
         require_space(store, jobs, missing_bytes(store, settings, snakemake.params.datasets, config["exports"]))
-    write_plan_record(store, snakemake.params.datasets, retry, settings)
     new = unfinished_jobs(store, jobs)
     wanted = sum(pq.read_metadata(path).num_rows for path in sequences.values())
     log.info(

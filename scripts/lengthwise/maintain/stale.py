@@ -182,4 +182,5 @@ def _adopt(store: Path, wanted: Wanted, settings: dict | None) -> None:
         elif "inputs" not in summary:
             complete &= identity.adopt(folder, stamp)
     if complete and settings and read_plan_record(store) is None and is_adoptable(store, list(wanted.stamps)):
-        write_plan_record(store, list(wanted.stamps), wanted.retry_rejected, settings)
+        sequences = {name: store / "inputs" / name / "sequences.parquet" for name in wanted.stamps}
+        write_plan_record(store, sequences, wanted.retry_rejected, settings)

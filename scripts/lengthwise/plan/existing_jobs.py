@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.status import Status
 from lengthwise.plan.cuts import MAX_WORK_ORDER_BYTES, SEQUENCE_OVERHEAD_BYTES, cut_runs
+from lengthwise.plan.record import read_plan_record
 from lengthwise.plan.work_orders import (
     WORK_ORDER,
     finished_sequences,
@@ -228,13 +229,11 @@ def remove_rivals(store: Path, planned: Iterable[str]) -> None:
 
 
 def _jobs_of_last_plan(store: Path) -> set[str] | None:
-    """The jobs of plan/jobs.tsv; None where it is missing or damaged, which a cut in the middle of a line shows."""
-    try:
-        table = (store / "plan" / "jobs.tsv").read_text()
-    except (OSError, ValueError):
+    """The jobs of the last plan and finished ones, from its record; None where that is missing or damaged."""
+    record = read_plan_record(store)
+    if record is None:
         return None
-    header, *rows = table.splitlines() or [""]
-    return {row.partition("\t")[0] for row in rows} if table.endswith("\n") and header.startswith("job\t") else None
+    return {Path(name).stem for name in record["files"] if name.startswith("jobs/")}
 
 
 def _names(folder: Path, ending: str) -> set[str]:

@@ -32,21 +32,6 @@ def planned_job_records(store: str, dataset: str | None = None) -> list[str]:
     return [f"{store}/jobs/{job}.json" for job in jobs]
 
 
-def is_whole(work_order: Path | str) -> bool:
-    """Whether a work order is there and not cut short: its first and last bytes are those of a Parquet file of its size.
-
-    Embedding notices any other damage, and then removes the work order.
-    """
-    try:
-        with open(work_order, "rb") as file:
-            start, n_bytes = file.read(4), file.seek(0, os.SEEK_END)
-            file.seek(-min(8, n_bytes), os.SEEK_END)
-            footer_bytes, end = int.from_bytes(file.read(4), "little"), file.read()
-    except OSError:
-        return False
-    return start == end == b"PAR1" and footer_bytes + 12 <= n_bytes
-
-
 def _read_if_changed(path: Path | str) -> tuple[Rows, dict[str, list[str]]]:
     stat = os.stat(path)
     return _read(str(path), stat.st_size, stat.st_mtime_ns)

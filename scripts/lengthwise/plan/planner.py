@@ -23,6 +23,7 @@ from lengthwise.plan.existing_jobs import ExistingJobs, remove_rivals
 from lengthwise.plan.external_sort import SortedSequences
 from lengthwise.plan.job_requests import job_requests
 from lengthwise.plan.new_jobs import write_new_jobs
+from lengthwise.plan.record import write_plan_record
 from lengthwise.store.paths import job_record_path
 from lengthwise.store.settings import require, shape_of
 from lengthwise.store.sizes import bytes_per_sequence
@@ -45,7 +46,7 @@ def plan(
     memory_bytes: int = 1 << 30,
     retry_rejected: bool = False,
 ) -> pd.DataFrame:
-    """Write the work orders of new work, and the table of all jobs that the datasets need.
+    """Write the work orders of new work, the table of all jobs that the datasets need, and the plan's record.
 
     Parameters
     ----------
@@ -86,6 +87,7 @@ def plan(
     with atomic(jobs_tsv) as part:
         table.to_csv(part, sep="\t", index=False)
     remove_rivals(store, table["job"])
+    write_plan_record(store, sequences, retry_rejected, settings)
     return table
 
 

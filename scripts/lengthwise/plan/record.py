@@ -22,15 +22,15 @@ def read_plan_record(store: Path) -> dict | None:
         return None
 
 
-def write_plan_record(store: Path, datasets: list[str], retry_rejected: bool, settings: dict) -> None:
+def write_plan_record(store: Path, sequences: dict[str, Path], retry_rejected: bool, settings: dict) -> None:
     """Write the record of the plan that is there.
 
     Parameters
     ----------
     store
         The store, with plan/jobs.tsv, its work orders and the tables of the datasets.
-    datasets
-        The datasets that were planned.
+    sequences
+        {dataset: its sequences.parquet} of the datasets that were planned.
     retry_rejected
         As the config had it.
     settings
@@ -43,7 +43,7 @@ def write_plan_record(store: Path, datasets: list[str], retry_rejected: bool, se
         name = f"jobs/{path.name}"
         files[name] = known[name] if name in known and has_size(path, known[name]) else facts(path)
     record = {
-        "datasets": {name: _tables_sha256(store, name) for name in datasets},
+        "datasets": {name: _checksum(path) for name, path in sequences.items()},
         "retry_rejected": retry_rejected,
         "settings": settings,
         "files": files,
@@ -98,8 +98,7 @@ def damaged_files(store: Path, record: dict) -> list[str]:
     return [name for name, expected in record["files"].items() if not has_size(store / "plan" / name, expected)]
 
 
-def _tables_sha256(store: Path, dataset: str) -> str:
+def _checksum(sequences: Path) -> str:
     """The checksum of a dataset's sequences: its summary's, or for one of an earlier version the file's."""
-    summary = read_summary(store / "inputs" / dataset) or {}
-    table = summary.get("files", {}).get("sequences.parquet")
-    return table["sha256"] if table else sha256(store / "inputs" / dataset / "sequences.parquet")
+    table = (read_summary(sequences.parent) or {}).get("files", {}).get(sequences.name)
+    return table["sha256"] if table else sha256(sequences)

@@ -13,10 +13,12 @@ import pytest
 from lengthwise.errors import LengthwiseError
 from lengthwise.maintain.verify import verify
 from lengthwise.plan import existing_jobs, planner
+from lengthwise.plan.record import plan_record_path
 from lengthwise.plan.work_orders import WORK_ORDER, is_intact
 from lengthwise.store.paths import job_record_path, work_order_path
 from lengthwise.store.shard import Shard
 from lengthwise.store.shard_writer import ShardWriter
+from lengthwise.system.files import read_json, write_json
 
 JOBS = {"job_seconds": 4e-4, "shard_bytes": 8_000}  # several jobs of several shards
 OTHER_JOBS = {"job_seconds": 3e-4, "shard_bytes": 5_000}
@@ -116,23 +118,25 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_where_the_table_of_the_last_plan_is_lost_its_unfinished_jobs_stay(store, damage):
+def test_where_the_record_of_the_last_plan_is_lost_its_unfinished_jobs_stay(store, damage):
     before, table = work_orders(store), store.jobs_tsv.read_bytes()
-    damage(store.jobs_tsv)
+    damage(plan_record_path(store.path))
+    store.jobs_tsv.unlink()  # by Snakemake, before its rule runs again
     store.plan(**OTHER_JOBS)
     assert (work_orders(store), store.jobs_tsv.read_bytes()) == (before, table)
 
 
-def test_where_the_table_of_the_last_plan_is_lost_no_sequence_is_planned_twice(store, rivals):
-    store.jobs_tsv.unlink()
+def test_where_the_record_of_the_last_plan_is_lost_no_sequence_is_planned_twice(store, rivals):
+    plan_record_path(store.path).unlink()
     store.plan(**JOBS)
     assert planned(store) == wanted(store)
     assert work_orders(store).keys() == set(store.jobs["job"])
 
 
-def test_a_table_that_ends_early_costs_no_finished_shard(store):
+def test_a_record_that_lacks_a_job_costs_no_finished_shard(store):
     finished = finish(store, store.jobs["job"].iloc[-1])
-    store.jobs_tsv.write_text("".join(store.jobs_tsv.read_text().splitlines(keepends=True)[:3]))
+    record = read_json(plan_record_path(store.path))
+    write_json(plan_record_path(store.path), record | {"files": dict(list(record["files"].items())[:3])})
     store.plan(**JOBS)
     made = [shard for job_record in store.embed_all() for shard in job_record["made"]]
     assert not finished.keys() & {*made}

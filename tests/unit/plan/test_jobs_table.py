@@ -1,11 +1,10 @@
-"""What the workflow reads of a plan: jobs and job records in plan/jobs.tsv, and whether a work order is there."""
+"""What the workflow reads of a plan: jobs and job records in plan/jobs.tsv."""
 
 import os
 
 import pytest
 
-from lengthwise.plan.jobs_table import is_whole, job_rows, planned_job_records
-from lengthwise.store.paths import work_order_path
+from lengthwise.plan.jobs_table import job_rows, planned_job_records
 
 
 @pytest.fixture
@@ -36,17 +35,3 @@ def test_a_changed_table_is_read_again(store):
         table.write("job\tdatasets\tmem_mb\n")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # the size differs
     assert planned_job_records(store, "two") == []
-
-
-def test_a_work_order_is_whole_unless_it_is_missing_or_cut_short(small_store, random_proteins):
-    store = small_store()
-    store.ingest("a", random_proteins(30))
-    (job,) = store.plan()["job"]
-    path = work_order_path(store.path, job)
-    content = path.read_bytes()
-    assert is_whole(path)
-    for n_bytes in (0, 1, 7, 8, 11, 12, len(content) // 2, len(content) - 1):
-        path.write_bytes(content[:n_bytes])
-        assert not is_whole(path), n_bytes
-    path.unlink()
-    assert not is_whole(path)

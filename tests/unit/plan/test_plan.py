@@ -300,7 +300,7 @@ def test_a_plan_within_little_memory_is_the_same(store, tmp_path, monkeypatch, r
 
     def planned_within(memory_bytes) -> dict:
         table = plan(store.path, files, Sizes(1.0, 1 << 26), store.jobs_tsv, memory_bytes)
-        assert sorted(path.name for path in (store.path / "plan").iterdir()) == ["jobs", "jobs.tsv"]
+        assert sorted(path.name for path in (store.path / "plan").iterdir()) == ["inputs.json", "jobs", "jobs.tsv"]
         return table.to_dict("records")
 
     for memory_bytes in (1 << 30, 52 << 20):
