@@ -40,11 +40,9 @@ def validate(config: dict, schema_path: Path) -> dict:
     """
     schema = yaml.safe_load(Path(schema_path).read_text())
     config = _coerce(config, schema)
-    if isinstance(config, dict) and isinstance(config.get("inputs"), str):
-        config["inputs"] = [config["inputs"]]
     errors = jsonschema.Draft202012Validator(schema).iter_errors(config)
     if error := jsonschema.exceptions.best_match(errors):
-        raise LengthwiseError(f"config: {_explain(error)}")
+        raise LengthwiseError(f"config: {_explain(error, schema)}")
     filled = _with_defaults(config, schema)
     model = filled["model"]
     if model != DEMO and model not in MODELS and not model.endswith(".pt"):
@@ -121,14 +119,18 @@ def _require_file(path: str) -> None:
 
 
 def _coerce(value: Any, schema: dict) -> Any:
-    """Convert values that Snakemake's --config leaves as text: integers inside lists and mappings, and booleans."""
+    """Convert a scalar where the schema has a list into a list of one, and integers and booleans that --config left as text."""
+    kinds = {kind.get("type"): kind for kind in schema.get("oneOf", [schema])}
+    if "array" in kinds and isinstance(value, str | int | float):
+        value = [value]
     if isinstance(value, dict):
-        return {key: _coerce(sub, schema.get("properties", {}).get(key, {})) for key, sub in value.items()}
+        keys = kinds.get("object", {}).get("properties", {})
+        return {key: _coerce(sub, keys.get(key, {})) for key, sub in value.items()}
     if isinstance(value, list):
-        return [_coerce(item, schema.get("items", {})) for item in value]
-    if schema.get("type") == "integer" and isinstance(value, str) and re.fullmatch(r"-?\d+", value):
+        return [_coerce(item, kinds.get("array", {}).get("items", {})) for item in value]
+    if "integer" in kinds and isinstance(value, str) and re.fullmatch(r"-?\d+", value):
         return int(value)
-    if schema.get("type") == "boolean" and isinstance(value, str) and value.lower() in ("true", "false"):
+    if "boolean" in kinds and isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     return value
 
@@ -143,9 +145,9 @@ def _with_defaults(values: dict, schema: dict) -> dict:
     return filled
 
 
-def _explain(error: jsonschema.ValidationError) -> str:
+def _explain(error: jsonschema.ValidationError, schema: dict) -> str:
     """One line that names the key, the mistake and, from the schema, what is expected."""
-    where = ".".join(str(step) for step in error.absolute_path)
+    where = ".".join(str(step) for step in error.absolute_path if not isinstance(step, int))
     if error.validator == "additionalProperties":
         known = list(error.schema.get("properties", {}))
         unknown = next(key for key in error.instance if key not in known)
@@ -154,10 +156,19 @@ def _explain(error: jsonschema.ValidationError) -> str:
     if error.validator == "required":
         key = next(key for key in error.validator_value if key not in error.instance)
         return f"the key {f'{where}.{key}' if where else key!r} is missing"
-    expected = error.schema.get("description", "").split(". ")[0].rstrip(".")
+    expected = _description(error, schema).split(". ")[0].rstrip(".")
     return f"{where or 'the whole file'}: {error.message.splitlines()[0][:200]}" + (
         f" ({expected})" if expected else ""
     )
+
+
+def _description(error: jsonschema.ValidationError, schema: Any) -> str:
+    """The schema's description of the key that the error is in; a list's items have none of their own."""
+    found = schema.get("description", "")
+    for step in error.absolute_schema_path:
+        schema = schema[step]
+        found = schema.get("description", found) if isinstance(schema, dict) else found
+    return found
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:

@@ -114,14 +114,18 @@ def test_a_config_without_inputs_names_the_missing_key(refused):
         ("precision", 16),
         ("storage_dtype", "bfloat16"),
         ("storage_dtype", None),
-        ("layers", -1),
         ("layers", "last"),
+        ("layers", 1.5),
+        ("layers", True),
+        ("layers", {"last": -1}),
+        ("layers", None),
         ("layers", []),
         ("layers", ["last"]),
         ("layers", [1.5]),
         ("layers", [True]),
         ("layers", [1, 1]),
-        ("outputs", "residue"),
+        ("outputs", "median"),
+        ("exports", "h6"),
         ("outputs", []),
         ("outputs", ["mean", "mean"]),
         ("outputs", ["median"]),
@@ -263,6 +267,25 @@ def test_integers_as_text_of_the_command_line_become_numbers():
     taken = config.validate(given, SCHEMA_PATH)
     assert (taken["inputs"], taken["layers"]) == (["in.fasta"], [-1, 0])
     assert taken["long_sequences"]["max_residues"] == 100
+
+
+LISTS = [key for key, sub in KEYS.items() if "array" in {kind.get("type") for kind in sub.get("oneOf", [sub])}]
+
+
+@pytest.mark.parametrize("key", LISTS)
+def test_a_scalar_is_a_list_of_one(key):
+    """`layers: -1` and `--config layers=-1`."""
+    (scalar,) = {"inputs": ["a.fasta"], "layers": [-1], "outputs": ["mean"], "exports": ["pt"]}[key]
+    assert config.validate({"inputs": ["in.fasta"], key: scalar}, SCHEMA_PATH)[key] == [scalar]
+    assert config.validate({"inputs": ["in.fasta"], key: str(scalar)}, SCHEMA_PATH)[key] == [scalar]
+
+
+def test_a_wrong_scalar_is_explained_like_a_wrong_item(refused):
+    for value in ("last", ["last"]):
+        with refused("config: layers: 'last' is not of type 'integer' (Which hidden layers to store"):
+            validate(layers=value)
+    with refused("config: outputs: 'median' is not one of ['residue', 'mean', 'bos'] (What to store of each protein"):
+        validate(outputs="median")
 
 
 @pytest.mark.parametrize("text", ["true", "True", "FALSE", "false"])
