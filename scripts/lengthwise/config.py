@@ -119,20 +119,25 @@ def _require_file(path: str) -> None:
 
 
 def _coerce(value: Any, schema: dict) -> Any:
-    """Convert a scalar where the schema has a list into a list of one, and integers and booleans that --config left as text."""
+    """Convert a config's values to what the schema means.
+
+    A scalar in the place of a list becomes a list of one. Text that --config left becomes integers and booleans. `~` and `~user`
+    in paths become home folders.
+    """
     kinds = {kind.get("type"): kind for kind in schema.get("oneOf", [schema])}
     if "array" in kinds and isinstance(value, str | int | float):
         value = [value]
     if isinstance(value, dict):
-        keys = kinds.get("object", {}).get("properties", {})
-        return {key: _coerce(sub, keys.get(key, {})) for key, sub in value.items()}
+        mapping = kinds.get("object", {})
+        keys, others = mapping.get("properties", {}), mapping.get("additionalProperties") or {}
+        return {key: _coerce(sub, keys.get(key, others)) for key, sub in value.items()}
     if isinstance(value, list):
         return [_coerce(item, kinds.get("array", {}).get("items", {})) for item in value]
     if "integer" in kinds and isinstance(value, str) and re.fullmatch(r"-?\d+", value):
         return int(value)
     if "boolean" in kinds and isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
-    return value
+    return os.path.expanduser(value) if schema.get("format") == "path" and isinstance(value, str) else value
 
 
 def _with_defaults(values: dict, schema: dict) -> dict:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -267,6 +268,29 @@ def test_integers_as_text_of_the_command_line_become_numbers():
     taken = config.validate(given, SCHEMA_PATH)
     assert (taken["inputs"], taken["layers"]) == (["in.fasta"], [-1, 0])
     assert taken["long_sequences"]["max_residues"] == 100
+
+
+def test_a_tilde_in_a_path_is_a_home_folder(here, monkeypatch, tiny_checkpoint):
+    (here / "tiny.pt").symlink_to(tiny_checkpoint)
+    monkeypatch.setenv("HOME", str(here))
+    taken = validate(inputs=["~/a.fasta", "~/in/*.fa"], results="~/results", weights="~/weights", model="~/tiny.pt")
+    assert config.datasets(taken["inputs"]) == {"a": f"{here}/a.fasta", "c": f"{here}/in/c.fa"}
+    assert {key: taken[key] for key in ("results", "weights", "model")} == {
+        "results": f"{here}/results",
+        "weights": f"{here}/weights",
+        "model": f"{here}/tiny.pt",
+    }
+    assert validate(inputs={"x": "~/a.fasta"})["inputs"] == {"x": f"{here}/a.fasta"}
+    assert validate(inputs="~/a.fasta")["inputs"] == [f"{here}/a.fasta"]
+    user = pwd.getpwuid(os.getuid())
+    assert validate(weights=f"~{user.pw_name}/weights")["weights"] == f"{user.pw_dir}/weights"
+
+
+def test_a_path_without_a_leading_tilde_stays_as_it_is(monkeypatch):
+    monkeypatch.setenv("HOME", "/nowhere")
+    for path in ("results", "./x//y/", "a~", "in/~/b", "~no such user/c", "/d/../e"):
+        taken = validate(inputs=[path], results=path, weights=path)
+        assert (taken["inputs"], taken["results"], taken["weights"]) == ([path], path, path)
 
 
 LISTS = [key for key, sub in KEYS.items() if "array" in {kind.get("type") for kind in sub.get("oneOf", [sub])}]
