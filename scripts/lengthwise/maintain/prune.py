@@ -16,7 +16,7 @@ from lengthwise.system.locks import exclusive_store_lock
 
 
 def prune(store: Path, delete: bool = False) -> dict[Path, int]:
-    """Find the files that no dataset uses, and delete them on request.
+    """Find the files that no dataset uses, and delete them on request. Without `delete` it needs no permission to write.
 
     A dataset is in use while its folder in ``datasets/`` exists or the plan has it. A job in use keeps all its files. Unused
     are shards, metrics, work orders and job records of other jobs; tables of inputs that were removed; leftovers of killed
@@ -40,7 +40,7 @@ def prune(store: Path, delete: bool = False) -> dict[Path, int]:
     """
     if not (store / "settings.json").exists():
         raise LengthwiseError(f"{store}/settings.json: No such file; only a store with its settings is pruned")
-    with exclusive_store_lock(store):
+    with exclusive_store_lock(store, required=delete):
         unused = {path: _size_bytes(path) for path in _unused(store)}
         if delete:
             for path in unused:

@@ -29,27 +29,48 @@ def shared_store_lock(store: Path) -> Iterator[None]:
 
 
 @contextmanager
-def exclusive_store_lock(store: Path) -> Iterator[None]:
+def exclusive_store_lock(store: Path, required: bool = True) -> Iterator[None]:
     """Hold the exclusive lock on a store, which no run, job or export may be using.
+
+    Parameters
+    ----------
+    store
+        The store; nothing is written into it.
+    required
+        Whether to refuse a store that this user may not write, or whose file system has no locks. Who only reads sees as far
+        as locks go whether a run is at work.
 
     Raises
     ------
     LengthwiseError
-        A run or a job is at work in the store, or its file system has no locks.
+        A run or a job is at work in the store, or the required lock cannot be had.
     """
     with ExitStack() as stack:
         try:
             supported = lock(stack.enter_context(opened(store, os.O_RDONLY)), fcntl.LOCK_EX | fcntl.LOCK_NB)
             if (store / "settings.json").exists():  # NFS needs a file open for writing to lock it exclusively
-                settings = stack.enter_context(opened(store / "settings.json", os.O_RDWR))
+                settings = stack.enter_context(_opened_for_locking(store / "settings.json", required))
                 supported = lock(settings, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not supported:
+            if required and not supported:
                 raise LengthwiseError(f"{store}: its file system has no locks, so a job may be at work here unnoticed")
         except BlockingIOError as error:
             raise LengthwiseError(f"{store}: a run or a job is at work in this store; wait until it is done") from error
         except OSError as error:
             raise LengthwiseError(f"{error.filename or store}: {error.strerror}") from error
         yield
+
+
+@contextmanager
+def _opened_for_locking(path: Path, writing_required: bool) -> Iterator[int]:
+    """Open a file for writing, or for reading where this user may not write it and need not."""
+    with ExitStack() as stack:
+        try:
+            descriptor = stack.enter_context(opened(path, os.O_RDWR))
+        except OSError as error:
+            if writing_required or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            descriptor = stack.enter_context(opened(path, os.O_RDONLY))
+        yield descriptor
 
 
 RUN_LOCK_NAME = "run.lock"

@@ -1,7 +1,10 @@
 """`python -m lengthwise prune` deletes the unused files and no others, wherever it is stopped."""
 
+import os
 import shutil
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +15,8 @@ from lengthwise.maintain.verify import verify
 from lengthwise.store.paths import job_record_path, work_order_path
 from lengthwise.store.shard_writer import ShardWriter
 from lengthwise.system.locks import run_lock, shared_store_lock
+
+NOBODY = 65534
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +180,47 @@ def test_nothing_is_deleted_or_listed_while_somebody_is_at_work(store, without, 
         unused(store, delete=True)
     assert files_in(store.path) == before
     assert unused(store, delete=True)
+
+
+@contextmanager
+def read_only(folder):
+    """A folder that this process may only read; root becomes a user whom modes bind."""
+    user = os.geteuid()
+    modes = {path: path.stat().st_mode for path in (folder, *folder.rglob("*"))}
+    for path, mode in modes.items():
+        path.chmod(mode & ~0o222 | (0o555 if path.is_dir() else 0o444))
+    os.seteuid(user or NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        for path, mode in modes.items():
+            path.chmod(mode)
+
+
+def test_a_store_that_may_only_be_read_is_listed_and_not_pruned(finished, refused, files_in):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+        os.chmod(folder, 0o755)
+        store = finished.copy(Path(folder))
+        (store.path / "inputs/gone").mkdir()
+        before = {path: path.stat().st_mtime_ns for path in files_in(store.path)}
+        with read_only(store.path):
+            with pytest.raises(PermissionError):
+                (store.path / "new").touch()
+            assert unused(store) == {"inputs/gone"}
+            with refused("settings.json", "Permission denied"):
+                unused(store, delete=True)
+        with shared_store_lock(store.path), read_only(store.path), refused("at work"):
+            unused(store)
+        assert {path: path.stat().st_mtime_ns for path in files_in(store.path)} == before
+
+
+def test_a_store_without_locks_is_listed_and_not_pruned(store, without, refused, monkeypatch):
+    without("b")
+    monkeypatch.setattr("lengthwise.system.locks.lock", lambda *_: False)
+    assert unused(store)
+    with refused("has no locks"):
+        unused(store, delete=True)
 
 
 def test_a_job_is_at_work_while_it_makes_shards(store, random_proteins, monkeypatch, refused):
