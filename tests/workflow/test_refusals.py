@@ -165,6 +165,8 @@ def test_a_checkpoint_of_a_wrong_kind_is_one_line_and_runs_nothing(project, cont
     project.configure(model="wrong.pt")
     run = project.snakemake()
     assert_one_line(run, "wrong.pt")
+    assert "weights_only" not in run.output  # torch's advice to run the code
+    assert "\x1b" not in run.output
     assert not (project.folder / "ran-code").exists()
     assert not (project.folder / "results/wrong/settings.json").exists()
 

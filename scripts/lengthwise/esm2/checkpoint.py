@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from lengthwise.esm2.shapes import MODELS, ModelConfig
 
 DEMO_SHAPE = MODELS["esm2_t6_8M_UR50D"]
 _RANDOM_SEED_KEY = "lengthwise_random_seed"  # marks the cfg of a checkpoint written by `write_random`
+_READ_ERRORS = (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, struct.error)
 _PREFIXES = ("encoder.sentence_encoder.", "encoder.")
 
 
@@ -38,17 +40,15 @@ def read(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], bool]:
         # fair-esm's own local loader fails on torch 2.6 and later, and its loader for downloads runs pickled code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise LengthwiseError(
-            f"{path}: refused, because loading it would run code or it is no torch file ({_first_line(error)})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
-        raise LengthwiseError(f"{path}: not a readable torch checkpoint ({_first_line(error)})") from error
+    except (*_READ_ERRORS, pickle.UnpicklingError) as error:
+        raise LengthwiseError(f"{path}: {_explain(path, error)}") from error
     try:
         if not isinstance(data, dict):
             raise TypeError("not a dict")
         model = data["cfg"]["model"]
         config = ModelConfig(model.encoder_layers, model.encoder_embed_dim, model.encoder_attention_heads)
+        if not all(type(number) is int and number > 0 for number in vars(config).values()):
+            raise TypeError("not the shape of a model")
         state = {_strip(name): tensor for name, tensor in data["model"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise LengthwiseError(
@@ -204,5 +204,19 @@ def _required_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _explain(path: Path, error: Exception) -> str:
+    """What is wrong with a file that torch does not load. Torch's own message advises to run the code in it."""
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror or error}"
+    if not zipfile.is_zipfile(path):
+        return "damaged, or no torch checkpoint: it is not the archive that torch.save writes"
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            classes = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except (*_READ_ERRORS, pickle.UnpicklingError):
+        classes = []
+    if classes:
+        return (
+            f"refused, because it holds {classes[0][:200]}, whose code would run; fair-esm's checkpoints hold no code"
+        )
+    return "damaged, or no torch checkpoint: torch cannot read its content"

@@ -6,12 +6,14 @@ import os
 import pathlib
 import pickle
 import random
+import re
 import subprocess
 import sys
 import warnings
 import zipfile
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
 from esm.pretrained import load_model_and_alphabet_core
@@ -132,12 +134,6 @@ def test_an_object_of_any_other_class_is_refused(altered, refused):
         checkpoint.read(altered(lambda data: {**data, "more": pathlib.PurePosixPath("x")}))
 
 
-def test_the_list_of_allowed_classes_is_as_before(tiny_checkpoint):
-    before = set(torch.serialization.get_safe_globals())
-    checkpoint.read(tiny_checkpoint)
-    assert set(torch.serialization.get_safe_globals()) == before
-
-
 def zip_of(pickled: bytes, name: str = "x/data.pkl") -> bytes:
     """A torch file with this pickle in it and no tensors."""
     buffer = io.BytesIO()
@@ -145,6 +141,59 @@ def zip_of(pickled: bytes, name: str = "x/data.pkl") -> bytes:
         archive.writestr(name, pickled)
         archive.writestr("x/version", b"3\n")
     return buffer.getvalue()
+
+
+def torch_file(value) -> bytes:
+    """What torch.save writes."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def is_without_torchs_advice(line: str) -> bool:
+    return not {"weights_only", "add_safe_globals", "torch.load", "mmap"} & set(re.findall(r"[\w.]+", line))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (torch_file(np.zeros(3)), "holds numpy"),
+        (torch_file(pathlib.PurePosixPath("x")), "holds pathlib.PurePosixPath, whose code would run"),
+        (zip_of(b"\x80\x02cos\nsystem\n."), "holds os.system, whose code would run"),
+        (zip_of(b"\x80\x02X\xff"), "torch cannot read its content"),
+        (pickle.dumps({"model": pathlib.PurePosixPath("x")}), "not the archive that torch.save writes"),
+        (b"\x1b[31mgarbage", "not the archive that torch.save writes"),
+        (b"", "not the archive that torch.save writes"),
+    ],
+    ids=["array", "class", "code", "broken", "plain-pickle", "garbage", "empty"],
+)
+def test_a_refusal_is_in_our_words_and_not_torchs_advice_to_run_code(tmp_path, refused, content, words):
+    (tmp_path / "other.pt").write_bytes(content)
+    with refused("other.pt: ", words) as caught:
+        checkpoint.read(tmp_path / "other.pt")
+    assert is_without_torchs_advice(str(caught.value))
+
+
+def test_the_advice_that_these_tests_look_for_is_torchs(tmp_path):
+    (tmp_path / "other.pt").write_bytes(torch_file(pathlib.PurePosixPath("x")))
+    with pytest.raises(pickle.UnpicklingError) as caught:
+        torch.load(tmp_path / "other.pt", weights_only=True)
+    assert not is_without_torchs_advice(str(caught.value))
+
+
+def test_numbers_of_layers_that_are_none_are_no_checkpoint(altered, refused):
+    def with_layers(number):
+        return lambda data: {**data, "cfg": {"model": argparse.Namespace(**{**vars(data["cfg"]["model"]), **number})}}
+
+    for number in ({"encoder_layers": "2"}, {"encoder_attention_heads": 0}, {"encoder_embed_dim": None}):
+        with refused("altered.pt", "no ESM-2 checkpoint"):
+            checkpoint.read(altered(with_layers(number)))
+
+
+def test_the_list_of_allowed_classes_is_as_before(tiny_checkpoint):
+    before = set(torch.serialization.get_safe_globals())
+    checkpoint.read(tiny_checkpoint)
+    assert set(torch.serialization.get_safe_globals()) == before
 
 
 @pytest.mark.parametrize(
