@@ -8,6 +8,7 @@ from pathlib import Path
 from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.shapes import MODELS
+from lengthwise.system.logging import error_line
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except (LengthwiseError, OSError) as error:
-        print(f"lengthwise: error: {error}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return 1
 
 

@@ -28,8 +28,9 @@ from lengthwise.store.settings import guard, load
 from lengthwise.store.weights import note_new_time
 from lengthwise.system.gpus import refuse_missing_gpu
 from lengthwise.system.locks import run_lock, shared_store_lock
-from lengthwise.system.logging import ERROR_PREFIX
+from lengthwise.system.logging import error_line
 from lengthwise.system.runs import RUN_RECORD, explain_lock, inputs_of, record_inputs, record_run, recorded_inputs, this_run
+from lengthwise.system.text import printable
 
 STARTED_SECONDS = time.time()
 
@@ -90,7 +91,7 @@ def find_stale(store):
     stale = stale_outputs(store, wanted, guard(store, config))
     for path, why in stale.items():
         if path.exists():
-            print(f"lengthwise: {path}: {why}; a run makes it again", file=sys.stderr)
+            print(f"lengthwise: {printable(f'{path}: {why}')}; a run makes it again", file=sys.stderr)
     if is_run:
         discard_stale(store, stale)
     return set(map(str, stale))
@@ -99,7 +100,7 @@ def find_stale(store):
 def print_lock_holder(line):
     """Print after Snakemake's own lines who holds the folder's lock, unless Snakemake has got it (`--nolock`)."""
     if not LOCK_ACQUIRED:
-        print(f"{ERROR_PREFIX}{line}", file=sys.stderr)
+        print(error_line(line), file=sys.stderr)
 
 
 try:
@@ -117,7 +118,7 @@ try:
     else:
         guard(Path(STORE), config)
 except (LengthwiseError, OSError) as error:
-    sys.exit(f"{ERROR_PREFIX}{error}")  # an exception would print lines of the Snakefile too
+    sys.exit(error_line(error))  # an exception would print lines of the Snakefile too
 
 MANIFEST = f"{STORE}/datasets/{{dataset}}/manifest.json"
 WEIGHTS = f"{STORE}/weights.json"
@@ -205,7 +206,7 @@ def start_run():
             record_run(RUN_RECORD)
             note_new_time(Path(STORE))
         except LengthwiseError as error:
-            sys.exit(f"{ERROR_PREFIX}{error}")
+            sys.exit(error_line(error))
 
 
 def require_device():
@@ -214,7 +215,7 @@ def require_device():
         try:
             refuse_missing_gpu()
         except LengthwiseError as error:
-            sys.exit(f"{ERROR_PREFIX}{error}")
+            sys.exit(error_line(error))
 
 
 def success_lines():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lengthwise.maintain.quarantine import Problem, quarantine
 from lengthwise.maintain.verify import verify
+from lengthwise.system.logging import error_line
 
 MAX_IDENTICAL_MESSAGES = 10
 
@@ -39,14 +40,14 @@ def run(store: Path, quick: bool, repair: bool) -> int:
             what = message.partition(": ")[2]
             times_seen[what] += 1
             if times_seen[what] <= MAX_IDENTICAL_MESSAGES:
-                print(f"lengthwise: error: {message}", file=sys.stderr)
+                print(error_line(message), file=sys.stderr)
         if not result.problems:
             print(f"{result.name}: good" + (f", {result.note}" if result.note else ""), flush=True)
         elif not new:
             print(f"{result.name}: uses damaged files that are named above", flush=True)
     for what, n in times_seen.items():
         if n > MAX_IDENTICAL_MESSAGES:
-            print(f"lengthwise: error: and {n - MAX_IDENTICAL_MESSAGES:,} more files: {what}", file=sys.stderr)
+            print(error_line(f"and {n - MAX_IDENTICAL_MESSAGES:,} more files: {what}"), file=sys.stderr)
     all_repairable = all(problem.path for problem in problems)
     if not repair:
         if any(problem.path for problem in problems):

@@ -13,9 +13,15 @@ from pathlib import Path
 import lengthwise.errors
 from lengthwise.errors import LengthwiseError
 from lengthwise.system.files import remove_temporaries
+from lengthwise.system.text import printable
 
 log = logging.getLogger("lengthwise")
 ERROR_PREFIX = "lengthwise: error: "
+
+
+def error_line(error: object) -> str:
+    """The line of an error, for a terminal or a log. Names and contents of files in it cannot control the terminal."""
+    return f"{ERROR_PREFIX}{printable(str(error))}"
 
 
 @contextmanager
@@ -37,7 +43,7 @@ def reporting(log_file: str, scripts: str) -> Iterator[None]:
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)
         handlers.append(_LogFile(log_file, mode="w"))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+        handler.setFormatter(_OneLine("%(asctime)s  %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     _exit_on_sigterm(log_file)
@@ -51,13 +57,20 @@ def reporting(log_file: str, scripts: str) -> Iterator[None]:
         line, details = str(error), ""
         if not isinstance(error, LengthwiseError):
             line = f"unexpected {type(error).__name__}: {line.splitlines()[0] if line else ''} (details in {log_file})"
-            details = traceback.format_exc()
+            details = "".join(f"{printable(line)}\n" for line in traceback.format_exc().splitlines())
         _report_error(log_file, line, details)
         sys.exit(1)
     finally:
         for handler in handlers:
             log.removeHandler(handler)
             handler.flush()
+
+
+class _OneLine(logging.Formatter):
+    """A message as one line: ids and names of files in it cannot control the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class _LogFile(logging.FileHandler):
@@ -73,9 +86,9 @@ class _LogFile(logging.FileHandler):
 
 def _report_error(log_file: str, line: str, details: str = "") -> None:
     """Print the error to the terminal first: the log may be on a full disk."""
-    print(f"{ERROR_PREFIX}{line}", file=sys.stderr, flush=True)
+    print(error_line(line), file=sys.stderr, flush=True)
     with suppress(OSError), open(log_file, "a") as file:
-        file.write(f"{details}{ERROR_PREFIX}{line}\n")
+        file.write(f"{details}{error_line(line)}\n")
 
 
 def _exit_on_sigterm(log_file: str) -> None:

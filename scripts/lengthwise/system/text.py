@@ -15,6 +15,17 @@ def size(number_bytes: float) -> str:
     return f"{number:,.1f} {unit}" if number < 100 else f"{number:,.0f} {unit}"
 
 
+def printable(text: str) -> str:
+    """Return text for one line of a terminal: line breaks, escape codes and other characters that do not print are escaped.
+
+    >>> printable("a\\x1b[31mb")
+    'a\\\\x1b[31mb'
+    """
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
+    )
+
+
 def duration(seconds: float) -> str:
     """Return seconds with units: 42 s, 3 min 05 s, 2 h 07 min."""
     minutes, seconds = divmod(round(seconds), 60)

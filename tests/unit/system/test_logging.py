@@ -1,0 +1,54 @@
+"""Errors and log lines: one line each, and nothing in them controls the terminal."""
+
+from pathlib import Path
+
+import pytest
+
+import lengthwise
+from lengthwise.__main__ import main
+from lengthwise.errors import LengthwiseError
+from lengthwise.system.logging import error_line, log, reporting
+from lengthwise.system.text import printable
+
+# A colour, the terminal's title, C1 codes, a line break, an override of the direction, an undecodable byte.
+HOSTILE = "a\x1b[31m\x1b]0;title\x07\x9b2J\r\nb\u202e\udcff"
+
+
+def controls(text: str) -> list[str]:
+    return [letter for letter in text if not letter.isprintable() and letter != "\n"]
+
+
+def test_what_prints_stays_and_what_does_not_is_escaped():
+    assert printable("größe 蛋 C:\\x {}") == "größe 蛋 C:\\x {}"
+    assert printable("a\x1b[31mb\n") == r"a\x1b[31mb\n"
+    assert printable(printable(HOSTILE)) == printable(HOSTILE)
+    assert printable(HOSTILE).isprintable()
+
+
+def test_an_error_is_one_printable_line():
+    line = error_line(LengthwiseError(f"{HOSTILE}: no such file"))
+    assert line.isprintable()
+    assert line.startswith("lengthwise: error: a\\x1b[31m")
+
+
+@pytest.mark.parametrize("error", [LengthwiseError(HOSTILE), ValueError(HOSTILE)], ids=["known", "unexpected"])
+def test_a_rule_prints_and_logs_no_control_characters(tmp_path, capsys, error):
+    def fail():
+        with reporting(str(tmp_path / "rule.log"), str(Path(lengthwise.__file__).parents[1])):
+            log.info("reading %s", HOSTILE)
+            raise error
+
+    with pytest.raises(SystemExit):
+        fail()
+    printed, logged = capsys.readouterr().err, (tmp_path / "rule.log").read_text()
+    for text in (printed, logged):
+        assert "reading a\\x1b[31m" in text
+        assert controls(text) == []
+    assert printed.splitlines()[-1] == logged.splitlines()[-1]
+    assert ("Traceback" in logged) == isinstance(error, ValueError)
+
+
+def test_a_command_prints_no_control_characters(tmp_path, capsys):
+    assert main(["verify", str(tmp_path / HOSTILE)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert controls(line) == []
