@@ -36,6 +36,7 @@ def test_the_run_ends_with_where_things_are_and_the_warning(example):
     assert "results/demo/datasets/example" in last_lines[1]
     assert "34,634 residues embedded in 1 job" in last_lines[2]
     assert "results/demo/report/index.html" in last_lines[3]
+    assert last_lines[4].startswith("Next        python -c ")
     assert last_lines[-1].startswith("RANDOM WEIGHTS")
     assert "Traceback" not in run.output
 

@@ -38,7 +38,6 @@ def success_lines_of(
     total = {key: sum(m[key] for m in manifests) for key in ("records", "accepted", "duplicate", "rejected")}
     folder = f"{store}/datasets/" + (datasets[0] if len(datasets) == 1 else "")
     rejected = f"; why: {folder}{'/' if len(datasets) == 1 else '*/'}rejected.tsv" if total["rejected"] else ""
-    first = json.dumps(f"{store}/datasets/{datasets[0]}", ensure_ascii=False)
     lines = [
         "",
         f"Records     {total['records']:,} = {total['accepted']:,} accepted + {total['duplicate']:,} duplicate"
@@ -46,7 +45,7 @@ def success_lines_of(
         f"Embeddings  {folder}",
         f"Time        {seconds:.0f} s; {_embedded_text(job_records, since)}",
         *([f"Report      {page}"] if (page := store / "report" / "index.html").exists() else []),
-        f"Next        python -c {shlex.quote(f'import lengthwise; print(lengthwise.open({first}).records)')}",
+        f"Next        {_command_that_reads(store, dict(zip(datasets, manifests, strict=True)))}",
     ]
     if any(manifest["random_weights"] for manifest in manifests):
         lines.append(
@@ -54,6 +53,21 @@ def success_lines_of(
             " Set 'model' in config/config.yaml for real ones"
         )
     return lines
+
+
+def _command_that_reads(store: Path, manifests: dict[str, dict]) -> str:
+    """A command that prints an id and its embedding's shape; the records' reasons if all were rejected."""
+    readable = [name for name, manifest in manifests.items() if manifest["accepted"]]
+    dataset = (readable or list(manifests))[0]
+    outputs = manifests[dataset]["settings"]["outputs"]
+    if not readable:
+        shown = 'print(ds.records[["id", "reason"]])'
+    elif "residue" in outputs:
+        shown = "print(ds.ids[0], ds[0].shape)"
+    else:
+        shown = f'print(ds.ids[0], ds[:1].pooled("{outputs[0]}")[0].shape)'
+    folder = json.dumps(f"{store}/datasets/{dataset}", ensure_ascii=False)
+    return f"python -c {shlex.quote(f'import lengthwise; ds = lengthwise.open({folder}); {shown}')}"
 
 
 def forecast_lines_of(store: Path, since: float) -> list[str]:
