@@ -84,14 +84,20 @@ class Project:
         return [*command, "--snakefile", str(self.checkout / "workflow" / "Snakefile"), "--directory", str(self.folder)]
 
     @property
+    def shell_folder(self) -> Path:
+        """The folder of the shell in which commands are typed."""
+        return self.folder
+
+    @property
     def environment(self) -> dict[str, str]:
         # Snakemake's plugin asks SLURM's controller at every start, and waits where that is installed and not running.
-        return os.environ | {"PYTHONPATH": str(self.checkout / "scripts"), "SLURM_CONF": os.devnull}
+        own = {"PYTHONPATH": str(self.checkout / "scripts"), "SLURM_CONF": os.devnull}
+        return os.environ | own | {"PWD": str(self.shell_folder)}
 
     def snakemake(self, *arguments: str, timeout: float = 600) -> Run:
         done = subprocess.run(
             self.command(*arguments),
-            cwd=self.folder,
+            cwd=self.shell_folder,
             env=self.environment,
             capture_output=True,
             text=True,
@@ -142,7 +148,7 @@ class Project:
     def copy(self, folder: Path) -> "Project":
         """The same project elsewhere, with the times of its files."""
         shutil.copytree(self.folder, folder)
-        return Project(folder, self.checkout)
+        return type(self)(folder, self.checkout)
 
 
 def fasta_text(name: str, sequences: list[bytes]) -> str:

@@ -20,7 +20,7 @@ import lengthwise.config
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.shapes import MODELS
 from lengthwise.ingest.identity import input_stamp, policy_of
-from lengthwise.maintain.run_summary import failure_lines_of, forecast_lines_of, success_lines_of
+from lengthwise.maintain.run_summary import failure_lines_of, forecast_lines_of, success_lines_of, working_folder
 from lengthwise.maintain.stale import Wanted, discard_stale, restore, stale_outputs
 from lengthwise.plan.jobs_table import job_rows, planned_job_records
 from lengthwise.store.paths import store_name
@@ -55,6 +55,9 @@ def command_line():
         return snakemake.cli.parse_args(sys.argv[1:])[1]
     except SystemExit:
         return None
+
+
+WORKING_FOLDER = working_folder(getattr(command_line(), "directory", None))
 
 
 def runs_jobs():
@@ -220,16 +223,17 @@ def require_device():
 
 def success_lines():
     """The forecast if this run made one, else the summary of the run."""
-    if lines := forecast_lines_of(Path(STORE), STARTED_SECONDS):
+    if lines := forecast_lines_of(Path(STORE), STARTED_SECONDS, WORKING_FOLDER):
         return lines
     job_records = planned_job_records(STORE) if os.path.exists(JOBS) else []
     seconds = time.time() - STARTED_SECONDS
-    return success_lines_of(Path(STORE), DATASETS, job_records, STARTED_SECONDS, seconds)
+    return success_lines_of(Path(STORE), DATASETS, job_records, STARTED_SECONDS, seconds, WORKING_FOLDER)
 
 
 def failure_lines():
     """The errors in the logs of this run's jobs."""
-    return failure_lines_of(Path(STORE), STARTED_SECONDS)
+    named = [config["weights"], *(entry["path"] for entry in INPUTS.values())]
+    return failure_lines_of(Path(STORE), STARTED_SECONDS, WORKING_FOLDER, named)
 
 
 def print_at_exit(lines):

@@ -1,16 +1,44 @@
 """The run summary: the last lines of a run say what was made and where it is, or why the run failed."""
 
 import json
+import os
+import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
+from lengthwise.plan.forecast_text import text
 from lengthwise.system.files import read_json
 from lengthwise.system.logging import ERROR_PREFIX
 from lengthwise.system.text import count
 
 
+def working_folder(directory: str | Path | None) -> str:
+    """The working folder, as the shell sees it in which a run was started.
+
+    Parameters
+    ----------
+    directory
+        The option with which Snakemake changed its working folder; None if it did not.
+
+    Returns
+    -------
+    Empty if both are the same folder; a relative path if the working folder is inside of the shell's; else an absolute path.
+    """
+    if directory is None:
+        return ""
+    shell = os.environ.get("PWD", "")  # the shell's: changing the folder of a process leaves it as it is
+    path = os.path.normpath(os.path.join(shell, directory))
+    if not os.path.isabs(shell) or not os.path.isdir(path) or not os.path.samefile(path, os.curdir):
+        return os.getcwd()
+    relative = os.path.relpath(path, shell)
+    if relative == os.curdir:
+        return ""
+    return path if relative.split(os.sep)[0] == os.pardir else relative
+
+
 def success_lines_of(
-    store: Path, datasets: list[str], job_records: list[str], since: float, seconds: float
+    store: Path, datasets: list[str], job_records: list[str], since: float, seconds: float, folder: str = ""
 ) -> list[str]:
     """Summarize a finished run.
 
@@ -26,6 +54,8 @@ def success_lines_of(
         Start of the run, seconds of the epoch.
     seconds
         Duration of the run.
+    folder
+        The working folder as the shell sees it, of `working_folder`.
 
     Returns
     -------
@@ -36,21 +66,23 @@ def success_lines_of(
         return []  # the run was asked for single files only
     manifests = [read_json(path) for path in paths]
     total = {key: sum(m[key] for m in manifests) for key in ("records", "accepted", "duplicate", "rejected")}
-    folder = f"{store}/datasets/" + (datasets[0] if len(datasets) == 1 else "")
-    rejected = f"; why: {folder}{'/' if len(datasets) == 1 else '*/'}rejected.tsv" if total["rejected"] else ""
+    shown = Path(folder, store)
+    embeddings = f"{shown}/datasets/" + (datasets[0] if len(datasets) == 1 else "")
+    rejected = f"; why: {embeddings}{'/' if len(datasets) == 1 else '*/'}rejected.tsv" if total["rejected"] else ""
+    report = [f"Report      {shown / page}"] if (store / (page := Path("report", "index.html"))).exists() else []
     lines = [
         "",
         f"Records     {total['records']:,} = {total['accepted']:,} accepted + {total['duplicate']:,} duplicate"
         f" + {total['rejected']:,} rejected{rejected}",
-        f"Embeddings  {folder}",
+        f"Embeddings  {embeddings}",
         f"Time        {seconds:.0f} s; {_embedded_text(job_records, since)}",
-        *([f"Report      {page}"] if (page := store / "report" / "index.html").exists() else []),
-        f"Next        {_command_that_reads(store, dict(zip(datasets, manifests, strict=True)))}",
+        *report,
+        f"Next        {_command_that_reads(shown, dict(zip(datasets, manifests, strict=True)))}",
     ]
     if any(manifest["random_weights"] for manifest in manifests):
         lines.append(
             f"RANDOM WEIGHTS: the model {manifests[0]['model']!r} is a stand-in; these embeddings mean nothing."
-            " Set 'model' in config/config.yaml for real ones"
+            f" Set 'model' in {Path(folder, 'config/config.yaml')} for real ones"
         )
     return lines
 
@@ -70,27 +102,55 @@ def _command_that_reads(store: Path, manifests: dict[str, dict]) -> str:
     return f"python -c {shlex.quote(f'import lengthwise; ds = lengthwise.open({folder}); {shown}')}"
 
 
-def forecast_lines_of(store: Path, since: float) -> list[str]:
+def forecast_lines_of(store: Path, since: float, folder: str = "") -> list[str]:
     """The forecast's text, if the run that began at `since` (seconds of the epoch) made one."""
-    forecast = store / "forecast" / "forecast.txt"
-    if not forecast.exists() or forecast.stat().st_mtime < since:
+    written_last = store / "forecast" / "forecast.txt"
+    if not written_last.exists() or written_last.stat().st_mtime < since:
         return []
-    return ["", *forecast.read_text(encoding="utf-8").splitlines()]
+    made = read_json(store / "forecast" / "forecast.json")
+    made["store"] = os.path.join(folder, made["store"])
+    if download := made["disk"]["download"]:
+        download["path"] = os.path.join(folder, download["path"])
+    return ["", *text(made).splitlines()]
 
 
-def failure_lines_of(store: Path, since: float) -> list[str]:
-    """The reasons of failure in the logs since `since` (seconds of the epoch), and what to do next."""
+def failure_lines_of(store: Path, since: float, folder: str = "", names: Iterable[str] = ()) -> list[str]:
+    """The reasons of failure in the logs of a run, and what to do next.
+
+    Parameters
+    ----------
+    store
+        The store.
+    since
+        Start of the run, seconds of the epoch.
+    folder
+        The working folder as the shell sees it, of `working_folder`.
+    names
+        Other files and folders that the logs may name, relative to the working folder.
+    """
     reasons = []
     for log in sorted((store / "logs").rglob("*.log")):
         if log.stat().st_mtime >= since:
             reasons += [line for line in log.read_text(errors="replace").splitlines() if line.startswith(ERROR_PREFIX)]
     if reasons:
-        return ["", *dict.fromkeys(reasons), "Finished work is kept: mend that, then run the same command again."]
+        lines = dict.fromkeys(_as_the_shell_sees_it(line, folder, [str(store), *names]) for line in reasons)
+        return ["", *lines, "Finished work is kept: mend that, then run the same command again."]
     return [
         "",
         "The run stopped before its end; Snakemake's lines above say why.",
         "Finished work is kept: run the same command again to go on.",
     ]
+
+
+def _as_the_shell_sees_it(line: str, folder: str, names: list[str]) -> str:
+    """An error line with `folder` before these names, at its beginning or where they are folders of a path."""
+    relative = sorted((name for name in names if not os.path.isabs(name)), key=len, reverse=True)
+    if not folder or not relative:
+        return line
+    name = f"(?:{'|'.join(map(re.escape, relative))})"
+    return re.sub(
+        rf"(?<=^{ERROR_PREFIX}){name}(?=:)|(?<![\w./~-]){name}(?=/)", lambda found: os.path.join(folder, found[0]), line
+    )
 
 
 def _embedded_text(job_records: list[str], since: float) -> str:
