@@ -69,3 +69,38 @@ def test_the_errors_of_a_run_in_another_folder_name_files_as_the_shell_sees_them
     run = project.snakemake()
     assert run.code != 0
     assert run.errors[-1].startswith("lengthwise: error: copy/in/b.fasta: ")
+
+
+def test_a_run_with_nothing_to_do_says_where_the_results_are_too(above):
+    project, first = above
+    run = project.snakemake()
+    assert run.code == 0, run.output
+    assert "Nothing to be done" in run.output
+    assert run.output.count("Records   ") == 1
+    before, after = last_lines(first), last_lines(run)
+    assert after.pop("Time").endswith("nothing was left to embed")
+    assert after == {name: text for name, text in before.items() if name != "Time"}
+
+
+def slow(*arguments):
+    return pytest.param([*arguments], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--dry-run"],
+        ["results/tiny/plan/jobs.tsv"],
+        slow("--until", "plan"),
+        slow("--touch"),
+        slow("--unlock"),
+        slow("--list-rules"),
+        slow("--config", "layers=7"),
+    ],
+    ids=" ".join,
+)
+def test_a_command_that_is_no_whole_run_or_fails_says_nothing_of_results(above, arguments):
+    project, _ = above
+    run = project.snakemake(*arguments)
+    assert (run.code == 0) == ("--config" not in arguments), run.output
+    assert "Records   " not in run.output

@@ -6,6 +6,7 @@ Every job, on every node, runs this file again: what only a run may do asks `wor
 
 import atexit
 import functools
+import logging
 import os
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(workflow.basedir).parent / "scripts"))
 
 import snakemake.cli
+from snakemake.logging import logger
 
 import lengthwise.config
 from lengthwise.errors import LengthwiseError
@@ -66,6 +68,12 @@ def runs_jobs():
     return options is not None and not any(getattr(options, option, None) for option in READ_ONLY_OPTIONS)
 
 
+def wants_everything():
+    """Whether this command's target is the default one, without limits."""
+    options = command_line()
+    return set(options.targets) <= {"all"} and not options.until and not options.omit_from
+
+
 def folder_is_locked():
     """Whether a Snakemake lock is in this folder, of another run or of a killed one."""
     return any(Path(".snakemake/locks").glob("*"))
@@ -106,6 +114,17 @@ def print_lock_holder(line):
         print(error_line(line), file=sys.stderr)
 
 
+class NothingToDo(logging.Handler):
+    """Prints the summary of a run for which Snakemake finds no job: it calls neither onsuccess nor onerror then."""
+
+    def emit(self, record):
+        if str(record.msg).startswith("Nothing to be done"):
+            try:
+                print_at_exit(success_lines())
+            except (LengthwiseError, OSError) as error:
+                print_at_exit([error_line(error)])
+
+
 try:
     config.update(lengthwise.config.validate(config, Path(workflow.basedir) / "schemas" / "config.schema.yaml"))
     STORE = str(Path(config["results"]) / store_name(config["model"]))
@@ -118,6 +137,8 @@ try:
             atexit.register(print_lock_holder, explain_lock(RUN_RECORD))
         elif runs_jobs():
             record_inputs(INPUTS)
+        if runs_jobs() and wants_everything():
+            logger.addHandler(NothingToDo())
     else:
         guard(Path(STORE), config)
 except (LengthwiseError, OSError) as error:
