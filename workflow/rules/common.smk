@@ -8,12 +8,30 @@ import atexit
 import functools
 import logging
 import os
+import shlex
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
-sys.path.insert(0, str(Path(workflow.basedir).parent / "scripts"))
+from snakemake.settings.types import DeploymentMethod
+
+WORKFLOW = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).parent
+SCRIPTS = str(WORKFLOW.parent / "scripts")
+
+
+def own_package_first():
+    """Let this process and its jobs import this clone's package, whatever other one is installed."""
+    sys.path[:] = [SCRIPTS, *(path for path in sys.path if path != SCRIPTS)]
+    given = os.environ.get("PYTHONPATH")
+    others = [path for path in given.split(os.pathsep) if path != SCRIPTS] if given else []
+    os.environ["PYTHONPATH"] = os.pathsep.join([SCRIPTS, *others])
+    if DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method:
+        # Jobs in conda environments get no PYTHONPATH from Snakemake. `set` is what it begins every job with.
+        shell.prefix(f"set -euo pipefail; export PYTHONPATH={shlex.quote(SCRIPTS)}; ")
+
+
+own_package_first()
 
 import snakemake.cli
 from snakemake.logging import logger
@@ -126,7 +144,7 @@ class NothingToDo(logging.Handler):
 
 
 try:
-    config.update(lengthwise.config.validate(config, Path(workflow.basedir) / "schemas" / "config.schema.yaml"))
+    config.update(lengthwise.config.validate(config, WORKFLOW / "schemas" / "config.schema.yaml"))
     STORE = str(Path(config["results"]) / store_name(config["model"]))
     INPUTS = (not workflow.is_main_process and recorded_inputs()) or inputs_of(lengthwise.config.datasets(config["inputs"]))
     DATASETS = list(INPUTS)
