@@ -5,7 +5,7 @@ from pathlib import Path
 from lengthwise.system.logging import log, reporting
 from lengthwise.system.text import count
 
-with reporting(snakemake.log[0], snakemake.scriptdir):
+with reporting(snakemake.log[0]):
     from lengthwise.store.settings import device_of
     from lengthwise.system.gpus import leased
     from lengthwise.system.slurm import deadline, describe_host

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lengthwise.system.logging import log, reporting
 
-with reporting(snakemake.log[0], snakemake.scriptdir):
+with reporting(snakemake.log[0]):
     from lengthwise.export.run import export
 
     folder = Path(snakemake.params.folder)  # exports/<kind>

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lengthwise.system.logging import reporting
 
-with reporting(snakemake.log[0], snakemake.scriptdir):
+with reporting(snakemake.log[0]):
     from lengthwise.esm2.download import fetch
     from lengthwise.store.settings import create_or_check
     from lengthwise.system.files import write_json

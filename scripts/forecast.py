@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lengthwise.system.logging import log, reporting
 
-with reporting(snakemake.log[0], snakemake.scriptdir):
+with reporting(snakemake.log[0]):
     from lengthwise.esm2.sources import path_of
     from lengthwise.plan import forecast
     from lengthwise.plan.cuts import Sizes

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lengthwise.system.logging import log, reporting
 
-with reporting(snakemake.log[0], snakemake.scriptdir):
+with reporting(snakemake.log[0]):
     import pyarrow.parquet as pq
 
     from lengthwise.plan.cuts import Sizes

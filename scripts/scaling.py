@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lengthwise.system.logging import reporting
 
-with reporting(snakemake.log[0], snakemake.scriptdir):
+with reporting(snakemake.log[0]):
     from lengthwise.store.settings import device_of, require
     from lengthwise.store.weights import location
     from lengthwise.system.gpus import leased

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lengthwise.system.logging import reporting
 
-with reporting(snakemake.log[0], snakemake.scriptdir):
+with reporting(snakemake.log[0]):
     from lengthwise.report.summarize import summarize
 
     manifests = dict(zip(snakemake.params.datasets, map(Path, snakemake.input.manifests), strict=True))

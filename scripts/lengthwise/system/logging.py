@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import lengthwise.errors
 from lengthwise.errors import LengthwiseError
 from lengthwise.system.files import remove_temporaries
 from lengthwise.system.text import printable
@@ -25,7 +24,7 @@ def error_line(error: object) -> str:
 
 
 @contextmanager
-def reporting(log_file: str, scripts: str) -> Iterator[None]:
+def reporting(log_file: str) -> Iterator[None]:
     """Run a rule's work: log to the terminal and to `log_file`, and turn an exception into one line and exit code 1.
 
     An unexpected exception also writes its traceback into the log. A SIGTERM ends the process at once. If the disk is full,
@@ -35,8 +34,6 @@ def reporting(log_file: str, scripts: str) -> Iterator[None]:
     ----------
     log_file
         Path of the rule's log.
-    scripts
-        Folder of the rule's script. Python must import the package from this folder.
     """
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     with suppress(OSError):
@@ -48,7 +45,6 @@ def reporting(log_file: str, scripts: str) -> Iterator[None]:
     log.setLevel(logging.INFO)
     _exit_on_sigterm(log_file)
     try:
-        _require_own_package(scripts)
         yield
     except KeyboardInterrupt:
         print("lengthwise: interrupted; finished shards are kept", file=sys.stderr, flush=True)
@@ -113,13 +109,3 @@ def _exit_on_sigterm(log_file: str) -> None:
     threading.Thread(target=wait, daemon=True).start()
     signal.set_wakeup_fd(writing)  # the C-level handler writes the signal number to this pipe at once
     signal.signal(signal.SIGTERM, lambda *_: None)
-
-
-def _require_own_package(scripts: str) -> None:
-    """Refuse another installed copy of the package: it comes before the folder `scripts` in Python's path."""
-    imported, own = Path(lengthwise.errors.__file__).resolve().parent, Path(scripts).resolve() / "lengthwise"
-    if imported != own:
-        raise LengthwiseError(
-            f"the workflow's package is {own}, but Python imports {imported}: run pip install -e . in the workflow's folder, "
-            "or pip uninstall lengthwise"
-        )

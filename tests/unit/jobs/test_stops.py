@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import lengthwise
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.engine import Engine
 from lengthwise.jobs import embed_job as embed_job_module
@@ -21,7 +20,6 @@ from lengthwise.system import logging as logging_module
 from lengthwise.system.files import atomic
 from lengthwise.system.logging import reporting
 
-SCRIPTS = str(Path(lengthwise.__file__).parent.parent)
 SECONDS = 5.0  # at once, on a machine that is busy
 
 
@@ -62,7 +60,7 @@ def job_that_hangs(place: str, store: Path, job: str, log: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         hang_in(pkgutil.resolve_name(owner), name, log.with_name("reached"), patch)
         patch.setattr(heartbeat, "BEAT_SECONDS", 0.0001)
-        with reporting(str(log), SCRIPTS):
+        with reporting(str(log)):
             embed_job(store, work_order_path(store, job), job_record_path(store, job), batch_tokens=128)
 
 
@@ -118,7 +116,7 @@ def test_a_full_disk_does_not_hide_what_failed(capfd, tmp_path, monkeypatch, err
     (tmp_path / "job.log").symlink_to(FULL)
 
     def work():
-        with reporting(str(tmp_path / "job.log"), SCRIPTS):
+        with reporting(str(tmp_path / "job.log")):
             logging_module.log.info("begun")
             raise error
 
@@ -134,7 +132,7 @@ def test_a_log_whose_folder_cannot_be_made_stops_no_work(tmp_path, monkeypatch):
     monkeypatch.setattr(logging_module, "_exit_on_sigterm", lambda log_file: None)
     (tmp_path / "logs").write_text("")
     done = []
-    with reporting(str(tmp_path / "logs" / "job.log"), SCRIPTS):
+    with reporting(str(tmp_path / "logs" / "job.log")):
         done.append(True)
     assert done
 
@@ -156,7 +154,7 @@ def test_a_sigterm_on_a_full_disk_says_so_and_leaves_nothing_temporary(store, pr
 
 def job_on_a_full_disk(store: Path, reached: Path) -> None:
     (store / "job.log").symlink_to(FULL)
-    with reporting(str(store / "job.log"), SCRIPTS), atomic(store / "x") as part:
+    with reporting(str(store / "job.log")), atomic(store / "x") as part:
         part.write_text("half")
         hang(reached)
 
@@ -184,7 +182,7 @@ def test_a_sigterm_in_the_middle_of_a_real_job_keeps_its_finished_shards(store, 
 def slow_job(store: Path, job: str, log: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "_forward", slowed(0.05))
-        with reporting(str(log), SCRIPTS):
+        with reporting(str(log)):
             embed_job(store, work_order_path(store, job), job_record_path(store, job))
 
 

@@ -1,10 +1,7 @@
 """Errors and log lines: one line each, and nothing in them controls the terminal."""
 
-from pathlib import Path
-
 import pytest
 
-import lengthwise
 from lengthwise.__main__ import main
 from lengthwise.errors import LengthwiseError
 from lengthwise.system.logging import error_line, log, reporting
@@ -34,7 +31,7 @@ def test_an_error_is_one_printable_line():
 @pytest.mark.parametrize("error", [LengthwiseError(HOSTILE), ValueError(HOSTILE)], ids=["known", "unexpected"])
 def test_a_rule_prints_and_logs_no_control_characters(tmp_path, capsys, error):
     def fail():
-        with reporting(str(tmp_path / "rule.log"), str(Path(lengthwise.__file__).parents[1])):
+        with reporting(str(tmp_path / "rule.log")):
             log.info("reading %s", HOSTILE)
             raise error
 
