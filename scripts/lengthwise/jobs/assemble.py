@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.status import Status
 from lengthwise.store.layout import REMAKE, shard_name
-from lengthwise.store.lookup import LOOKUP, SCHEMA, write_lookup
+from lengthwise.store.lookup import LOOKUP, write_lookup
+from lengthwise.store.manifest import SCHEMA
 from lengthwise.store.paths import job_record_path, shard_path
 from lengthwise.store.provenance import content_sha256, makers, readme
 from lengthwise.store.settings import require, shape_of

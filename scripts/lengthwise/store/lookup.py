@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LOOKUP = "lookup.arrow"
-# The version of a dataset's files. Raise it when an older Lengthwise cannot read them.
-SCHEMA = 1
 _UNREADABLE = (OSError, ValueError, KeyError, pa.ArrowException)
 
 _COLUMNS = {

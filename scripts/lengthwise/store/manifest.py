@@ -4,10 +4,11 @@ import re
 from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.store.lookup import SCHEMA
 from lengthwise.store.settings import find_fault
 from lengthwise.system.files import read_json
 
+# The version of a dataset's files. Raise it when an older Lengthwise cannot read them.
+SCHEMA = 1
 _TYPES = {
     "schema": int,
     "model": str,
