@@ -112,7 +112,8 @@ def lock_store(store):
 def find_stale(store):
     """The outputs that have to be made again; prints why. A run locks the store, and mends what needs no job."""
     stamps = {dataset: input_stamp(entry["path"], entry) for dataset, entry in INPUTS.items()}
-    wanted = Wanted(stamps, policy_of(config), config["retry_rejected"], config["exports"], config["scaling"])
+    asked = {key: config[key] for key in ("retry_rejected", "exports", "scaling", "model_sha256")}
+    wanted = Wanted(stamps, policy_of(config), **asked)
     is_run = runs_jobs() and not folder_is_locked() and not forecasts_alone()
     if is_run:
         lock_store(store)

@@ -6,7 +6,7 @@ They change no results. The command line may override each of them: --set-resour
 
 from lengthwise.system.machine import READ_BYTES_PER_SECOND, usable_cores
 from lengthwise.system.gpus import auto_device
-from lengthwise.system.files import read_json
+from lengthwise.ingest.identity import read_summary
 
 # For plans of earlier versions, which lack these columns.
 DEFAULT_REQUESTS = {"mem_mb": 16000, "disk_mb": 4000, "runtime_minutes": 120}
@@ -80,8 +80,8 @@ def bounded_mem_mb(wildcards, attempt):
 
 def assemble_mem_mb(wildcards, attempt):
     """The lookup takes at most 200 bytes of memory per record. Before ingest, assume 100 bytes of FASTA per record."""
-    summary = Path(STORE) / "inputs" / wildcards.dataset / "summary.json"
-    records = read_json(summary)["records"] if summary.exists() else input_gigabytes(wildcards) * 1e9 / 100
+    summary = read_summary(Path(STORE) / "inputs" / wildcards.dataset)
+    records = summary["records"] if summary else input_gigabytes(wildcards) * 1e9 / 100
     return int(2000 + records * 200 / 1e6) * attempt
 
 

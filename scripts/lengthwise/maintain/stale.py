@@ -38,6 +38,7 @@ class Wanted:
     retry_rejected: bool
     exports: list[str]
     scaling: bool
+    model_sha256: str
 
 
 def stale_outputs(store: Path, wanted: Wanted, settings: dict | None) -> Reasons:
@@ -59,7 +60,7 @@ def stale_outputs(store: Path, wanted: Wanted, settings: dict | None) -> Reasons
     LengthwiseError
         A dataset belongs to another file; or a newer Lengthwise wrote a file.
     """
-    found: Reasons = {store / "weights.json": _why_weights(store, settings), **broken_job_records(store)}
+    found: Reasons = {store / "weights.json": _why_weights(store, wanted, settings), **broken_job_records(store)}
     ingested = {
         name: identity.why_read_again(store / "inputs" / name, stamp, wanted.policy)
         for name, stamp in wanted.stamps.items()
@@ -78,11 +79,13 @@ def stale_outputs(store: Path, wanted: Wanted, settings: dict | None) -> Reasons
     return {path: why for path, why in found.items() if why and path.parent.exists()}
 
 
-def _why_weights(store: Path, settings: dict | None) -> str:
+def _why_weights(store: Path, wanted: Wanted, settings: dict | None) -> str:
     try:
-        read_json(store / "weights.json", "path", "bytes", "sha256")
+        receipt = read_json(store / "weights.json", "path", "bytes", "sha256")
     except (OSError, LengthwiseError):
         return "it is damaged"
+    if wanted.model_sha256 and receipt["sha256"] != wanted.model_sha256.lower():
+        return "it has another SHA-256 than model_sha256 in the config"
     return "" if settings else "no embedding is stored yet, and the config has other settings"
 
 
