@@ -4,7 +4,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -59,9 +58,6 @@ def _cpu_clock() -> float | None:
 def _cpu_temperature() -> float | None:
     found = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
     return next((found[name][0].current for name in _CPU_SENSORS if name in found), None)
-
-
-_CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(eq=False)
@@ -128,35 +124,3 @@ def _reset_resident_peak() -> bool:
 def _resident_peak() -> int:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
-
-
-def host_total() -> int:
-    """Bytes of the machine's memory, or of this process's control group if its limit is lower."""
-    return min([psutil.virtual_memory().total, *(limit for limit, _ in _limits())])
-
-
-def host_available() -> int:
-    """Bytes of memory that this process may still take without swapping."""
-    return min([psutil.virtual_memory().available, *(limit - used for limit, used in _limits())])
-
-
-def _limits() -> Iterator[tuple[int, int]]:
-    """(limit, bytes in use) of this process's control group and of those around it, where they have a limit.
-
-    SLURM sets a job's limit some groups above the one that the process is in. Cached files are not in use: the kernel drops
-    them before it refuses memory.
-    """
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for group in [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]:
-        for folder in (_CONTROL_GROUPS / group, *(_CONTROL_GROUPS / group).parents):
-            try:
-                limit = (folder / "memory.max").read_text().strip()
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                used = int((folder / "memory.current").read_text())
-            except OSError:
-                continue
-            if limit != "max":
-                yield int(limit), used - int(stat["inactive_file"]) - int(stat["active_file"])

@@ -17,13 +17,13 @@ import torch
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.checkpoint import reference_model
 from lengthwise.esm2.costs import forecast_seconds
-from lengthwise.esm2.meters import host_available
 from lengthwise.esm2.status import Status
 from lengthwise.ingest.digests import digest_name
 from lengthwise.store.paths import shard_path
 from lengthwise.store.settings import shape_of
 from lengthwise.store.shard import Shard
 from lengthwise.system.files import read_json, write_json
+from lengthwise.system.machine import host_available
 
 if TYPE_CHECKING:
     from lengthwise.plan.work_orders import PlannedShard

@@ -2,6 +2,10 @@
 
 import os
 
+import psutil
+
+from lengthwise.system.control_groups import memory_limits
+
 # Assumed rate of a shared file system that other jobs read from too.
 READ_BYTES_PER_SECOND = 200e6
 
@@ -9,3 +13,13 @@ READ_BYTES_PER_SECOND = 200e6
 def usable_cores() -> int:
     """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def host_total() -> int:
+    """Return the bytes of the machine's memory, or the limit of a control group around this process if that is lower."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in memory_limits())])
+
+
+def host_available() -> int:
+    """Return the bytes of memory that this process may still take without swapping."""
+    return min([psutil.virtual_memory().available, *(limit - used for limit, used in memory_limits())])

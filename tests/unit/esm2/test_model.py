@@ -18,10 +18,10 @@ from lengthwise.esm2 import model as model_module
 from lengthwise.esm2 import tokens as tokens_module
 from lengthwise.esm2.batching import prefetch
 from lengthwise.esm2.engine import Engine
-from lengthwise.esm2.meters import host_available
 from lengthwise.esm2.model import Packing
 from lengthwise.esm2.outputs import Output
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MODELS, ModelConfig
+from lengthwise.system.machine import host_available
 
 CPU = torch.device("cpu")
 # Float32 sums in another order: measured errors are about 4e-6 of the RMS; a wrong formula is off by 1e-3 and more.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lengthwise.esm2 import checkpoint
 from lengthwise.esm2.devices import DTYPES, device_name, is_out_of_memory, resolve_device, set_threads
-from lengthwise.esm2.meters import MemoryMeter, clock_and_temperature, host_available, host_total
+from lengthwise.esm2.meters import MemoryMeter, clock_and_temperature
 from lengthwise.esm2.model import Packing, onednn_serves
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, ModelConfig
 from lengthwise.esm2.tokens import RESIDUES, tokenize
@@ -37,6 +37,7 @@ from lengthwise.report.study.schema import (
 )
 from lengthwise.store.receipts import add_to_receipt
 from lengthwise.system.files import atomic
+from lengthwise.system.machine import host_available, host_total
 from lengthwise.system.text import count
 
 log = logging.getLogger("lengthwise")
