@@ -9,6 +9,8 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.system.files import read_json
 from lengthwise.system.locks import exclusive_store_lock
 
+_LEFTOVER_ENDINGS = (".tmp", ".spill", ".running")
+
 
 def broken_job_records(store: Path) -> dict[Path, str]:
     """Find job records that are damaged, or with shards that are missing or have another size.
@@ -40,10 +42,13 @@ def broken_job_records(store: Path) -> dict[Path, str]:
 
 
 def leftovers(store: Path) -> list[Path]:
-    """Find temporary files, scratch folders and heartbeats. While nothing works in the store, killed processes left them."""
+    """Find temporary files, scratch folders, heartbeats and marks of running rules.
+
+    While nothing works in the store, killed processes left them.
+    """
     found = list(store.glob("running/*.json"))
     for folder, folders, files in os.walk(store):
-        hidden = [name for name in (*folders, *files) if name.startswith(".") and name.endswith((".tmp", ".spill"))]
+        hidden = [name for name in (*folders, *files) if name.startswith(".") and name.endswith(_LEFTOVER_ENDINGS)]
         found += [Path(folder, name) for name in hidden]
         folders[:] = set(folders) - {*hidden, "compiled"}  # torch manages compiled/ itself
     return sorted(found)

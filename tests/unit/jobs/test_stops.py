@@ -1,8 +1,10 @@
 """SIGTERM ends a job at once, whatever it is in the middle of; a time limit known in advance ends it between shards."""
 
 import ctypes
+import json
 import multiprocessing
 import os
+import platform
 import signal
 import time
 from pathlib import Path
@@ -96,12 +98,62 @@ def test_a_sigterm_ends_a_job_at_once(store, processes, tmp_path, place):
     assert time.monotonic() - began < SECONDS
     (line,) = [line for line in log.read_text().splitlines() if "error" in line]
     assert line.startswith("lengthwise: error: ended by SIGTERM")
+    assert not logging_module.running_mark(log).exists()
     assert cleanup.leftovers(store.path) == []
     assert not job_record_path(store.path, store.job).exists()
     kept = {path: path.read_bytes() for path in store.shard_files()}
     made = store.embed(store.job, batch_tokens=128)["made"]
     assert len(made) == store.work_order(store.job)["shard"].nunique() - len(kept)
     assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_only_a_process_that_is_killed_leaves_its_mark(store, processes, tmp_path):
+    log = tmp_path / "job.log"
+    process = processes.Process(target=slow_job, args=(store.path, store.job, log))
+    process.start()
+    while not store.shard_files():
+        time.sleep(0.005)
+        assert process.exitcode is None
+    mark = logging_module.running_mark(log)
+    assert json.loads(mark.read_text()) == {"host": platform.node(), "slurm_job": None}
+    process.kill()
+    process.join(SECONDS)
+    assert mark.exists()
+    process = processes.Process(target=slow_job, args=(store.path, store.job, log))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("error", [LengthwiseError("no room"), ZeroDivisionError("odd"), KeyboardInterrupt()])
+def test_a_process_that_says_why_it_ends_leaves_no_mark(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(logging_module, "_exit_on_sigterm", lambda log_file: None)
+    log = tmp_path / "job.log"
+
+    def work():
+        with reporting(str(log), SCRIPTS):
+            assert logging_module.running_mark(log).exists()
+            raise error
+
+    with pytest.raises(SystemExit):
+        work()
+    assert list(tmp_path.iterdir()) == [log]
+
+
+def test_a_crash_of_native_code_is_written_into_the_log(processes, tmp_path):
+    log = tmp_path / "job.log"
+    process = processes.Process(target=crashing_job, args=(log,))
+    process.start()
+    process.join(SECONDS)
+    assert process.exitcode == -signal.SIGSEGV
+    assert "Fatal Python error: Segmentation fault" in log.read_text()
+    assert "crashing_job" in log.read_text()
+
+
+def crashing_job(log: Path) -> None:
+    with reporting(str(log), SCRIPTS):
+        os.kill(os.getpid(), signal.SIGSEGV)
 
 
 FULL = Path("/dev/full")  # opens, and has no room

@@ -20,12 +20,14 @@ def store(tmp_path):
     (tmp_path / "plan/.spill/deep").mkdir(parents=True)
     (tmp_path / "running").mkdir()
     (tmp_path / "running/job.json").write_text("{}")  # the heartbeat of a killed job
+    (tmp_path / "logs/embed").mkdir(parents=True)
+    (tmp_path / "logs/embed/.job.log.running").write_text("{}")
     (tmp_path / "settings.json").write_text("{}")
     return tmp_path
 
 
 def test_leftovers_are_removed_when_nobody_is_at_work(store):
-    assert len(leftovers(store)) == 3
+    assert len(leftovers(store)) == 4
     remove_leftovers(store)
     assert leftovers(store) == []
     assert (store / "shards/ab").is_dir()
@@ -34,7 +36,7 @@ def test_leftovers_are_removed_when_nobody_is_at_work(store):
 def test_leftovers_stay_while_somebody_is_at_work(store, refused):
     with shared_store_lock(store), shared_store_lock(store):
         remove_leftovers(store)
-        assert len(leftovers(store)) == 3
+        assert len(leftovers(store)) == 4
         with refused("at work", str(store)), exclusive_store_lock(store):
             pass
     with exclusive_store_lock(store), refused("at work"), exclusive_store_lock(store):
@@ -48,7 +50,7 @@ def test_leftovers_of_a_first_run_without_settings_are_removed_too(store):
         remove_leftovers(store)
         (store / "settings.json").unlink()
         remove_leftovers(store)
-        assert len(leftovers(store)) == 3
+        assert len(leftovers(store)) == 4
     remove_leftovers(store)
     assert leftovers(store) == []
 
@@ -133,7 +135,7 @@ def test_without_locks_nothing_is_removed_and_work_goes_on(store, monkeypatch, r
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with shared_store_lock(store):
         remove_leftovers(store)
-    assert len(leftovers(store)) == 3
+    assert len(leftovers(store)) == 4
     with refused("has no locks", str(store)), exclusive_store_lock(store):
         pass
 
@@ -141,4 +143,4 @@ def test_without_locks_nothing_is_removed_and_work_goes_on(store, monkeypatch, r
 def test_a_leftover_that_cannot_be_removed_is_ignored(store, monkeypatch):
     monkeypatch.setattr("lengthwise.maintain.cleanup.remove", lambda path: os.unlink("/proc/self/none"))
     remove_leftovers(store)
-    assert len(leftovers(store)) == 3
+    assert len(leftovers(store)) == 4
