@@ -1,5 +1,6 @@
 """A user's folder, and snakemake commands in it."""
 
+import contextlib
 import hashlib
 import os
 import random
@@ -117,6 +118,16 @@ class Project:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
             )
+
+    def script_processes(self) -> list[int]:
+        """Ids of the processes in which the scripts of rules run now."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                command = (folder / "cmdline").read_bytes().decode(errors="replace")
+                if f"{self.folder}/.snakemake/scripts" in command and "pipefail" not in command:
+                    found.append(int(folder.name))
+        return found
 
     def shards(self) -> dict[str, tuple[int, int]]:
         """{shard: (time of its making, number of its sequences)}."""

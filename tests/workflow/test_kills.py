@@ -1,6 +1,5 @@
 """Faults at any moment: the next run completes, finished shards are kept, and the end is the same."""
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -145,11 +144,7 @@ def test_a_job_that_gets_a_sigterm_says_so_and_the_next_run_goes_on(project, und
     while not project.shards():
         time.sleep(0.01)
         assert process.poll() is None, process.stdout.read()
-    (job,) = [
-        pid
-        for pid, command in commands()
-        if f"{project.folder}/.snakemake/scripts" in command and "sh -c" not in command
-    ]
+    (job,) = project.script_processes()
     os.kill(job, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -162,13 +157,6 @@ def test_a_job_that_gets_a_sigterm_says_so_and_the_next_run_goes_on(project, und
     assert run.code == 0, run.output
     assert kept.items() <= project.shards().items()
     assert project.contents() == undisturbed
-
-
-def commands():
-    """(process id, command line) of what runs on this machine."""
-    for entry in os.scandir("/proc"):
-        with contextlib.suppress(OSError, ValueError), open(f"{entry.path}/cmdline", "rb") as file:
-            yield int(entry.name), file.read().replace(b"\0", b" ").decode(errors="replace")
 
 
 @pytest.mark.slow

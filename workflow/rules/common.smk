@@ -40,12 +40,14 @@ import lengthwise.config
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.shapes import MODELS
 from lengthwise.ingest.identity import input_stamp, policy_of
+from lengthwise.maintain.killed_jobs import REQUESTS, Evidence, FailedJob
 from lengthwise.maintain.run_summary import failure_lines_of, forecast_lines_of, success_lines_of, working_folder
 from lengthwise.maintain.stale import Wanted, discard_stale, restore, stale_outputs
 from lengthwise.plan.jobs_table import job_rows, planned_job_records
 from lengthwise.store.paths import store_name
 from lengthwise.store.settings import guard, load
 from lengthwise.store.weights import note_new_time
+from lengthwise.system.control_groups import count_oom_kills
 from lengthwise.system.gpus import refuse_missing_gpu
 from lengthwise.system.locks import run_lock, shared_store_lock
 from lengthwise.system.logging import error_line
@@ -53,6 +55,7 @@ from lengthwise.system.runs import RUN_RECORD, explain_lock, inputs_of, record_i
 from lengthwise.system.text import printable
 
 STARTED_SECONDS = time.time()
+OOM_KILLS = count_oom_kills() if workflow.is_main_process else {}
 
 # The run holds the store's locks until its process ends.
 STORE_LOCKS = ExitStack()
@@ -270,10 +273,28 @@ def success_lines():
     return success_lines_of(Path(STORE), DATASETS, job_records, STARTED_SECONDS, seconds, WORKING_FOLDER)
 
 
-def failure_lines():
-    """The errors in the logs of this run's jobs."""
+def failed_jobs():
+    """The jobs that failed for good. A job that was killed and whose retry succeeded is none of them."""
+    jobs = [part for job in workflow.scheduler.failed for part in (job.jobs if job.is_group() else [job])]
+    return [
+        FailedJob(
+            job.rule.name,
+            dict(job.wildcards.items()),
+            Path(job.log[0]),
+            {name: value for name, value in job.resources.items() if name in REQUESTS and isinstance(value, int)},
+        )
+        for job in jobs
+        if job.log
+    ]
+
+
+def failure_lines(logs):
+    """Why this run's jobs failed. `logs` are Snakemake's own."""
+    slurm_logs = getattr(workflow.executor_settings, "logdir", None) or ".snakemake/slurm_logs"
+    texts = [Path(path).read_text(errors="replace") for path in logs if os.path.exists(path)]
+    evidence = Evidence(STARTED_SECONDS, OOM_KILLS, Path(slurm_logs), "\n".join(texts))
     named = [config["weights"], *(entry["path"] for entry in INPUTS.values())]
-    return failure_lines_of(Path(STORE), STARTED_SECONDS, WORKING_FOLDER, named)
+    return failure_lines_of(Path(STORE), failed_jobs(), evidence, WORKING_FOLDER, named)
 
 
 def print_at_exit(lines):

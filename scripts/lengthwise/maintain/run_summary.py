@@ -7,9 +7,10 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+from lengthwise.maintain.killed_jobs import Evidence, FailedJob, killed_job_lines
 from lengthwise.plan.forecast_text import text
 from lengthwise.system.files import read_json
-from lengthwise.system.logging import ERROR_PREFIX
+from lengthwise.system.logging import ERROR_PREFIX, SIGTERM_LINE
 from lengthwise.system.text import count
 
 
@@ -114,26 +115,34 @@ def forecast_lines_of(store: Path, since: float, folder: str = "") -> list[str]:
     return ["", *text(made).splitlines()]
 
 
-def failure_lines_of(store: Path, since: float, folder: str = "", names: Iterable[str] = ()) -> list[str]:
-    """The reasons of failure in the logs of a run, and what to do next.
+def failure_lines_of(
+    store: Path, failed: list[FailedJob], evidence: Evidence, folder: str = "", names: Iterable[str] = ()
+) -> list[str]:
+    """Say why a run failed and what to do next: by the logs of its jobs, and of killed jobs by what else tells their end.
 
     Parameters
     ----------
     store
         The store.
-    since
-        Start of the run, seconds of the epoch.
+    failed
+        The jobs that failed for good.
+    evidence
+        Start of the run, and where to look for the end of killed jobs.
     folder
         The working folder as the shell sees it, of `working_folder`.
     names
         Other files and folders that the logs may name, relative to the working folder.
     """
-    reasons = []
+    reasons: dict[Path, list[str]] = {}
     for log in sorted((store / "logs").rglob("*.log")):
-        if log.stat().st_mtime >= since:
-            reasons += [line for line in log.read_text(errors="replace").splitlines() if line.startswith(ERROR_PREFIX)]
-    if reasons:
-        lines = dict.fromkeys(_as_the_shell_sees_it(line, folder, [str(store), *names]) for line in reasons)
+        if log.stat().st_mtime >= evidence.since:
+            lines = log.read_text(errors="replace").splitlines()
+            reasons[log] = [line for line in lines if line.startswith(ERROR_PREFIX)]
+    unexplained = [job for job in failed if not set(reasons.get(job.log, [])) - {SIGTERM_LINE}]
+    for log, line in killed_job_lines(unexplained, evidence).items():
+        reasons[log] = [line]
+    if found := [line for of_a_log in reasons.values() for line in of_a_log]:
+        lines = list(dict.fromkeys(_as_the_shell_sees_it(line, folder, [str(store), *names]) for line in found))
         return ["", *lines, "Finished work is kept: mend that, then run the same command again."]
     return [
         "",

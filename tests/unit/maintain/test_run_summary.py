@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lengthwise.maintain.killed_jobs import Evidence
 from lengthwise.maintain.run_summary import (
     failure_lines_of,
     forecast_lines_of,
@@ -19,6 +20,8 @@ from lengthwise.plan import forecast
 from lengthwise.plan.cuts import Sizes
 from lengthwise.system.logging import ERROR_PREFIX
 
+NO_EVIDENCE = Evidence(0, {}, Path("no logs of SLURM"), "")
+
 
 def test_the_reason_in_the_logs_is_given_once(tmp_path):
     (tmp_path / "logs/ingest").mkdir(parents=True)
@@ -26,14 +29,14 @@ def test_the_reason_in_the_logs_is_given_once(tmp_path):
         (tmp_path / f"logs/ingest/{name}.log").write_text(
             f"10:00:00  working\n{ERROR_PREFIX}in.fasta: the file is empty\n"
         )
-    _, reason, *rest = failure_lines_of(tmp_path, 0)
+    _, reason, *rest = failure_lines_of(tmp_path, [], NO_EVIDENCE)
     assert reason == f"{ERROR_PREFIX}in.fasta: the file is empty"
     assert len(rest) == 1
     assert "mend that, then run the same command again" in rest[0]
 
 
 def test_without_a_reason_in_the_logs_the_summary_points_to_snakemakes_lines(tmp_path):
-    lines = failure_lines_of(tmp_path, 0)
+    lines = failure_lines_of(tmp_path, [], NO_EVIDENCE)
     assert "Snakemake's lines above say why" in lines[1]
     assert "run the same command again to go on" in lines[2]
 
@@ -155,7 +158,7 @@ def test_error_lines_name_files_as_the_shell_sees_them(tmp_path, monkeypatch):
     log.write_text("".join(f"{ERROR_PREFIX}{line}\n" for line in logged))
     named = ["weights", "in/a.fasta", "/abs/b.fasta"]
     for folder, lines in {"else": logged.values(), "": logged.keys()}.items():
-        found = failure_lines_of(Path("results/m"), 0, folder, named)[1:-1]
+        found = failure_lines_of(Path("results/m"), [], NO_EVIDENCE, folder, named)[1:-1]
         assert found == [f"{ERROR_PREFIX}{line}" for line in lines]
 
 
