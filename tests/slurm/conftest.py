@@ -41,9 +41,13 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def ends(cluster, tmp_path_factory) -> dict[str, Future]:
+def plan(cluster, tmp_path_factory) -> ClusterProject:
+    return scenarios.planned(tmp_path_factory.mktemp("plan"))
+
+
+@pytest.fixture(scope="session")
+def ends(cluster, plan, tmp_path_factory) -> dict[str, Future]:
     """What each scenario comes to, begun all at once: most of their time is waiting."""
-    plan = scenarios.planned(tmp_path_factory.mktemp("plan"))
 
     def project(name: str) -> ClusterProject:
         return ClusterProject(plan.copy(tmp_path_factory.mktemp(name) / "project").folder)
@@ -53,6 +57,7 @@ def ends(cluster, tmp_path_factory) -> dict[str, Future]:
             "undisturbed": pool.submit(scenarios.undisturbed, project("undisturbed")),
             "whole": pool.submit(scenarios.whole, cluster, tmp_path_factory.mktemp("whole")),
             "login": pool.submit(scenarios.login, cluster, project("login")),
+            "last_ends": pool.submit(scenarios.last_ends, cluster, project("last_ends")),
         }
         others = list(ends.values())
 
@@ -77,6 +82,17 @@ def ends(cluster, tmp_path_factory) -> dict[str, Future]:
         for submission in Submission.begun:
             submission.process.kill()  # if a scenario came to no end
         end_processes_in(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def by_group(cluster, plan, ends, tmp_path_factory) -> scenarios.ByGroup:
+    """After all others: SLURM is started again, with memory enforced by control groups."""
+    for end in ends.values():
+        end.exception()
+    if why := cluster.enforce_memory_by_groups():
+        warnings.warn(f"A KILL BY A CONTROL GROUP WAS NOT TESTED ON SLURM: {why}", stacklevel=1)
+        pytest.skip(why)
+    return scenarios.by_group(ClusterProject(plan.copy(tmp_path_factory.mktemp("by_group") / "project").folder))
 
 
 def end_processes_in(folder: Path) -> None:

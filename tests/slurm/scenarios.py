@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +26,9 @@ PAGE = ROOT / "workflow" / "profiles" / "README.md"
 FAULTS = ("term", "kill", "cancel", "requeue", "walltime", "memory", "unknown", "controller", "node")
 FORECAST_MINUTES = 0.0634 / 60  # of all sequences
 LATE_SECONDS = 4.0
+# How a job ends without a word of its own, where there is no retry.
+LAST_ENDS = ("memory", "walltime", "kill", "cancel")
+TOO_LITTLE_MB = 400
 Shards = dict[str, tuple[int, int]]
 
 
@@ -148,7 +151,7 @@ class Login:
 def login(cluster: Cluster, project: ClusterProject) -> Login:
     """A second run beside the first; the first one's Snakemake killed; a third while a job of the first is alive."""
     jobs = project.jobs_with_a_middle()[:2]
-    targets = [f"results/tiny/jobs/{job}.json" for job in jobs]
+    targets = job_records(jobs)
     gates = [Gate(project, job) for job in jobs]
     first = project.submit(*targets)
     for gate in gates:
@@ -174,6 +177,70 @@ def login(cluster: Cluster, project: ClusterProject) -> Login:
 
 
 @dataclass
+class LastEnds:
+    """A run without retries, each of whose jobs was ended in another way."""
+
+    project: ClusterProject
+    run: Run
+    names: dict[str, str]  # {how it was ended: job}
+
+    @property
+    def lines(self) -> dict[str, str]:
+        """{how a job was ended: what the last lines say of it}."""
+        return {end: next(line for line in self.last_lines if job in line) for end, job in self.names.items()}
+
+    @property
+    def last_lines(self) -> list[str]:
+        """Those after Snakemake's own."""
+        return self.run.output.rpartition("At least one job did not complete successfully.")[2].strip().splitlines()
+
+
+def last_ends(cluster: Cluster, project: ClusterProject) -> LastEnds:
+    """Jobs that exceed their memory and their time, that get a SIGKILL, and that are cancelled; none is tried again."""
+    names = dict(zip(LAST_ENDS, project.jobs_with_a_middle(), strict=False))
+    change_plan(project, names["memory"], mem_mb=TOO_LITTLE_MB)
+    gates = {end: Gate(project, job) for end, job in names.items() if end != "memory"}
+    submission = project.submit(*job_records(names.values()), "--retries", "0", "--keep-going")
+    for end, gate in gates.items():
+        gate.wait()
+        (job,) = submission.slurm_jobs(f"rule_embed/{names[end]}")
+        match end:
+            case "walltime":
+                cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+            case "cancel":
+                cluster.run("scancel", job)
+            case "kill":
+                gate.kill()
+    run = submission.wait()
+    for gate in gates.values():
+        gate.open()
+    return LastEnds(project, run, names)
+
+
+def job_records(jobs: Iterable[str]) -> list[str]:
+    return [f"results/tiny/jobs/{job}.json" for job in jobs]
+
+
+@dataclass
+class ByGroup:
+    """A job that a control group killed for memory, and the run after it, as the last lines advise it."""
+
+    first: LastEnds
+    advised: str
+    second: Run
+
+
+def by_group(project: ClusterProject) -> ByGroup:
+    """A job that exceeds its memory where control groups enforce it; then with the option that the last lines name."""
+    name = project.jobs_with_a_middle()[0]
+    change_plan(project, name, mem_mb=TOO_LITTLE_MB)
+    run = project.submit(*job_records([name]), "--retries", "0").wait()
+    first = LastEnds(project, run, {"memory": name})
+    advised = re.search(r"--set-resources (\S+)", first.lines["memory"])[1]
+    return ByGroup(first, advised, project.submit(*job_records([name]), "--set-resources", advised).wait())
+
+
+@dataclass
 class Faults:
     """A run that met one fault after the other."""
 
@@ -194,7 +261,7 @@ class Disturber:
         self.before: dict[str, Shards] = {}
         self.forgotten = folder / "forgotten"
         self.forgotten.write_text("none")
-        change_plan(project, self.names["memory"], mem_mb=400)  # as if the formula were wrong for one job
+        change_plan(project, self.names["memory"], mem_mb=TOO_LITTLE_MB)  # as if the formula were wrong for one job
         project.first_in_path = squeue_that_forgets(folder, self.forgotten)
         partitions = folder / "partitions.yaml"
         partitions.write_text(re.search(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)[1])

@@ -56,6 +56,11 @@ class Cluster:
         assert done.returncode == 0, done.stdout + done.stderr
         Cluster.stopped = False
 
+    def enforce_memory_by_groups(self) -> str | None:
+        """Start again with memory limits by control groups. Why that cannot be, where it cannot."""
+        done = subprocess.run([SCRIPT, "groups"], capture_output=True, text=True)
+        return done.stderr.strip().splitlines()[-1] if done.returncode else None
+
     def pid(self, daemon: str) -> int:
         return int((STATE / f"{daemon}.pid").read_text())
 
@@ -190,6 +195,7 @@ class Gate:
         )  # or a run that begins would remove the file
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT)
         fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        self.waiting_process = rf"-> FLOCK +\w+ +\w+ +(\d+) \S+:{os.fstat(self.descriptor).st_ino} 0 EOF"
 
     def wait(self, processes: int = 1) -> None:
         """Until so many processes wait here, and the shards before this one are on the disk: a thread sees to that."""
@@ -199,8 +205,12 @@ class Gate:
         )
 
     def waiting(self) -> int:
-        inode = os.fstat(self.descriptor).st_ino
-        return len(re.findall(rf"-> FLOCK .*:{inode} 0 EOF", Path("/proc/locks").read_text()))
+        return len(re.findall(self.waiting_process, Path("/proc/locks").read_text()))
+
+    def kill(self) -> None:
+        """Kill the processes that wait here."""
+        for process in re.findall(self.waiting_process, Path("/proc/locks").read_text()):
+            os.kill(int(process), signal.SIGKILL)
 
     def open(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from project import Project, random_sequences
 
+from lengthwise.maintain.cleanup import leftovers
 from lengthwise.plan.planner import read_jobs
 from slurm import ClusterProject
 
@@ -27,6 +28,11 @@ def whole(ends):
 @pytest.fixture(scope="module")
 def login(ends):
     return ends["login"].result()
+
+
+@pytest.fixture(scope="module")
+def last_ends(ends):
+    return ends["last_ends"].result()
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +153,46 @@ def test_a_retry_asks_for_more(faults, fault):
     assert f"mem={row['mem_mb']}M" in first["TRES"]
     assert f"mem={2 * row['mem_mb']}M" in second["TRES"]
     assert second["TimeLimit"] == f"{2 * row['runtime_minutes'] // 60:02}:{2 * row['runtime_minutes'] % 60:02}:00"
+
+
+@pytest.mark.parametrize(
+    ("end", "words", "asked", "advice"),
+    [
+        (
+            "memory",
+            r"killed for memory \({log}: .* exceeded memory limit \(\d+ > 419430400\), being killed",
+            "400",
+            "embed:mem_mb=800",
+        ),
+        ("walltime", r"out of time \({log}: .* CANCELLED AT \S+ DUE TO TIME LIMIT", r"\d+", "embed:runtime=60"),
+        ("kill", r"killed by a signal \({log}: .died with <Signals.SIGKILL: 9>", r"\d+", "look for a watchdog"),
+        ("cancel", r"cancelled in SLURM \({log}: .* CANCELLED AT", r"\d+", "run again, or with more --retries"),
+    ],
+)
+def test_the_last_lines_say_how_a_job_ended_and_what_to_do(last_ends, end, words, asked, advice):
+    job = last_ends.names[end]
+    words = words.replace("{log}", rf"logs/slurm/rule_embed/{job}/\d+\.log")
+    line = last_ends.lines[end]
+    assert re.match(f"lengthwise: error: embed, job {job}: {words}", line), line
+    assert re.search(f"; it had asked for mem_mb={asked}, runtime=30: .*{advice}", line), line
+
+
+def test_a_killed_job_whose_retry_succeeds_is_no_failure(faults):
+    assert "it had asked for" not in faults.end.output
+    assert leftovers(faults.project.store) == []
+
+
+def test_the_last_lines_name_each_job_once(last_ends):
+    *errors, closing = last_ends.last_lines
+    assert len(errors) == len(last_ends.names)
+    assert closing.startswith("Finished work is kept: mend that")
+
+
+def test_a_job_that_a_control_group_kills_is_named_and_the_advice_of_the_last_line_lets_it_finish(by_group):
+    assert by_group.first.run.code != 0
+    assert re.search(r'killed for memory \(\S+: "Detected 1 oom[-_]kill event', by_group.first.lines["memory"])
+    assert by_group.advised == "embed:mem_mb=800"
+    assert by_group.second.code == 0, by_group.second.output
 
 
 def test_the_login_node_sees_how_far_jobs_on_nodes_are(login):
