@@ -132,7 +132,7 @@ def test_a_process_that_says_why_it_ends_leaves_no_mark(tmp_path, monkeypatch, e
     log = tmp_path / "job.log"
 
     def work():
-        with reporting(str(log), SCRIPTS):
+        with reporting(str(log)):
             assert logging_module.running_mark(log).exists()
             raise error
 
@@ -152,7 +152,7 @@ def test_a_crash_of_native_code_is_written_into_the_log(processes, tmp_path):
 
 
 def crashing_job(log: Path) -> None:
-    with reporting(str(log), SCRIPTS):
+    with reporting(str(log)):
         os.kill(os.getpid(), signal.SIGSEGV)
 
 
