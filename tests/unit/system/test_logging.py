@@ -1,10 +1,13 @@
 """Errors and log lines: one line each, and nothing in them controls the terminal."""
 
+import subprocess
+import sys
+
 import pytest
 
 from lengthwise.__main__ import main
 from lengthwise.errors import LengthwiseError
-from lengthwise.system.logging import error_line, log, reporting
+from lengthwise.system.logging import error_line
 from lengthwise.system.text import printable
 
 # A colour, the terminal's title, C1 codes, a line break, an override of the direction, an undecodable byte.
@@ -28,21 +31,29 @@ def test_an_error_is_one_printable_line():
     assert line.startswith("lengthwise: error: a\\x1b[31m")
 
 
-@pytest.mark.parametrize("error", [LengthwiseError(HOSTILE), ValueError(HOSTILE)], ids=["known", "unexpected"])
-def test_a_rule_prints_and_logs_no_control_characters(tmp_path, capsys, error):
-    def fail():
-        with reporting(str(tmp_path / "rule.log")):
-            log.info("reading %s", HOSTILE)
-            raise error
+FAILING_RULE = """
+import sys
+from lengthwise.errors import LengthwiseError
+from lengthwise.system.logging import log, reporting
+hostile = sys.argv[3].encode().decode("unicode_escape")
+with reporting(sys.argv[1]):
+    log.info("reading %s", hostile)
+    raise {"known": LengthwiseError, "unexpected": ValueError}[sys.argv[2]](hostile)
+"""
 
-    with pytest.raises(SystemExit):
-        fail()
-    printed, logged = capsys.readouterr().err, (tmp_path / "rule.log").read_text()
+
+@pytest.mark.parametrize("error", ["known", "unexpected"])
+def test_a_rule_prints_and_logs_no_control_characters(tmp_path, error):
+    """In a process of its own, because `reporting` handles its signals."""
+    escaped = HOSTILE.encode("unicode_escape").decode()
+    command = [sys.executable, "-c", FAILING_RULE, str(tmp_path / "rule.log"), error, escaped]
+    printed = subprocess.run(command, stderr=subprocess.PIPE, text=True).stderr
+    logged = (tmp_path / "rule.log").read_text()
     for text in (printed, logged):
         assert "reading a\\x1b[31m" in text
         assert controls(text) == []
     assert printed.splitlines()[-1] == logged.splitlines()[-1]
-    assert ("Traceback" in logged) == isinstance(error, ValueError)
+    assert ("Traceback" in logged) == (error == "unexpected")
 
 
 def test_a_command_prints_no_control_characters(tmp_path, capsys):
