@@ -20,7 +20,7 @@ def run(store: Path, quick: bool, repair: bool) -> int:
     store
         The folder ``results/<model>``.
     quick
-        Leave out the bytes of embeddings and weights.
+        Compare sizes, and leave out the bytes of embeddings and weights.
     repair
         Quarantine damaged files, so that the next run makes them again.
 
@@ -49,13 +49,15 @@ def run(store: Path, quick: bool, repair: bool) -> int:
         if n > MAX_IDENTICAL_MESSAGES:
             print(error_line(f"and {n - MAX_IDENTICAL_MESSAGES:,} more files: {what}"), file=sys.stderr)
     all_repairable = all(problem.path for problem in problems)
+    lost = any(problem.path and problem.path.is_relative_to(store / "metrics") for problem in problems)
+    again = "again, but for metrics" if lost else "again"
     if not repair:
         if any(problem.path for problem in problems):
-            print("--repair quarantines the damaged files; the next run of snakemake makes them again")
+            print(f"--repair quarantines the damaged files; the next run of snakemake makes them {again}")
         return 1 if problems else 0
     for path in quarantine(problems):
         print(f"in quarantine: {path}")
     if problems:
         rest = "" if all_repairable else "; repair the other problems by hand"
-        print(f"run snakemake: it makes the missing files again{rest}")
+        print(f"run snakemake: it makes the missing files {again}{rest}")
     return 0 if all_repairable else 1

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import os
 import re
 import resource
@@ -12,10 +13,12 @@ import pytest
 
 from lengthwise.__main__ import main
 from lengthwise.errors import LengthwiseError
+from lengthwise.export.run import export
 from lengthwise.maintain.cleanup import broken_job_records
 from lengthwise.maintain.verify import check_shard_header
+from lengthwise.plan.record import plan_record_path
 from lengthwise.store.paths import job_record_path, metrics_path
-from lengthwise.store.settings import fingerprint
+from lengthwise.store.settings import fingerprint, load
 from lengthwise.store.shard import Shard
 from lengthwise.system.files import read_json, write_json
 
@@ -155,6 +158,19 @@ def swap_two_places(path) -> None:
     table.to_parquet(path)
 
 
+def of_an_earlier_version(spoil):
+    """Damages a file for which no manifest vouches."""
+
+    def spoil_it(path) -> None:
+        for manifest in path.parents[2].glob("datasets/*/manifest.json"):
+            content = read_json(manifest)
+            content.pop("files", None)
+            manifest.write_text(json.dumps(content))
+        spoil(path)
+
+    return spoil_it
+
+
 def edit(**changes):
     return lambda path: write_json(path, read_json(path) | changes)
 
@@ -220,6 +236,12 @@ DAMAGES = {
     "job record": ("jobs/*.json", cut_short, "damaged", "quick"),
     "job record missing": ("jobs/*.json", os.unlink, "missing", "quick"),
     "index": ("datasets/one/index.parquet", cut_short, "damaged", "quick"),
+    "index, in a page": (
+        "datasets/one/index.parquet",
+        lambda path: flip(path, path.stat().st_size // 5),
+        "damaged",
+        "quick",
+    ),
     "index missing": ("datasets/one/index.parquet", os.unlink, "missing", "quick"),
     "lookup": ("datasets/one/lookup.arrow", cut_short, "damaged", "quick"),
     "lookup of other places": (
@@ -228,9 +250,19 @@ DAMAGES = {
         "damaged",
         "quick",
     ),
-    "index of other records": ("datasets/one/index.parquet", drop_a_record, "other records", "quick"),
-    "index of other rows": ("datasets/one/index.parquet", swap_two_places, "not those of its sequences", "quick"),
-    "index without places": ("datasets/one/index.parquet", without_places, "damaged", "quick"),
+    "index of other records": (
+        "datasets/one/index.parquet",
+        of_an_earlier_version(drop_a_record),
+        "other records",
+        "quick",
+    ),
+    "index of other rows": (
+        "datasets/one/index.parquet",
+        of_an_earlier_version(swap_two_places),
+        "not those of its sequences",
+        "quick",
+    ),
+    "index without places": ("datasets/one/index.parquet", of_an_earlier_version(without_places), "damaged", "quick"),
     "manifest": ("datasets/one/manifest.json", cut_short, "damaged", "quick"),
     "manifest of nothing": ("datasets/one/manifest.json", lambda path: path.write_text("{}"), "damaged", "quick"),
     "manifest of lists": ("datasets/one/manifest.json", edit(shards=[], jobs=5), "damaged", "quick"),
@@ -314,6 +346,60 @@ def test_missing_metrics_are_counted_and_are_no_damage(verify, store):
     )
 
 
+@pytest.mark.parametrize(
+    "spoil", [lambda path: path.write_bytes(b""), lambda path: flip(path, path.stat().st_size // 2)]
+)
+def test_damaged_metrics_count_as_missing_once_they_are_in_quarantine(verify, store, spoil):
+    spoil(path := only(store, "metrics/**/*.parquet"))
+    code, said, wrong = verify()
+    assert code == 1
+    assert all(str(path) in line for line in wrong)
+    assert said[-1].endswith("the next run of snakemake makes them again, but for metrics")
+    code, said, _ = verify("--repair")
+    assert (code, said[-1]) == (0, "run snakemake: it makes the missing files again, but for metrics")
+    code, good, wrong = verify()
+    assert (code, wrong) == (0, [])
+    assert ", 1 without metrics" in "".join(good)
+
+
+def test_an_export_of_an_earlier_index_is_noted(verify, store):
+    export(store.path / "datasets" / "one", "parquet")
+    receipt = store.path / "datasets" / "one" / "exports" / "parquet" / "receipt.json"
+    edit(index_sha256="0" * 64)(receipt)
+    assert verify()[:2] == (
+        0,
+        [
+            "weights: good",
+            "dataset one: good, 20 records, parquet exported from an earlier index",
+            "dataset two: good, 20 records",
+        ],
+    )
+
+
+def test_no_record_leads_out_of_its_folder(verify, store, files_in):
+    """A store may come from somebody else, and --repair renames files."""
+    outside = store.path.parent / "outside"
+    outside.write_text("mine")
+    for name in ("../../../outside", str(outside), "../outside", ".."):
+        edit(files={name: {"bytes": 1, "sha256": ""}})(store.path / "inputs" / "one" / "summary.json")
+        assert "not names with checksums" in verify()[2][0]
+    verify("--repair")
+    assert outside.read_text() == "mine"
+
+
+def test_a_planned_dataset_that_is_not_complete_is_checked_too(verify, store, files_in):
+    store.path.joinpath("datasets/two/manifest.json").unlink()
+    only_of_two = set(store.open("one").manifest["shards"])
+    path = next(path for path in store.shard_files() if path.stem not in only_of_two)
+    flip(path, place_of(path, "layer_2"))
+    flip(table := store.path / "inputs" / "two" / "records.parquet", 100)
+    code, _, wrong = verify("--repair")
+    assert code == 0
+    assert [line for line in wrong if str(path) in line] != []
+    assert [line for line in wrong if str(table) in line] != []
+    assert len(wrong) == 2
+
+
 def test_metrics_where_earlier_versions_had_them_are_checked_too(verify, store):
     for path in store.path.glob("metrics/*/*.parquet"):
         path.rename(path.parent.parent / path.name)
@@ -329,15 +415,10 @@ def test_metrics_where_earlier_versions_had_them_are_checked_too(verify, store):
     [
         (lambda store: edit(schema=99)(store.path / "datasets/one/manifest.json"), "newer Lengthwise"),
         (lambda store: edit(schema=99)(store.path / "settings.json"), "newer Lengthwise"),
-        (lambda store: edit(layers=[1])(store.path / "settings.json"), "edited by hand"),
         (lambda store: edit(embed_dim=33)(store.path / "settings.json"), "embed_dim is 33 and 32"),
-        (lambda store: edit(num_layers="2")(store.path / "settings.json"), "damaged (num_layers is '2')"),
-        (lambda store: edit(embed_dim=None)(store.path / "settings.json"), "damaged (embed_dim is 'None')"),
         (lambda store: edit(device="cuda")(store.path / "settings.json"), "device is cuda and cpu"),
         (lambda store: edit(num_layers=3)(store.path / "weights.json"), "num_layers is 2 and 3"),
         (lambda store: edit_settings(store.path / "settings.json", layers=[1]), "layers is [1] and [2]"),
-        (lambda store: (store.path / "settings.json").write_text(""), "damaged"),
-        (lambda store: (store.path / "weights.json").unlink(), "no store here"),
         (lambda store: edit(bytes=1)(store.path / "weights.json"), "is not the checkpoint"),
     ],
 )
@@ -349,6 +430,51 @@ def test_problems_that_no_run_can_repair_are_one_line_and_left_alone(verify, sto
     assert len(wrong) == 1
     assert words in wrong[0]
     assert files_in(store.path) == before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (edit(layers=[1]), "edited by hand"),
+        (edit(num_layers="2"), "damaged (num_layers is '2')"),
+        (edit(embed_dim=None), "damaged (embed_dim is 'None')"),
+        (lambda path: path.write_text(""), "damaged"),
+        (os.unlink, "is missing"),
+    ],
+)
+def test_damaged_settings_are_named_and_the_rest_is_checked_by_a_copy(verify, store, spoil, words):
+    spoil(path := store.path / "settings.json")
+    code, good, wrong = verify("--repair")
+    assert (code, len(wrong)) == (0, 1)
+    assert f"{path}: {words}" in wrong[0]
+    assert good[:3] == ["weights: good", "dataset one: good, 20 records", "dataset two: good, 20 records"]
+    assert not path.exists()
+    write_json(path, load(store.path))  # as the next run does
+    assert verify()[0] == 0
+
+
+def test_without_a_copy_damaged_settings_are_one_line(verify, store):
+    for path in (*store.path.glob("datasets/*/manifest.json"), plan_record_path(store.path)):
+        path.unlink()
+    (store.path / "settings.json").write_text("")
+    code, good, wrong = verify("--repair")
+    assert (code, good, len(wrong)) == (1, [], 1)
+    assert "settings.json: damaged" in wrong[0]
+
+
+@pytest.mark.parametrize("spoil", [os.unlink, cut_short, lambda path: path.write_text("{}")])
+def test_a_lost_record_of_the_weights_is_named_and_the_rest_checked(verify, store, spoil):
+    spoil(path := store.path / "weights.json")
+    code, good, wrong = verify("--repair")
+    assert (code, len(wrong)) == (0, 1)
+    assert str(path) in wrong[0]
+    assert good[:2] == ["dataset one: good, 20 records", "dataset two: good, 20 records"]
+    assert not path.exists()
+
+
+def test_a_folder_without_a_store_is_one_line(tmp_path, capsys):
+    assert main(["verify", str(tmp_path)]) == 1
+    assert "no store here" in capsys.readouterr().err
 
 
 def test_a_failing_disk_is_reported_without_a_crash(verify, store, monkeypatch):
