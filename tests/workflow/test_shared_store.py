@@ -203,6 +203,29 @@ def main_verify(project: Project) -> int:
     return main(["verify", str(project.store)])
 
 
+@pytest.mark.parametrize("change", ["content", "policy"])
+def test_what_another_folder_made_meanwhile_is_made_again(one, tmp_path, change):
+    """Snakemake's notes in folder one say that the tables are as they were when it assembled the dataset."""
+    two = second_folder(one, tmp_path / "two")
+    inputs = {"inputs": [str(one.folder / "in" / "*.fasta")], "model": "tiny.pt"}
+    one.configure(**inputs)
+    assert run(one).code == 0
+    fasta = one.folder / "in" / "a.fasta"
+    if change == "content":
+        one.write_fasta("a", reversed_sequences(A))
+        two.configure(**inputs)
+    else:
+        two.configure(**inputs, long_sequences={"policy": "skip", "max_residues": 20})
+    assert run(two).code == 0
+    if change == "content":
+        assert served(one, "a") == of_file(fasta)
+        one.write_fasta("a", A)
+    again = run(one)
+    assert again.code == 0, again.output
+    assert served(one, "a") == of_file(fasta)
+    assert run(one).rules == NOTHING
+
+
 def test_two_runs_at_once_are_one_run_and_one_line(one, tmp_path):
     two = second_folder(one, tmp_path / "two", c=C)
     one.write_fasta("slow", random_sequences(400, seed=9, longest=900))

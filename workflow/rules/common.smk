@@ -42,7 +42,7 @@ from lengthwise.esm2.shapes import MODELS
 from lengthwise.ingest.identity import input_stamp, policy_of
 from lengthwise.maintain.killed_jobs import REQUESTS, Evidence, FailedJob
 from lengthwise.maintain.run_summary import failure_lines_of, forecast_lines_of, success_lines_of, working_folder
-from lengthwise.maintain.stale import Wanted, discard_stale, restore, stale_outputs
+from lengthwise.maintain.stale import Wanted, discard_stale, restore, stale_outputs, why_assembled_again
 from lengthwise.plan.jobs_table import job_rows, planned_job_records
 from lengthwise.store.paths import store_name
 from lengthwise.store.settings import guard, load
@@ -166,6 +166,17 @@ try:
 except (LengthwiseError, OSError) as error:
     sys.exit(error_line(error))  # an exception would print lines of the Snakefile too
 
+
+
+def tables_time(dataset):
+    """When a dataset's tables were made; None before that."""
+    try:
+        return os.stat(f"{STORE}/inputs/{dataset}/summary.json").st_mtime_ns
+    except OSError:
+        return None
+
+
+TABLES_AT_START = {dataset: tables_time(dataset) for dataset in DATASETS}
 MANIFEST = f"{STORE}/datasets/{{dataset}}/manifest.json"
 WEIGHTS = f"{STORE}/weights.json"
 INDEX = f"{STORE}/datasets/{{dataset}}/index.parquet"
@@ -216,9 +227,20 @@ def job_records_of_all(wildcards):
     return planned_job_records(STORE)
 
 
+def force_assembly(dataset):
+    """Have Snakemake assemble a dataset whose tables this run made, unless its manifest is of them.
+
+    Another folder's run may have made the manifest. Snakemake's notes are of this folder's: by them the tables may be as they were.
+    """
+    if workflow.is_main_process and tables_time(dataset) != TABLES_AT_START[dataset]:
+        if why_assembled_again(Path(STORE), dataset, load(Path(STORE))):
+            workflow.dag.forcefiles.add(MANIFEST.format(dataset=dataset))
+
+
 def job_records_of_dataset(wildcards):
     """The job records of the jobs that embed sequences of a dataset."""
     checkpoints.plan.get()
+    force_assembly(wildcards.dataset)
     return planned_job_records(STORE, wildcards.dataset)
 
 

@@ -70,9 +70,9 @@ def stale_outputs(store: Path, wanted: Wanted, settings: dict | None) -> Reasons
     found[store / "plan" / "jobs.tsv"] = why_planned_again(
         store, record, list(wanted.stamps), wanted.retry_rejected, settings
     )
-    for name in (name for name, why in ingested.items() if not why):  # else its dataset is made again anyway
+    for name in (name for name, why in ingested.items() if not why):  # else the new tables decide
         folder = store / "datasets" / name
-        found[folder / "manifest.json"] = why = _why_manifest(store, name, settings)
+        found[folder / "manifest.json"] = why = why_assembled_again(store, name, settings)
         if not why:
             found |= _stale_exports(store, folder, wanted.exports)
     found |= _stale_report(store / "report", wanted)
@@ -89,7 +89,21 @@ def _why_weights(store: Path, wanted: Wanted, settings: dict | None) -> str:
     return "" if settings else "no embedding is stored yet, and the config has other settings"
 
 
-def _why_manifest(store: Path, name: str, settings: dict | None) -> str:
+def why_assembled_again(store: Path, name: str, settings: dict | None) -> str:
+    """Why a dataset has to be assembled (again), in a few words; empty if it is whole and of its tables.
+
+    Parameters
+    ----------
+    store, name
+        The store and the dataset.
+    settings
+        As for `stale_outputs`.
+
+    Raises
+    ------
+    LengthwiseError
+        A newer Lengthwise wrote the manifest.
+    """
     folder = store / "datasets" / name
     try:
         manifest = read_manifest(folder / "manifest.json")
