@@ -130,6 +130,14 @@ def find_stale(store):
     return set(map(str, stale))
 
 
+def tables_time(dataset):
+    """When a dataset's tables were made; None before that."""
+    try:
+        return os.stat(f"{STORE}/inputs/{dataset}/summary.json").st_mtime_ns
+    except OSError:
+        return None
+
+
 def print_lock_holder(line):
     """Print after Snakemake's own lines who holds the folder's lock, unless Snakemake has got it (`--nolock`)."""
     if not LOCK_ACQUIRED:
@@ -167,16 +175,8 @@ except (LengthwiseError, OSError) as error:
     sys.exit(error_line(error))  # an exception would print lines of the Snakefile too
 
 
-
-def tables_time(dataset):
-    """When a dataset's tables were made; None before that."""
-    try:
-        return os.stat(f"{STORE}/inputs/{dataset}/summary.json").st_mtime_ns
-    except OSError:
-        return None
-
-
 TABLES_AT_START = {dataset: tables_time(dataset) for dataset in DATASETS}
+
 MANIFEST = f"{STORE}/datasets/{{dataset}}/manifest.json"
 WEIGHTS = f"{STORE}/weights.json"
 INDEX = f"{STORE}/datasets/{{dataset}}/index.parquet"

@@ -61,20 +61,15 @@ def stale_outputs(store: Path, wanted: Wanted, settings: dict | None) -> Reasons
         A dataset belongs to another file; or a newer Lengthwise wrote a file.
     """
     found: Reasons = {store / "weights.json": _why_weights(store, wanted, settings), **broken_job_records(store)}
-    ingested = {
-        name: identity.why_read_again(store / "inputs" / name, stamp, wanted.policy)
-        for name, stamp in wanted.stamps.items()
-    }
-    found |= {store / "inputs" / name / identity.TABLES[0]: why for name, why in ingested.items()}
-    record = read_plan_record(store)
     found[store / "plan" / "jobs.tsv"] = why_planned_again(
-        store, record, list(wanted.stamps), wanted.retry_rejected, settings
+        store, read_plan_record(store), list(wanted.stamps), wanted.retry_rejected, settings
     )
-    for name in (name for name, why in ingested.items() if not why):  # else the new tables decide
-        folder = store / "datasets" / name
-        found[folder / "manifest.json"] = why = why_assembled_again(store, name, settings)
+    for name, stamp in wanted.stamps.items():
+        tables, dataset = store / "inputs" / name, store / "datasets" / name
+        found[tables / identity.TABLES[0]] = identity.why_read_again(tables, stamp, wanted.policy)
+        found[dataset / "manifest.json"] = why = why_assembled_again(store, name, settings)
         if not why:
-            found |= _stale_exports(store, folder, wanted.exports)
+            found |= _stale_exports(store, dataset, wanted.exports)
     found |= _stale_report(store / "report", wanted)
     return {path: why for path, why in found.items() if why and path.parent.exists()}
 
@@ -130,6 +125,8 @@ def why_assembled_again(store: Path, name: str, settings: dict | None) -> str:
 
 
 def _stale_exports(store: Path, dataset: Path, kinds: list[str]) -> Reasons:
+    if not kinds:
+        return {}
     index = read_manifest(dataset / "manifest.json").get("files", {}).get("index.parquet", {}).get("sha256")
     return {
         Path(export_path(dataset, kind, store.name)): why_exported_again(dataset / "exports" / kind, index)

@@ -5,6 +5,7 @@ The first run resolves `auto` and writes settings.json. Every later run compares
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -286,8 +287,9 @@ def create_or_check(store: Path, config: dict, weights: dict, auto_device: str) 
 
 def _current_sha256(store: Path, model: str) -> str:
     """The SHA-256 of a checkpoint given by path: the receipt's if the file did not change."""
-    path = Path(store) / "weights.json"
-    receipt = read_json(path, "sha256") if path.exists() else {}
+    receipt = {}
+    with suppress(FileNotFoundError, LengthwiseError):  # a damaged one is made again
+        receipt = read_json(Path(store) / "weights.json", "sha256")
     if stamp(Path(model)).items() <= receipt.items():
         return receipt["sha256"]
     return sha256(Path(model))

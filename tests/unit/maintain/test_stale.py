@@ -89,6 +89,21 @@ def test_a_file_that_is_gone_or_cut_short_is_made_again(store, file, output, dam
     assert {path.split("/")[1] for path in stale(store) if path.startswith("datasets")} <= {"a"}
 
 
+def test_a_dataset_is_judged_although_its_file_is_read_again(store):
+    """Reading the file again gives the same tables: nothing else would tell that the dataset is damaged."""
+    folder = store.path / "datasets" / "a"
+    for path in (store.inputs("a") / "records.parquet", folder / "index.parquet"):
+        path.write_bytes(b"")
+    (store.path / "datasets" / "b" / "README.md").unlink()
+    (store.inputs("b") / "summary.json").unlink()
+    assert stale(store).keys() == {
+        "inputs/a/records.parquet",
+        "inputs/b/records.parquet",
+        "datasets/a/manifest.json",
+        "datasets/b/manifest.json",
+    }
+
+
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_settings_come_back_from_a_copy(store, damage):
     settings = (store.path / "settings.json").read_bytes()

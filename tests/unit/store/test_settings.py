@@ -265,3 +265,13 @@ def test_a_checkpoint_that_did_not_change_is_not_hashed_again(own_checkpoint, mo
     store, config, _ = own_checkpoint
     monkeypatch.setattr(settings, "sha256", lambda path: pytest.fail("it was hashed again"))
     assert settings.guard(store, config) is not None
+
+
+@pytest.mark.parametrize("text", ["", "{}"])
+def test_a_damaged_receipt_of_the_checkpoint_ends_no_run(own_checkpoint, refused, text):
+    store, config, path = own_checkpoint
+    (store / "weights.json").write_text(text)
+    assert settings.guard(store, config) == read_json(store / "settings.json")
+    write_random(path, ModelConfig(2, 32, 2), seed=1)
+    with refused("weights_sha256"):
+        settings.guard(store, config)
