@@ -18,7 +18,7 @@ from slurm import SCRIPT, Cluster, ClusterProject, ControllerCrashedError, Submi
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
     """SLURM, started here where LENGTHWISE_NEEDS_SLURM is set; elsewhere the tests are skipped."""
     why = None
     assert "PYTEST_XDIST_WORKER" not in os.environ or "LENGTHWISE_NEEDS_SLURM" not in os.environ, (
@@ -37,6 +37,9 @@ def cluster() -> Iterator[Cluster]:
         warnings.warn(f"NOTHING WAS TESTED ON SLURM: {why}", stacklevel=1)
         pytest.skip(why)
     yield Cluster()
+    for submission in Submission.begun:
+        submission.process.kill()  # if a scenario came to no end
+    end_processes_in(tmp_path_factory.getbasetemp())
     subprocess.run([SCRIPT, "stop"], check=True)
 
 
@@ -80,8 +83,7 @@ def ends(cluster, plan, tmp_path_factory) -> dict[str, Future]:
         ends["faults"] = pool.submit(faults_or_again)
         yield ends
         for submission in Submission.begun:
-            submission.process.kill()  # if a scenario came to no end
-        end_processes_in(tmp_path_factory.getbasetemp())
+            submission.process.kill()  # else the pool waits for it
 
 
 @pytest.fixture(scope="session")

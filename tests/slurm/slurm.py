@@ -153,7 +153,7 @@ class ClusterProject(Project):
         return [
             *(sys.executable, Path(__file__).with_name("impatient.py"), *arguments),
             *("--workflow-profile", self.profile, "--set-threads", "embed=1", "scaling=1"),
-            *("--snakefile", ROOT / "workflow" / "Snakefile", "--directory", self.folder),
+            *("--snakefile", self.checkout / "workflow" / "Snakefile", "--directory", self.folder),
         ]
 
     @property

@@ -1,7 +1,9 @@
 """A user's folder, and snakemake commands in it."""
 
 import contextlib
+import gzip
 import hashlib
+import io
 import os
 import random
 import re
@@ -9,15 +11,19 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from Bio import SeqIO
 
+import lengthwise
 from lengthwise.esm2 import checkpoint, tokens
 from lengthwise.esm2.shapes import ModelConfig
+from lengthwise.ingest.digests import digest
 from lengthwise.store.shard import Shard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,6 +170,36 @@ class Project:
 
 def fasta_text(name: str, sequences: list[bytes]) -> str:
     return "".join(f">{name}_{i}\n{sequence.decode()}\n" for i, sequence in enumerate(sequences))
+
+
+def second_folder(one: Project, folder: Path, **inputs: list[bytes]) -> Project:
+    """Another working folder over the store of `one`, with FASTA files of its own."""
+    two = type(one)(folder, one.checkout)
+    (folder / "config").mkdir(parents=True)
+    (folder / "in").mkdir()
+    for name, sequences in inputs.items():
+        two.write_fasta(name, sequences)
+    (folder / "results").symlink_to(one.folder / "results")
+    shutil.copy2(one.folder / "tiny.pt", folder / "tiny.pt")
+    two.configure(inputs=["in/*.fasta"], model="tiny.pt")
+    return two
+
+
+def served(project: Project, dataset: str) -> dict[str, bytes]:
+    """{id: digest} of a dataset; each id's rows are read, and belong to that digest."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*RANDOM WEIGHTS")
+        ds = lengthwise.open(project.store / "datasets" / dataset)
+    records = ds.records[ds.records["status"] != "rejected"]
+    assert [len(rows) for rows in ds] == records["length"].tolist()
+    return dict(zip(records["id"], records["digest"], strict=True))
+
+
+def of_file(path: Path) -> dict[str, bytes]:
+    """{id: digest} of a FASTA file, by another reader."""
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    records = SeqIO.parse(io.StringIO(text.decode()), "fasta")
+    return {record.id: digest(str(record.seq).encode()) for record in records}
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:

@@ -4,43 +4,21 @@ What is served is judged by ids and digests against the FASTA file.
 """
 
 import gzip
-import io
 import os
 import shutil
 import signal
 import subprocess
-import warnings
 from collections import Counter
-from pathlib import Path
 
 import pytest
-from Bio import SeqIO
-from project import Project, Run, fasta_text, random_sequences, wait_for
+from project import Project, Run, fasta_text, of_file, random_sequences, second_folder, served, wait_for
 
-import lengthwise
 from lengthwise.__main__ import main
-from lengthwise.ingest.digests import digest
 from lengthwise.system.files import read_json
 from lengthwise.system.locks import run_lock_holder
 
 A, B, C = (random_sequences(6, seed=seed) for seed in (1, 2, 3))
 NOTHING: Counter = Counter()
-
-
-def served(project: Project, dataset: str) -> dict[str, bytes]:
-    """{id: digest} of a dataset; each id's rows are read, and belong to that digest."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*RANDOM WEIGHTS")
-        ds = lengthwise.open(project.store / "datasets" / dataset)
-    records = ds.records[ds.records["status"] != "rejected"]
-    assert [len(rows) for rows in ds] == records["length"].tolist()
-    return dict(zip(records["id"], records["digest"], strict=True))
-
-
-def of_file(path: Path) -> dict[str, bytes]:
-    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    records = SeqIO.parse(io.StringIO(text.decode()), "fasta")
-    return {record.id: digest(str(record.seq).encode()) for record in records}
 
 
 def reversed_sequences(sequences: list[bytes]) -> list[bytes]:
@@ -64,19 +42,6 @@ def run(project: Project, *arguments: str) -> Run:
 @pytest.fixture
 def one(finished):
     return finished.reset()
-
-
-def second_folder(one: Project, folder: Path, **inputs: list[bytes]) -> Project:
-    """Another working folder over the store of `one`, with FASTA files of its own."""
-    two = Project(folder, one.checkout)
-    (folder / "config").mkdir(parents=True)
-    (folder / "in").mkdir()
-    for name, sequences in inputs.items():
-        two.write_fasta(name, sequences)
-    (folder / "results").symlink_to(one.folder / "results")
-    shutil.copy2(one.folder / "tiny.pt", folder / "tiny.pt")
-    two.configure(inputs=["in/*.fasta"], model="tiny.pt")
-    return two
 
 
 @pytest.mark.parametrize("same_size", [False, True], ids=["other-size", "same-size"])
