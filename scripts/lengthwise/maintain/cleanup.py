@@ -28,7 +28,10 @@ def broken_job_records(store: Path) -> dict[Path, str]:
     if not jobs.is_dir():
         return {}
     files = (entry for folder in _subfolders(store / "shards") for entry in os.scandir(folder))
-    size_bytes = {entry.name: entry.stat().st_size for entry in files}
+    size_bytes = {}
+    for entry in files:
+        with suppress(FileNotFoundError):  # a temporary file that a job at work has renamed
+            size_bytes[entry.name] = entry.stat().st_size
     broken = {}
     for job_record in sorted(jobs.glob("*.json")):
         try:

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from lengthwise.maintain.cleanup import leftovers, remove_leftovers
+from lengthwise.maintain.cleanup import broken_job_records, leftovers, remove_leftovers
 from lengthwise.system.locks import exclusive_store_lock, shared_store_lock
 
 
@@ -144,3 +144,9 @@ def test_a_leftover_that_cannot_be_removed_is_ignored(store, monkeypatch):
     monkeypatch.setattr("lengthwise.maintain.cleanup.remove", lambda path: os.unlink("/proc/self/none"))
     remove_leftovers(store)
     assert len(leftovers(store)) == 4
+
+
+def test_a_temporary_file_that_is_renamed_meanwhile_does_no_harm(store):
+    (store / "jobs").mkdir()
+    (store / "shards/ab/.y.safetensors.0123abcd.tmp").symlink_to("gone")  # listed, and gone when it is looked at
+    assert broken_job_records(store) == {}
