@@ -5,6 +5,7 @@ That version ran `snakemake` in it for the manifests and exports, so there is no
 """
 
 import json
+import os
 import tarfile
 import warnings
 from collections import Counter
@@ -18,6 +19,8 @@ from safetensors.numpy import load_file
 
 import lengthwise
 from lengthwise.__main__ import main
+from lengthwise.ingest.identity import TABLES, adopt, input_stamp, why_read_again
+from lengthwise.plan.record import is_adoptable
 
 ARCHIVE = Path(__file__).parent / "data" / "store_of_0e749b6.tar.gz"
 
@@ -56,6 +59,23 @@ def test_a_dataset_reads_as_the_file_says_and_verifies(project, capsys):
         "dataset a: good, 6 records",
         "dataset b: good, 3 records",
     ]
+
+
+@pytest.mark.parametrize("damage", [0, 80, 110])
+def test_a_plan_that_is_cut_short_is_made_again(project, damage):
+    assert is_adoptable(project.store, ["a", "b"])
+    os.truncate(project.store / "plan/jobs.tsv", damage)  # 110: after the first line
+    assert not is_adoptable(project.store, ["a", "b"])
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("damage", ["emptied", "halved"])
+def test_a_table_that_is_cut_short_is_made_again(project, table, damage):
+    folder, fasta = project.store / "inputs/a", input_stamp(project.folder / "in/a.fasta")
+    path = folder / table
+    os.truncate(path, 0 if damage == "emptied" else path.stat().st_size // 2)
+    assert not adopt(folder, fasta)
+    assert why_read_again(folder, fasta, {})
 
 
 @pytest.mark.slow

@@ -124,20 +124,32 @@ def stamps_with(folder: Path, stamp: dict, input_sha256: str) -> list[dict]:
 
 
 def adopt(folder: Path, stamp: dict) -> bool:
-    """Add the stamp to a summary of an earlier version, if the file has the content that the summary names; else remove it.
+    """Add the stamp to a summary of an earlier version, if the file has the content that the summary names and the tables are
+    whole; else remove it.
 
     Returns
     -------
     False if the file has to be read again.
     """
     summary = read_summary(folder)
-    if summary is None or not all((folder / name).exists() for name in TABLES):
+    if summary is None:
         return False
-    if sha256(Path(stamp["path"])) != summary["input_sha256"]:
+    if not _are_whole(folder, summary) or sha256(Path(stamp["path"])) != summary["input_sha256"]:
         (folder / "summary.json").unlink()
         return False
     write_json(folder / "summary.json", {**summary, "inputs": [stamp], "files": table_facts(folder)})
     return True
+
+
+def _are_whole(folder: Path, summary: dict) -> bool:
+    """Whether a dataset's tables have as many rows as its summary counts. An earlier version noted no sizes."""
+    import pyarrow.parquet as pq  # parsing the workflow imports this module, and has no need of it
+
+    try:
+        rows = [pq.read_metadata(folder / name).num_rows for name in TABLES]
+    except (OSError, ValueError):
+        return False
+    return rows == [summary["records"], summary.get("accepted")]
 
 
 def table_facts(folder: Path) -> dict[str, dict]:

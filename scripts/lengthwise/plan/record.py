@@ -7,6 +7,8 @@ from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.ingest.identity import read_summary
+from lengthwise.plan.jobs_table import planned_job_records
+from lengthwise.store.manifest import read_manifest
 from lengthwise.system.files import facts, has_size, read_json, sha256, write_json
 
 
@@ -85,12 +87,24 @@ def why_planned_again(
 
 
 def is_adoptable(store: Path, datasets: list[str]) -> bool:
-    """Whether the plan of an earlier version, whose record is {dataset: stamp}, is of these datasets."""
+    """Whether the plan of an earlier version, whose record is {dataset: stamp}, is whole and of these datasets."""
     try:
         planned = read_json(plan_record_path(store))
     except (OSError, LengthwiseError):
         return False
-    return planned.keys() == set(datasets) and (store / "plan" / "jobs.tsv").exists()
+    return planned.keys() == set(datasets) and all(_plan_has_jobs(store, name) for name in datasets)
+
+
+def _plan_has_jobs(store: Path, dataset: str) -> bool:
+    """Whether plan/jobs.tsv has the jobs that a dataset's manifest names. An earlier version noted no size of the table."""
+    jobs_tsv = store / "plan" / "jobs.tsv"
+    try:
+        planned = planned_job_records(str(store), dataset)
+        named = read_manifest(store / "datasets" / dataset / "manifest.json")["jobs"]
+        is_whole = jobs_tsv.read_bytes().endswith(b"\n")
+    except (OSError, KeyError, AttributeError, LengthwiseError):  # cut short within a row, or not assembled yet
+        return False
+    return is_whole and {Path(path).stem for path in planned} >= set(named)
 
 
 def damaged_files(store: Path, record: dict) -> list[str]:
