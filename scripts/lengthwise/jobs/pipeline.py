@@ -21,6 +21,7 @@ from lengthwise.esm2.status import Status
 from lengthwise.plan.work_orders import PlannedShard, require_planned
 from lengthwise.store.metrics import write_metrics
 from lengthwise.store.paths import metrics_path
+from lengthwise.store.settings import require_same
 from lengthwise.store.shard_writer import ShardWriter
 from lengthwise.store.weights import require_unchanged
 from lengthwise.system.locks import shared_store_lock
@@ -254,6 +255,7 @@ class ShardPipeline:
         """On the writer thread: metrics, then the shard's rename."""
         for write in finished.writes:
             write.result()  # raises if a write failed, so that the shard is not committed
+        require_same(self.store, self.settings)
         write_metrics(metrics_path(self.store, finished.planned.name), finished.rows)
         finished.writer.commit()
 

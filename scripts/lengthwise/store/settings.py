@@ -189,6 +189,23 @@ def require(store: Path) -> dict:
     return settings
 
 
+def require_same(store: Path, settings: dict) -> None:
+    """Refuse to add an embedding of these settings to a store that has others by now, or none.
+
+    Until the first embedding is there, a later run may have taken other settings while a job of a killed run was at work.
+
+    Raises
+    ------
+    LengthwiseError
+        The store's settings are others.
+    """
+    stored = load(store)
+    if stored is None or stored["fingerprint"] != settings["fingerprint"]:
+        raise LengthwiseError(
+            f"{store}: a later run has taken other settings; this job's embeddings are not needed any more"
+        )
+
+
 def expected(store: Path, config: dict, auto_device: str) -> dict:
     """A store's settings; of a new store, the settings that a run will write, without reading the weights.
 

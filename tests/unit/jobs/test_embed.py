@@ -13,6 +13,7 @@ from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.status import Status
 from lengthwise.jobs import embed_job, pipeline
 from lengthwise.store.paths import job_record_path, metrics_path
+from lengthwise.store.settings import load
 from lengthwise.store.shard import Shard
 from lengthwise.store.shard_writer import ShardWriter
 from lengthwise.system.files import facts, read_json
@@ -190,6 +191,22 @@ def test_a_killed_job_resumes_to_the_same_rows(new, kill_after, monkeypatch, bat
     assert [path.read_bytes() for path in store.shard_files()] == [
         path.read_bytes() for path in undisturbed.shard_files()
     ]
+
+
+def test_a_job_of_a_killed_run_adds_no_embedding_once_a_later_run_has_other_settings(new, monkeypatch, refused):
+    store, job = new()
+    original = ShardWriter.write
+
+    def meanwhile(self, *arguments):
+        original(self, *arguments)
+        for name in ("settings.json", "plan/inputs.json"):  # as a run with other settings removes them
+            (store.path / name).unlink(missing_ok=True)
+
+    monkeypatch.setattr(ShardWriter, "write", meanwhile)
+    with refused("other settings"):
+        store.embed(job)
+    assert store.shard_files() == []
+    assert load(store.path) is None  # not "settings.json is gone"
 
 
 def test_kills_fall_between_and_within_shards(new, kill_after):
