@@ -63,8 +63,10 @@ def test_settings_bind_from_the_first_shard_on(project):
     assert project.snakemake("results/tiny/plan/jobs.tsv").code == 0
     before = {path.name for path in project.store.glob("plan/jobs/*.parquet")}
     project.configure(inputs=["in/*.fasta"], model="tiny.pt", outputs=["mean"])
+    settings = read_json(project.store / "settings.json")
     run = project.snakemake("forecast")
     assert (run.code, run.errors) == (0, [])
+    assert read_json(project.store / "settings.json") == settings  # a run may be at work, by these
     look = project.snakemake("--dry-run")
     assert (look.code, look.rules["plan"]) == (0, 1)
     assert {path.name for path in project.store.glob("plan/jobs/*.parquet")} == before

@@ -15,7 +15,8 @@ from project import Project, Run, fasta_text, of_file, random_sequences, second_
 
 from lengthwise.__main__ import main
 from lengthwise.system.files import read_json
-from lengthwise.system.locks import run_lock_holder
+from lengthwise.system.locks import run_lock, run_lock_holder
+from lengthwise.system.runs import this_run
 
 A, B, C = (random_sequences(6, seed=seed) for seed in (1, 2, 3))
 NOTHING: Counter = Counter()
@@ -189,6 +190,22 @@ def test_what_another_folder_made_meanwhile_is_made_again(one, tmp_path, change)
     assert again.code == 0, again.output
     assert served(one, "a") == of_file(fasta)
     assert run(one).rules == NOTHING
+
+
+def test_a_run_without_snakemakes_lock_beside_that_of_a_killed_run(one):
+    locks = one.folder / ".snakemake" / "locks"
+    locks.mkdir(exist_ok=True)
+    (locks / "0.output.lock").write_text("results/tiny/weights.json\n")
+    left = one.store / "shards" / f".{'ab' * 16}.safetensors.0123abcd.tmp"
+    left.write_bytes(b"of the killed run")
+    one.write_fasta("a", reversed_sequences(A))
+    with run_lock(one.store, this_run()):
+        refused = run(one, "--nolock")
+    assert (refused.code, refused.rules) == (1, NOTHING)
+    ended = run(one, "--nolock")
+    assert ended.code == 0, ended.output
+    assert served(one, "a") == of_file(one.folder / "in/a.fasta")
+    assert not left.exists()
 
 
 def test_two_runs_at_once_are_one_run_and_one_line(one, tmp_path):

@@ -40,6 +40,7 @@ import lengthwise.config
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.shapes import MODELS
 from lengthwise.ingest.identity import input_stamp, policy_of
+from lengthwise.maintain.cleanup import remove_leftovers
 from lengthwise.maintain.killed_jobs import REQUESTS, Evidence, FailedJob
 from lengthwise.maintain.run_summary import failure_lines_of, forecast_lines_of, success_lines_of, working_folder
 from lengthwise.maintain.stale import Wanted, discard_stale, restore, stale_outputs, why_assembled_again
@@ -96,8 +97,8 @@ def wants_everything():
 
 
 def folder_is_locked():
-    """Whether a Snakemake lock is in this folder, of another run or of a killed one."""
-    return any(Path(".snakemake/locks").glob("*"))
+    """Whether a Snakemake lock in this folder, of another run or of a killed one, keeps this command out."""
+    return not getattr(command_line(), "nolock", False) and any(Path(".snakemake/locks").glob("*"))
 
 
 def forecasts_alone():
@@ -106,9 +107,13 @@ def forecasts_alone():
 
 
 def lock_store(store):
-    """Hold the locks of this run: no other run in the store, no `python -m lengthwise prune --delete`."""
+    """Hold the locks of this run: no other run in the store, no `python -m lengthwise prune --delete`.
+
+    In between nothing else works in the store, unless a killed run's jobs do: what killed runs left goes.
+    """
     if not STORE_LOCKS.enter_context(run_lock(store, this_run())):
         print(f"lengthwise: {store}: this file system has no locks; let no other run work in this store", file=sys.stderr)
+    remove_leftovers(store)  # the shared lock would keep it from the exclusive one
     STORE_LOCKS.enter_context(shared_store_lock(store))
 
 

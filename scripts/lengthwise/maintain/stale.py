@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.ingest import identity
-from lengthwise.maintain.cleanup import broken_job_records, remove_leftovers
+from lengthwise.maintain.cleanup import broken_job_records
 from lengthwise.plan.record import (
     damaged_files,
     is_adoptable,
@@ -174,7 +174,6 @@ def discard_stale(store: Path, stale: Iterable[Path]) -> None:
     for path in stale:
         if path.parent == store / "jobs" or path in (store / "weights.json", store / "plan" / "jobs.tsv"):
             path.unlink(missing_ok=True)
-    remove_leftovers(store)
 
 
 def _is_good(path: Path) -> bool:
