@@ -192,6 +192,19 @@ def test_what_another_folder_made_meanwhile_is_made_again(one, tmp_path, change)
     assert run(one).rules == NOTHING
 
 
+def test_a_forecast_reads_no_table_again_that_a_run_at_work_needs(one, tmp_path):
+    two = second_folder(one, tmp_path / "two", a=A)
+    tables = {path: path.stat().st_mtime_ns for path in (one.store / "inputs").rglob("*.parquet")}
+    with run_lock(one.store, this_run()):
+        look = run(two, "forecast")
+    (line,) = set(look.errors)
+    assert (look.code, look.rules) == (1, NOTHING)
+    assert "wait until that run is done" in line
+    assert f"process {os.getpid()}" in line
+    assert tables == {path: path.stat().st_mtime_ns for path in tables}
+    assert run(two, "forecast").code == 0
+
+
 def test_a_run_without_snakemakes_lock_beside_that_of_a_killed_run(one):
     locks = one.folder / ".snakemake" / "locks"
     locks.mkdir(exist_ok=True)

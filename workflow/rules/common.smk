@@ -43,7 +43,15 @@ from lengthwise.ingest.identity import input_stamp, policy_of
 from lengthwise.maintain.cleanup import remove_leftovers
 from lengthwise.maintain.killed_jobs import REQUESTS, Evidence, FailedJob
 from lengthwise.maintain.run_summary import failure_lines_of, forecast_lines_of, success_lines_of, working_folder
-from lengthwise.maintain.stale import Wanted, discard_stale, restore, stale_outputs, why_assembled_again
+from lengthwise.maintain.stale import (
+    Wanted,
+    discard_stale,
+    require_free_tables,
+    restore,
+    stale_outputs,
+    why_assembled_again,
+    without_settings,
+)
 from lengthwise.plan.jobs_table import job_rows, planned_job_records
 from lengthwise.store.paths import store_name
 from lengthwise.store.settings import guard, load
@@ -127,6 +135,10 @@ def find_stale(store):
         lock_store(store)
         restore(store, wanted, config)
     stale = stale_outputs(store, wanted, guard(store, config))
+    if not is_run:
+        stale = without_settings(stale)
+    if forecasts_alone():
+        require_free_tables(store, stale)
     for path, why in stale.items():
         if path.exists():
             print(f"lengthwise: {printable(f'{path}: {why}')}; a run makes it again", file=sys.stderr)

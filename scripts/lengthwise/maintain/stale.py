@@ -25,8 +25,10 @@ from lengthwise.store.receipts import damaged_files as damaged_files_of
 from lengthwise.store.receipts import reported_datasets, why_exported_again
 from lengthwise.store.settings import guard
 from lengthwise.system.files import has_size, read_json, write_json
+from lengthwise.system.locks import run_lock_holder
 
 Reasons = dict[Path, str]
+OTHER_SETTINGS = "no embedding is stored yet, and the config has other settings"
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def _why_weights(store: Path, wanted: Wanted, settings: dict | None) -> str:
         return "it is damaged"
     if wanted.model_sha256 and receipt["sha256"] != wanted.model_sha256.lower():
         return "it has another SHA-256 than model_sha256 in the config"
-    return "" if settings else "no embedding is stored yet, and the config has other settings"
+    return "" if settings else OTHER_SETTINGS
 
 
 def why_assembled_again(store: Path, name: str, settings: dict | None) -> str:
@@ -145,6 +147,30 @@ def _stale_report(folder: Path, wanted: Wanted) -> Reasons:
     if wanted.scaling and (study.name in damaged or not study.exists() or not study.stat().st_size):
         found[study] = "it is missing, damaged or of another size"
     return found
+
+
+def without_settings(stale: Reasons) -> Reasons:
+    """Stale outputs without those of settings that are not bound yet: these follow a run, not a forecast.
+
+    In a dry run weights.json would hide the plan, which depends on it by an `ancient` file alone.
+    """
+    return {path: why for path, why in stale.items() if why != OTHER_SETTINGS}
+
+
+def require_free_tables(store: Path, stale: Reasons) -> None:
+    """Refuse a forecast that would read a FASTA again while a run is at work.
+
+    Raises
+    ------
+    LengthwiseError
+        The run needs the tables that are there.
+    """
+    tables = [path for path in stale if path.name == identity.TABLES[0] and path.exists()]
+    if tables and (run := run_lock_holder(store)):
+        raise LengthwiseError(
+            f"{tables[0]}: {stale[tables[0]]}; a forecast would make it again, and the run of {run['began']} on {run['host']} "
+            f"(process {run['process']}, folder {run['folder']}) needs it as it is: wait until that run is done"
+        )
 
 
 def restore(store: Path, wanted: Wanted, config: dict) -> None:
