@@ -18,7 +18,7 @@ from lengthwise.store.lookup import read_pages
 from lengthwise.store.manifest import read_manifest
 from lengthwise.store.shard import Shard
 from lengthwise.store.sizes import export_bytes
-from lengthwise.system.files import read_json, sha256
+from lengthwise.system.files import checked_sha256, read_json
 from lengthwise.system.text import size
 
 # The size of a batch of pooled vectors.
@@ -69,7 +69,9 @@ class Source:
         self.database = duckdb.connect(
             config={"memory_limit": f"{memory_bytes}B", "temp_directory": str(spill), "threads": 1}
         )
-        self.index_sha256 = _require_undamaged(dataset / "index.parquet", self.manifest)
+        self.index_sha256 = checked_sha256(dataset / "index.parquet", self.manifest)
+        if "files" not in self.manifest:  # of an earlier version
+            read_pages(dataset / "index.parquet")  # DuckDB does not check the checksums of pages
         index = str(dataset / "index.parquet").replace("'", "''")  # CREATE VIEW takes no parameters
         self.database.execute(
             f"CREATE VIEW records AS SELECT * FROM read_parquet('{index}') WHERE status <> 'rejected'"
@@ -131,7 +133,7 @@ class Source:
         key, join, parameters = "NULL", "", []
         if with_key:
             key, parameters = "key", [str(self.sequences)]
-            _require_undamaged(self.sequences, read_json(self.sequences.with_name("summary.json")))
+            checked_sha256(self.sequences, read_json(self.sequences.with_name("summary.json")))
             join = " JOIN (SELECT digest, sha256(decode(sequence) || '_' || length) AS key FROM read_parquet(?)) USING (digest)"
         reader = self.database.sql(
             f"SELECT id, {key} AS key, digest, shard, sequence_no, row_start, length, min(record_no) AS record_no"
@@ -182,14 +184,3 @@ class Source:
 
     def __exit__(self, *_: object) -> None:
         self.database.close()
-
-
-def _require_undamaged(table: Path, record: dict) -> str:
-    """Refuse a damaged table; returns its checksum, which `record` has in its "files"."""
-    found = sha256(table)
-    expected = record.get("files", {}).get(table.name)
-    if expected is None:  # of an earlier version
-        read_pages(table)  # DuckDB does not check the checksums of pages
-    elif expected["sha256"] != found:
-        raise LengthwiseError(f"{table}: damaged; remove it and run snakemake again")
-    return found

@@ -24,7 +24,7 @@ from lengthwise.store.settings import require, shape_of
 from lengthwise.store.shard import Shard
 from lengthwise.store.weights import origin
 from lengthwise.system.database import out_of_core
-from lengthwise.system.files import atomic, facts, read_json, scratch_folder, write_json
+from lengthwise.system.files import atomic, checked_sha256, facts, read_json, scratch_folder, write_json
 
 _BATCH_ROWS = 1 << 17
 
@@ -82,9 +82,10 @@ def assemble(
     Raises
     ------
     LengthwiseError
-        A record is not accounted for, or a shard is missing or damaged.
+        A record is not accounted for, or the table of records or a shard is missing or damaged.
     """
     settings, summary = require(store), read_json(store / "inputs" / dataset / "summary.json")
+    checked_sha256(store / "inputs" / dataset / "records.parquet", summary)
     rows, folder = _RowChecks(dataset), manifest.parent
     with (
         scratch_folder(index.with_name(f".{index.name}.spill")) as scratch,

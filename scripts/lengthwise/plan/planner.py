@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.costs import forecast_seconds
+from lengthwise.ingest.identity import read_summary
 from lengthwise.plan.cuts import Sizes
 from lengthwise.plan.existing_jobs import ExistingJobs, remove_rivals
 from lengthwise.plan.external_sort import SortedSequences
@@ -28,7 +29,7 @@ from lengthwise.store.paths import job_record_path
 from lengthwise.store.settings import require, shape_of
 from lengthwise.store.sizes import bytes_per_sequence
 from lengthwise.system.database import out_of_core
-from lengthwise.system.files import atomic, read_json, scratch_folder
+from lengthwise.system.files import atomic, checked_sha256, read_json, scratch_folder
 
 JOBS_COLUMNS = ["job", "datasets", "shards", "sequences", "residues", "longest", "forecast_bytes", "forecast_seconds"]
 
@@ -73,6 +74,8 @@ def plan(
         Damaged: the settings, a table of sequences, a job record, or a shard of a finished job whose work order is lost.
     """
     settings, sequence_tables = require(store), list(sequences.values())
+    for table in sequence_tables:
+        checked_sha256(table, read_summary(table.parent) or {})
     with scratch_folder(jobs_tsv.parent / ".spill") as scratch:
         with _existing_jobs(store, sequence_tables, scratch, memory_bytes) as existing:
             datasets_of_job, is_new = existing.select(retry_rejected)

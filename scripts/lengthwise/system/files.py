@@ -282,6 +282,20 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checked_sha256(path: Path, record: dict) -> str:
+    """The SHA-256 of a file, compared with the one in the "files" of a record, which an earlier version does not have.
+
+    Raises
+    ------
+    LengthwiseError
+        They differ.
+    """
+    found = sha256(path)
+    if record.get("files", {}).get(path.name, {"sha256": found})["sha256"] != found:
+        raise LengthwiseError(f"{path}: damaged (another checksum); remove it and run snakemake again")
+    return found
+
+
 def size_and_mtime(path: Path | str) -> str:
     """Return a file's size and mtime as text. The ingest rule stores it as a param, so its form must not change."""
     stat = os.stat(path)

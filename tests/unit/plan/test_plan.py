@@ -412,3 +412,11 @@ def test_nothing_temporary_is_left(store):
     store.plan(**SMALL_JOBS)
     names = [name for _, _, files in os.walk(store.path) for name in files]
     assert [name for name in names if name.startswith(".")] == []
+
+
+def test_a_damaged_table_of_sequences_is_not_planned(store, refused):
+    path = store.inputs(store.datasets[0]) / "sequences.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:200] + bytes([content[200] ^ 1]) + content[201:])
+    with refused(str(path), "damaged", "remove it and run snakemake again"):
+        store.plan()
