@@ -33,9 +33,8 @@ RECORDS = [
 ]
 # What a run does not make again by itself: it makes no embedding twice.
 KEPT = ["metrics/*/*", "parity/*", "shards/*/*"]
-# What comes out the same whenever it is made.
-SAME = [*FILES[:3], "inputs/*/*", "datasets/*/*.parquet", "datasets/*/*.arrow", "datasets/*/*.tsv", "shards/*/*"]
-SAME += ["settings.json", "datasets/*/exports/*/*"]
+# What comes out the same whenever it is made. Work orders that are made again have no residues.
+SAME = ["plan/jobs.tsv", "inputs/*/*", "datasets/*/*.[!jm]*", "datasets/*/exports/*/*", "shards/*/*", "settings.json"]
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +85,10 @@ def verify(project: Project, *flags: str) -> int:
     return main(["verify", str(project.store), *flags])
 
 
-@pytest.mark.parametrize("harm", [emptied, halved])
 @pytest.mark.parametrize(
-    "patterns", [FILES, RECORDS, ["settings.json", "weights.json"]], ids=["files", "records", "settings"]
+    ("patterns", "harm"),
+    [(FILES, emptied), (RECORDS, halved), (["settings.json", "weights.json"], emptied)],
+    ids=["files", "records", "settings"],
 )
 def test_a_run_makes_again_what_is_cut_short(project, patterns, harm, capsys):
     before, shards = files(project, SAME), project.shards()
@@ -108,7 +108,8 @@ def test_after_verify_repair_a_run_makes_again_what_has_a_flipped_byte(project, 
     assert verify(project) == 1
     named = capsys.readouterr().err
     assert verify(project, "--repair") == 0, named
-    assert [path for path in paths if path.exists()] == []
+    # Nothing vouches for the proteins of a pt export whose files.tsv is damaged: they are made again with it.
+    assert [path for path in paths if path.exists() and path.suffix != ".pt"] == []
     run = project.snakemake()
     assert run.code == 0, run.output
     assert files(project, SAME) == before

@@ -43,15 +43,7 @@ from lengthwise.ingest.identity import input_stamp, policy_of
 from lengthwise.maintain.cleanup import remove_leftovers
 from lengthwise.maintain.killed_jobs import REQUESTS, Evidence, FailedJob
 from lengthwise.maintain.run_summary import failure_lines_of, forecast_lines_of, success_lines_of, working_folder
-from lengthwise.maintain.stale import (
-    Wanted,
-    discard_stale,
-    require_free_tables,
-    restore,
-    stale_outputs,
-    why_assembled_again,
-    without_settings,
-)
+from lengthwise.maintain import stale
 from lengthwise.plan.jobs_table import job_rows, planned_job_records
 from lengthwise.store.paths import store_name
 from lengthwise.store.settings import guard, load
@@ -129,22 +121,22 @@ def find_stale(store):
     """The outputs that have to be made again; prints why. A run locks the store, and mends what needs no job."""
     stamps = {dataset: input_stamp(entry["path"], entry) for dataset, entry in INPUTS.items()}
     asked = {key: config[key] for key in ("retry_rejected", "exports", "scaling", "model_sha256")}
-    wanted = Wanted(stamps, policy_of(config), **asked)
+    wanted = stale.Wanted(stamps, policy_of(config), **asked)
     is_run = runs_jobs() and not folder_is_locked() and not forecasts_alone()
     if is_run:
         lock_store(store)
-        restore(store, wanted, config)
-    stale = stale_outputs(store, wanted, guard(store, config))
+        stale.restore(store, wanted, config)
+    found = stale.stale_outputs(store, wanted, guard(store, config))
     if not is_run:
-        stale = without_settings(stale)
+        found = stale.without_settings(found)
     if forecasts_alone():
-        require_free_tables(store, stale)
-    for path, why in stale.items():
+        stale.require_free_tables(store, found)
+    for path, why in found.items():
         if path.exists():
             print(f"lengthwise: {printable(f'{path}: {why}')}; a run makes it again", file=sys.stderr)
     if is_run:
-        discard_stale(store, stale)
-    return set(map(str, stale))
+        stale.discard_stale(store, found)
+    return set(map(str, found))
 
 
 def tables_time(dataset):
@@ -250,7 +242,7 @@ def force_assembly(dataset):
     Another folder's run may have made the manifest. Snakemake's notes are of this folder's: by them the tables may be as they were.
     """
     if workflow.is_main_process and tables_time(dataset) != TABLES_AT_START[dataset]:
-        if why_assembled_again(Path(STORE), dataset, load(Path(STORE))):
+        if stale.why_assembled_again(Path(STORE), dataset, load(Path(STORE))):
             workflow.dag.forcefiles.add(MANIFEST.format(dataset=dataset))
 
 
