@@ -1,7 +1,9 @@
 """Writing a shard under a temporary name; the rename at the end is its commit."""
 
 import os
+import random
 import shutil
+import time
 from pathlib import Path
 
 import google_crc32c
@@ -15,6 +17,8 @@ from lengthwise.system.files import create_locked, discard, fsync_folder, reserv
 
 # After so many bytes the kernel begins to write them to the disk, so that the fsync in `commit` is short.
 FLUSH_BYTES = 16 << 20
+# Two writers that begin at the same moment wait at random up to so long.
+BACK_OFF_SECONDS = 0.1
 
 
 class ShardWriter:
@@ -53,28 +57,48 @@ class ShardWriter:
         self.path = shard_path(store, shard)
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._is_open = False
-        wait_for_writers(self.path, wait)
-        self.already_there = is_complete(self.path, digests, settings["fingerprint"])
-        if self.already_there:
-            return
-        header, self.tensors = layout(lengths, settings)
-        self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        self.crc32c = np.zeros(len(lengths), np.uint32)
-        self.status = np.zeros(len(lengths), np.uint8)
-        self.digests = digests
-        self.file_bytes = max(tensor.start + tensor.nbytes for tensor in self.tensors.values())
-        self._unflushed_bytes = 0
-        with writing(self.path):
-            self.part, self._descriptor = create_locked(self.path)
-        self._is_open = True
+        self.digests, self._is_open = digests, False
         try:
+            self._become_only_writer(settings["fingerprint"], wait)
+            if self.already_there:
+                return
+            header, self.tensors = layout(lengths, settings)
+            self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+            self.crc32c = np.zeros(len(lengths), np.uint32)
+            self.status = np.zeros(len(lengths), np.uint8)
+            self.file_bytes = max(tensor.start + tensor.nbytes for tensor in self.tensors.values())
+            self._unflushed_bytes = 0
             self._reserve_space()
             with writing(self.path):
                 _write_at(self._descriptor, np.frombuffer(header, np.uint8), 0)
         except BaseException:
             self.abandon()
             raise
+
+    def _become_only_writer(self, fingerprint: str, wait: bool) -> None:
+        """Create the temporary file while no other process has one, unless the shard is already there.
+
+        Of two processes that create theirs at the same moment, at least one sees the other's; each that does begins again.
+        """
+        while True:
+            wait_for_writers(self.path, wait)
+            self.already_there = is_complete(self.path, self.digests, fingerprint)
+            if self.already_there:
+                return
+            with writing(self.path):
+                self.part, self._descriptor = create_locked(self.path)
+            self._is_open = True
+            try:
+                wait_for_writers(self.path, wait=False, but=self.part)
+                self.already_there = is_complete(self.path, self.digests, fingerprint)  # made meanwhile
+                if self.already_there:
+                    self.abandon()
+                return
+            except BlockingIOError:
+                self.abandon()
+                if not wait:
+                    raise
+                time.sleep(random.uniform(0, BACK_OFF_SECONDS))
 
     def _reserve_space(self) -> None:
         """Reserve the file's bytes now: a full disk fails here, before any computing."""

@@ -102,8 +102,17 @@ def create_locked(path: Path) -> tuple[Path, int]:
         os.close(descriptor)  # another process removed it as a leftover before it was locked
 
 
-def wait_for_writers(path: Path, wait: bool) -> None:
-    """Wait until no other process is writing `path`, and remove the temporary files of processes that died.
+def wait_for_writers(path: Path, wait: bool, but: Path | None = None) -> None:
+    """Wait until no process is writing `path`, and remove the temporary files of processes that died.
+
+    Parameters
+    ----------
+    path
+        The file.
+    wait
+        Whether to wait.
+    but
+        This process's own temporary file, which is left out.
 
     Raises
     ------
@@ -111,6 +120,8 @@ def wait_for_writers(path: Path, wait: bool) -> None:
         Another process is writing it, and `wait` is false.
     """
     for part in path.parent.glob(f".{path.stem}*.tmp"):
+        if part == but:
+            continue
         try:
             descriptor = os.open(part, os.O_RDWR)
         except (FileNotFoundError, PermissionError):  # renamed meanwhile, or owned by another user

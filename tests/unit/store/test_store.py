@@ -272,6 +272,53 @@ def test_a_second_writer_goes_ahead_when_the_first_gave_up(tmp_path):
     assert second.found is False
 
 
+def test_of_two_writers_that_begin_at_once_the_later_one_waits(tmp_path, random_rows, monkeypatch, files_in):
+    """The other one begins between this one's look for others and its temporary file."""
+    create, others = shard_writer.create_locked, []
+
+    def create_after_another(path):
+        monkeypatch.setattr(shard_writer, "create_locked", create)
+        others.append(writer_of(tmp_path))
+        return create(path)
+
+    monkeypatch.setattr(shard_writer, "create_locked", create_after_another)
+    with pytest.raises(BlockingIOError):
+        ShardWriter(tmp_path, "ab" * 16, digests_of(5), LENGTHS, settings(), wait=False)
+    (first,) = others
+    assert files_in(tmp_path) == [first.part]
+    first.abandon()
+    monkeypatch.setattr(shard_writer, "create_locked", create_after_another)
+    second = Second(tmp_path)
+    assert not second.done.wait(0.3)
+    fill(others[1], random_rows(LENGTHS, settings()))
+    others[1].commit()
+    assert second.done.wait(10)
+    assert second.found is True
+    assert files_in(tmp_path) == [others[1].path]
+
+
+def test_of_four_writers_that_begin_at_once_one_makes_the_shard(tmp_path, random_rows, files_in):
+    arrays, rounds = random_rows(LENGTHS, settings()), 25
+    barrier, made = threading.Barrier(4), []
+
+    def write() -> None:
+        for i in range(rounds):
+            barrier.wait(10)
+            with writer_of(tmp_path / str(i)) as writer:
+                if not writer.already_there:
+                    fill(writer, arrays)
+                    writer.commit()
+                    made.append(i)
+
+    threads = [threading.Thread(target=write, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(made) == list(range(rounds))
+    assert len(files_in(tmp_path)) == rounds
+
+
 @pytest.fixture
 def file_system(monkeypatch):
     """One that answers to a reservation with this error, and remembers how many bytes it was asked for."""
