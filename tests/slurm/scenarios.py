@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import pandas as pd
@@ -146,6 +147,7 @@ class Login:
     dead_jobs: list[dict[str, str]]
     last: Run
     last_jobs: list[dict[str, str]]
+    made: dict[str, list[int]]  # {job: how many shards each of its processes made}
 
 
 def login(cluster: Cluster, project: ClusterProject) -> Login:
@@ -167,13 +169,21 @@ def login(cluster: Cluster, project: ClusterProject) -> Login:
     finished_before = project.shards()
     without_unlock = project.submit(*targets).wait()
     assert project.submit("--unlock").wait().code == 0
-    last = project.submit(*targets, "--set-resources", "embed:gpu=0", "embed:gres=gpu:a100:1")
+    another_device = ["--set-resources", "embed:gpu=0", "embed:gres=gpu:a100:1"]
+    last = project.submit(*targets, *another_device, "--slurm-keep-successful-logs")
     for gate in gates:
         gate.wait(processes=2)
         gate.open()
     end = last.wait()
-    dead_jobs, last_jobs = ([cluster.show(job) for job in run.slurm_jobs("rule_embed/")] for run in (first, last))
-    return Login(project, progress, second_at_once, without_unlock, finished_before, dead_jobs, end, last_jobs)
+    numbers = [run.slurm_jobs("rule_embed/") for run in (first, last)]
+    for number in chain(*numbers):
+        cluster.wait_for_state(number, "COMPLETED")
+    dead_jobs, last_jobs = ([cluster.show(number) for number in each] for each in numbers)
+    logs = project.folder / "logs" / "slurm" / "rule_embed"
+    made = {
+        job: [int(re.search(r"(\d+) made now", log.read_text())[1]) for log in (logs / job).iterdir()] for job in jobs
+    }
+    return Login(project, progress, second_at_once, without_unlock, finished_before, dead_jobs, end, last_jobs, made)
 
 
 @dataclass

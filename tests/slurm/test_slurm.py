@@ -224,6 +224,9 @@ def test_a_new_run_beside_the_jobs_of_a_dead_one_computes_nothing_twice(login, u
     assert {job["JobState"] for job in login.dead_jobs} == {"COMPLETED"}
     assert login.finished_before.items() <= login.project.shards().items()
     assert login.project.contents().items() <= undisturbed.items()
+    for job, made in login.made.items():
+        assert len(made) == 2
+        assert sum(made) == len(login.project.shards_of(job))
 
 
 @pytest.mark.huge
