@@ -244,14 +244,13 @@ def _check_manifest(path: Path, shards: _ShardChecks) -> CheckResult:
     sizes = {name: shard.path.stat().st_size for name, shard in intact.items()}
     for job in manifest["jobs"]:
         job_record = job_record_path(shards.store, job)
-        problems += problems_of(partial(_check_job_record, job_record, sizes), job_record)
-    metrics = [file for shard_id in manifest["shards"] if (file := find_metrics(shards.store, shard_id))]
-    for file in metrics:
-        problems += problems_of(partial(pq.read_metadata if shards.quick else read_pages, file), file)
+        problems += problems_of(partial(_check_job_record, job_record, sizes), job_record) or check_record(
+            job_record, shards.quick
+        )
     damaged = {problem.path for problem in problems}
-    for job in manifest["jobs"]:
-        if (record := job_record_path(shards.store, job)) not in damaged:
-            problems += check_record(record, shards.quick, is_wanted=lambda file: file not in damaged)
+    metrics = [file for shard_id in manifest["shards"] if (file := find_metrics(shards.store, shard_id))]
+    for file in (file for file in metrics if file not in damaged):
+        problems += problems_of(partial(pq.read_metadata if shards.quick else read_pages, file), file)
     missing = len(manifest["shards"]) - len(metrics)
     note = count(manifest["records"], "record") + (f", {missing} without metrics" if missing else "")
     note += _stale_exports(path, manifest.get("files", {}).get(index.name))
