@@ -14,7 +14,8 @@ with reporting(snakemake.log[0]):
     from lengthwise.system.runs import recorded_inputs
 
     fasta, params, dataset = Path(snakemake.input.fasta), snakemake.params, snakemake.wildcards.dataset
-    recorded = (recorded_inputs() or {}).get(dataset)
+    store = Path(snakemake.output.records).parents[2]
+    recorded = (recorded_inputs(str(store)) or {}).get(dataset)
     if recorded and not stamp(fasta).items() <= recorded.items():
         raise LengthwiseError(f"{fasta}: changed since this run began; run again once nothing writes to it")
     summary = ingest(

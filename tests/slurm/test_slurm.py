@@ -205,7 +205,7 @@ def test_the_login_node_sees_how_far_jobs_on_nodes_are(login):
 def test_a_second_run_at_once_is_refused_and_says_who_is_at_work(login):
     assert login.second_at_once.code != 0
     (line,) = login.second_at_once.errors
-    assert "is at work here: let it finish" in line
+    assert "is at work in this store: let it finish" in line
 
 
 def test_after_a_killed_login_process_the_refusal_says_what_to_do(login):

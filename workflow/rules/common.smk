@@ -122,9 +122,11 @@ def find_stale(store):
     stamps = {dataset: input_stamp(entry["path"], entry) for dataset, entry in INPUTS.items()}
     asked = {key: config[key] for key in ("retry_rejected", "exports", "scaling", "model_sha256")}
     wanted = stale.Wanted(stamps, policy_of(config), **asked)
-    is_run = runs_jobs() and not folder_is_locked() and not forecasts_alone()
+    is_run = runs_jobs() and not forecasts_alone()
     if is_run:
         lock_store(store)
+    is_run = is_run and not folder_is_locked()
+    if is_run:
         stale.restore(store, wanted, config)
     found = stale.stale_outputs(store, wanted, guard(store, config))
     if not is_run:
@@ -167,15 +169,15 @@ class NothingToDo(logging.Handler):
 try:
     config.update(lengthwise.config.validate(config, WORKFLOW / "schemas" / "config.schema.yaml"))
     STORE = str(Path(config["results"]) / store_name(config["model"]))
-    INPUTS = (not workflow.is_main_process and recorded_inputs()) or inputs_of(lengthwise.config.datasets(config["inputs"]))
+    INPUTS = (not workflow.is_main_process and recorded_inputs(STORE)) or inputs_of(lengthwise.config.datasets(config["inputs"]))
     DATASETS = list(INPUTS)
     STALE = set()
     if workflow.is_main_process:
         STALE = find_stale(Path(STORE))
         if runs_jobs() and folder_is_locked():
             atexit.register(print_lock_holder, explain_lock(RUN_RECORD))
-        elif runs_jobs():
-            record_inputs(INPUTS)
+        if runs_jobs():
+            record_inputs(STORE, INPUTS)
         if runs_jobs() and wants_everything():
             logger.addHandler(NothingToDo())
     else:

@@ -82,9 +82,9 @@ def why_read_again(folder: Path, stamp: dict, policy: dict) -> str:
     if stamps and stamp["path"] not in paths_of(summary) and stamp["bytes"] != summary["input_bytes"]:
         raise other_file(folder, summary, stamp["path"])
     if stamps and stamp not in stamps:
-        return "its file has another size or time, or is under another path"
+        return f"{stamp['path']} is another path, or has another size or time, than the file that was read"
     if not stamps and stamp["bytes"] != summary["input_bytes"]:  # a summary of an earlier version
-        return "its file has another size"
+        return f"{stamp['path']} has another size than the file that was read"
     known = summary.get("policy") or {}
     if changed := [key for key in policy if known.get(key, policy[key]) != policy[key]]:
         return f"the config has another {changed[0]}"

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lengthwise.errors import LengthwiseError
@@ -92,7 +93,10 @@ def _shards_of(store: Path, job: str) -> set[str]:
     work_order = work_order_path(store, job)
     if not work_order.exists():
         return set()
-    return set(pq.read_table(work_order, columns=["shard"])["shard"].unique().to_pylist())
+    try:
+        return set(pq.read_table(work_order, columns=["shard"])["shard"].unique().to_pylist())
+    except (OSError, pa.ArrowException) as error:
+        raise LengthwiseError(f"{work_order}: damaged; run snakemake, which makes it again, and then prune") from error
 
 
 def _not_in(used: set[str], paths: Iterable[Path]) -> list[Path]:

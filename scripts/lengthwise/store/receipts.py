@@ -77,7 +77,7 @@ def reported_datasets(folder: Path) -> list[str] | None:
 
 
 def why_exported_again(folder: Path, index_sha256: str | None) -> str:
-    """Why an export has to be made again, in a few words; empty if it is whole, or of an earlier version without a receipt.
+    """Why an export has to be made again, in a few words; empty if it is whole, or of an earlier version without receipts.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def why_exported_again(folder: Path, index_sha256: str | None) -> str:
         return f"{damaged[0]} is missing, damaged or of another size"
     receipt = read_receipt(folder)
     if receipt is None:
-        return ""
+        return "its receipt is missing" if index_sha256 and folder.is_dir() else ""
     if index_sha256 and receipt["index_sha256"] != index_sha256:
         return "it was made from another index"
     if "proteins" in receipt and len(protein_files(folder)) != receipt["proteins"]["files"]:

@@ -1,5 +1,6 @@
 """The records of the run in a working folder: who it is, for a second run, and its inputs, for its jobs."""
 
+import hashlib
 import math
 import os
 import platform
@@ -11,8 +12,6 @@ import psutil
 from lengthwise.system.files import read_json, stamp, write_json
 
 RUN_RECORD = Path(".snakemake/lengthwise.json")
-# The inputs as the run found them when it began: jobs take them from here, whatever comes, moves or goes meanwhile.
-RUN_INPUTS = Path(".snakemake/lengthwise_inputs.json")
 # A process's creation time shifts when the system clock is set.
 _CREATION_TOLERANCE_SECONDS = 60
 
@@ -40,14 +39,23 @@ def inputs_of(datasets: dict[str, str]) -> dict[str, dict]:
     return {name: {"path": path, **stamp(Path(path))} for name, path in datasets.items()}
 
 
-def record_inputs(inputs: dict[str, dict]) -> None:
-    """Write the `inputs_of` a run to `RUN_INPUTS`, for its jobs."""
-    write_json(RUN_INPUTS, inputs)
+def record_inputs(store: str, inputs: dict[str, dict]) -> None:
+    """Write the `inputs_of` a run as it found them when it began, for its jobs: whatever comes, moves or goes meanwhile."""
+    write_json(_inputs_path(store), inputs)
 
 
-def recorded_inputs() -> dict[str, dict] | None:
-    """The inputs of the run in this working folder; None if it recorded none."""
-    return read_json(RUN_INPUTS) if RUN_INPUTS.exists() else None
+def recorded_inputs(store: str) -> dict[str, dict] | None:
+    """The inputs of this working folder's run in this store; None if it recorded none."""
+    path = _inputs_path(store)
+    return read_json(path) if path.exists() else None
+
+
+def _inputs_path(store: str) -> Path:
+    """A file for each store: a workflow may have several modules, and a folder several configs."""
+    return (
+        Path(".snakemake")
+        / f"lengthwise_inputs_{hashlib.sha256(os.path.abspath(store).encode()).hexdigest()[:16]}.json"
+    )
 
 
 def explain_lock(path: Path) -> str:

@@ -455,7 +455,8 @@ def test_an_export_without_a_receipt_is_of_an_earlier_version_and_one_in_quarant
     receipt.rename(folder / f"{RECEIPT}{QUARANTINE_ENDING}")
     assert RECEIPT in why_exported_again(folder, index)
     (folder / f"{RECEIPT}{QUARANTINE_ENDING}").unlink()
-    assert why_exported_again(folder, index) == ""
+    assert why_exported_again(folder, index) == "its receipt is missing"
+    assert why_exported_again(folder, None) == ""  # neither does the manifest of an earlier version say sizes
     assert why_exported_again(small / "exports" / "pt", index) == ""  # not there at all
 
 
