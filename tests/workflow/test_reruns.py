@@ -65,8 +65,8 @@ def test_second_run(project):
     assert "Nothing to be done" in run.output
 
 
-def test_what_changes_no_number_reruns_nothing(finished, project, tmp_path):
-    """How work is cut, touched weights and scripts, an edited package, another folder; then without Snakemake's notes too."""
+def test_what_changes_no_number_reruns_nothing(finished, project):
+    """How work is cut, touched weights and scripts, an edited package; then without Snakemake's notes too."""
     reconfigure(project, batch_tokens=64, job_minutes=1, shard_bytes=65536)
     os.utime(project.folder / "tiny.pt")
     scripts = finished[0].checkout / "scripts"
@@ -75,10 +75,14 @@ def test_what_changes_no_number_reruns_nothing(finished, project, tmp_path):
     module = scripts / "lengthwise/jobs/embed_job.py"
     module.write_text(module.read_text() + "\n# edited\n")
     assert rerun(project) == (NOTHING, 0)
+    shutil.rmtree(project.folder / ".snakemake")
+    assert rerun(project) == (NOTHING, 0)
+
+
+def test_a_folder_that_moved_embeds_nothing(project, tmp_path):
+    """Whether these are the same files under other paths only their content says."""
     moved = Project(project.folder.rename(tmp_path / "moved"), project.checkout)
-    # Whether these are the same files under other paths only their content says.
     assert rerun(moved) == (Counter(ingest=2, plan=1), 0)
-    shutil.rmtree(moved.folder / ".snakemake")
     assert rerun(moved) == (NOTHING, 0)
 
 
