@@ -124,8 +124,13 @@ def test_damage_of_all_files_of_a_kind_is_named_and_moved_aside(store, category,
         assert all("missing" in problem.message for problem in again)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("damage", ["emptied", "halved", 0.0, 0.2, 0.4, 0.6, 0.8, 0.999, 1.0])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(pytest.param(damage, marks=pytest.mark.slow) for damage in ("emptied", "halved", 0.4, 1.0)),
+        *(pytest.param(share, marks=pytest.mark.huge) for share in (0.0, 0.2, 0.6, 0.8, 0.999)),
+    ],
+)
 def test_damage_of_each_file_is_named_and_it_alone_is_moved_aside(store, files_in, damage):
     harm = DAMAGES.get(damage) or flipped(damage)
     for path in files_in(store):
