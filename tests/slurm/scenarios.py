@@ -20,6 +20,8 @@ from project import ROOT, Project, Run, random_sequences
 
 from lengthwise.maintain.progress import read_progress
 from lengthwise.plan.planner import read_jobs
+from lengthwise.plan.record import plan_record_path
+from lengthwise.system.files import facts, read_json, write_json
 from slurm import Cluster, ClusterProject, Gate, Submission, wait_until
 
 DONE = "results/tiny/datasets/a/manifest.json"
@@ -360,11 +362,14 @@ def faults(cluster: Cluster, project: ClusterProject, folder: Path, others: list
 
 
 def change_plan(project: ClusterProject, job: str, **values: int) -> None:
-    """Let a job ask for something else."""
+    """Let a job ask for something else, as if the plan had said so."""
     path = project.store / "plan" / "jobs.tsv"
     jobs = read_jobs(path)
     jobs.loc[jobs["job"] == job, list(values)] = list(values.values())
     jobs.to_csv(path, sep="\t", index=False)
+    record = read_json(plan_record_path(project.store))
+    record["files"][path.name] = facts(path)
+    write_json(plan_record_path(project.store), record)
 
 
 def squeue_that_forgets(folder: Path, forgotten: Path) -> Path:

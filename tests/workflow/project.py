@@ -25,6 +25,7 @@ from lengthwise.esm2 import checkpoint, tokens
 from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.ingest.digests import digest
 from lengthwise.store.shard import Shard
+from lengthwise.system.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -163,8 +164,13 @@ class Project:
         return self.folder.with_name(self.folder.name + ".kept")
 
     def copy(self, folder: Path) -> "Project":
-        """The same project elsewhere, with the times of its files."""
+        """The same project elsewhere, with the times of its files, as if it had been made there."""
         shutil.copytree(self.folder, folder)
+        for path in folder.glob("results*/*/inputs/*/summary.json"):
+            summary = read_json(path)
+            for stamp in summary["inputs"]:
+                stamp["path"] = stamp["path"].replace(f"{self.folder}/", f"{folder}/")
+            write_json(path, summary)
         return type(self)(folder, self.checkout)
 
 

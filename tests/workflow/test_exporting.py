@@ -26,7 +26,6 @@ def exported(example, tmp_path_factory):
     project = example[0].copy(tmp_path_factory.mktemp("exports") / "project")
     config = project.folder / "config" / "config.yaml"
     config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"exports": KINDS}))
-    assert project.snakemake("results/demo/plan/jobs.tsv").code == 0  # the inputs are under another path now
     run = project.snakemake()
     assert run.code == 0, run.output
     return project, run
