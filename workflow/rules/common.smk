@@ -23,9 +23,9 @@ SCRIPTS = str(WORKFLOW.parent / "scripts")
 def own_package_first():
     """Let this process and its jobs import this clone's package, whatever other one is installed."""
     sys.path[:] = [SCRIPTS, *(path for path in sys.path if path != SCRIPTS)]
-    given = os.environ.get("PYTHONPATH")
+    given = os.getenv("PYTHONPATH")
     others = [path for path in given.split(os.pathsep) if path != SCRIPTS] if given else []
-    os.environ["PYTHONPATH"] = os.pathsep.join([SCRIPTS, *others])
+    os.environ.update(PYTHONPATH=os.pathsep.join([SCRIPTS, *others]))
     if DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method:
         # Jobs in conda environments get no PYTHONPATH from Snakemake. `set` is what it begins every job with.
         shell.prefix(f"set -euo pipefail; export PYTHONPATH={shlex.quote(SCRIPTS)}; ")
@@ -52,7 +52,15 @@ from lengthwise.system.control_groups import count_oom_kills
 from lengthwise.system.gpus import refuse_missing_gpu
 from lengthwise.system.locks import run_lock, shared_store_lock
 from lengthwise.system.logging import error_line
-from lengthwise.system.runs import RUN_RECORD, explain_lock, inputs_of, record_inputs, record_run, recorded_inputs, this_run
+from lengthwise.system.runs import (
+    RUN_RECORD,
+    explain_lock,
+    inputs_of,
+    record_inputs,
+    record_run,
+    recorded_inputs,
+    this_run,
+)
 from lengthwise.system.text import printable
 
 STARTED_SECONDS = time.time()
@@ -112,7 +120,9 @@ def lock_store(store):
     In between nothing else works in the store, unless a killed run's jobs do: what killed runs left goes.
     """
     if not STORE_LOCKS.enter_context(run_lock(store, this_run())):
-        print(f"lengthwise: {store}: this file system has no locks; let no other run work in this store", file=sys.stderr)
+        print(
+            f"lengthwise: {store}: this file system has no locks; let no other run work in this store", file=sys.stderr
+        )
     remove_leftovers(store)  # the shared lock would keep it from the exclusive one
     STORE_LOCKS.enter_context(shared_store_lock(store))
 
@@ -169,7 +179,9 @@ class NothingToDo(logging.Handler):
 try:
     config.update(lengthwise.config.validate(config, WORKFLOW / "schemas" / "config.schema.yaml"))
     STORE = str(Path(config["results"]) / store_name(config["model"]))
-    INPUTS = (not workflow.is_main_process and recorded_inputs(STORE)) or inputs_of(lengthwise.config.datasets(config["inputs"]))
+    INPUTS = (not workflow.is_main_process and recorded_inputs(STORE)) or inputs_of(
+        lengthwise.config.datasets(config["inputs"])
+    )
     DATASETS = list(INPUTS)
     STALE = set()
     if workflow.is_main_process:

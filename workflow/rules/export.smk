@@ -7,7 +7,8 @@ from lengthwise.store.paths import export_path
 
 EXPORTS = f"{STORE}/datasets/{{dataset}}/exports"
 EXPORTED = {
-    kind: export_path(f"{STORE}/datasets/{{dataset}}", kind, Path(STORE).name) for kind in ("h5", "pt", "biotrainer", "parquet")
+    kind: export_path(f"{STORE}/datasets/{{dataset}}", kind, Path(STORE).name)
+    for kind in ("h5", "pt", "biotrainer", "parquet")
 }
 
 
