@@ -52,15 +52,8 @@ from lengthwise.system.control_groups import count_oom_kills
 from lengthwise.system.gpus import refuse_missing_gpu
 from lengthwise.system.locks import run_lock, shared_store_lock
 from lengthwise.system.logging import error_line
-from lengthwise.system.runs import (
-    RUN_RECORD,
-    explain_lock,
-    inputs_of,
-    record_inputs,
-    record_run,
-    recorded_inputs,
-    this_run,
-)
+from lengthwise.system.runs import RUN_RECORD, explain_lock, inputs_of, record_inputs
+from lengthwise.system.runs import record_run, recorded_inputs, this_run
 from lengthwise.system.text import printable
 
 STARTED_SECONDS = time.time()
