@@ -112,7 +112,8 @@ class ShardPipeline:
     deadline
         When this process will be ended, in seconds of the epoch.
     work_order
-        No shard is opened once this file is gone: a later plan has given its sequences to other jobs.
+        No shard is opened once this file is gone: a later plan has given its sequences to other jobs. None where the shards
+        are of no plan.
     """
 
     def __init__(
@@ -255,7 +256,8 @@ class ShardPipeline:
         """On the writer thread: metrics, then the shard's rename."""
         for write in finished.writes:
             write.result()  # raises if a write failed, so that the shard is not committed
-        require_same(self.store, self.settings)
+        if self.work_order:
+            require_same(self.store, self.settings)
         write_metrics(metrics_path(self.store, finished.planned.name), finished.rows)
         finished.writer.commit()
 
