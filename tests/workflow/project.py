@@ -114,6 +114,18 @@ class Project:
         )
         return Run(done.returncode, done.stdout + done.stderr)
 
+    def begin(self, *arguments: str) -> subprocess.Popen:
+        """Begin a command in a process group of its own, with its output in a pipe."""
+        return subprocess.Popen(
+            self.command(*arguments),
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
     def start(self, *arguments: str) -> subprocess.Popen:
         """Begin a command in the background; its output goes to `snakemake.out` in the folder."""
         with open(self.folder / "snakemake.out", "w") as output:

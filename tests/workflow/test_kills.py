@@ -191,15 +191,7 @@ def locks(project):
 )
 def test_snakemake_itself_is_killed(project, undisturbed, how, shards):
     """A SIGKILL leaves its lock and its jobs behind; Ctrl-C reaches the whole group, SIGTERM Snakemake alone."""
-    process = subprocess.Popen(
-        project.command(DONE),
-        cwd=project.folder,
-        env=project.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = project.begin(DONE)
     # Ctrl-C in the middle of the work: Python's own imports answer an interrupt with a traceback.
     while len(list(project.store.glob("shards/*/*.safetensors"))) < shards or not locks(project):
         time.sleep(0.02)
@@ -225,13 +217,7 @@ def test_snakemake_itself_is_killed(project, undisturbed, how, shards):
 
 
 def test_a_second_run_by_mistake_is_refused_by_the_lock(project, undisturbed):
-    first = subprocess.Popen(
-        project.command(DONE),
-        cwd=project.folder,
-        env=project.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    first = project.begin(DONE)
     while not locks(project):
         time.sleep(0.02)
         assert first.poll() is None

@@ -40,15 +40,7 @@ def job(project) -> str:
 
 def start(project: Project, *arguments: str) -> subprocess.Popen:
     """Start a run, and wait until its job has made a shard."""
-    process = subprocess.Popen(
-        project.command(DONE, *arguments),
-        cwd=project.folder,
-        env=project.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = project.begin(DONE, *arguments)
     while not project.shards():
         time.sleep(0.01)
         assert process.poll() is None, process.stdout.read()

@@ -221,12 +221,25 @@ def test_a_run_without_snakemakes_lock_beside_that_of_a_killed_run(one):
     assert not left.exists()
 
 
+def test_a_dataset_is_there_until_its_successor_is(one, tmp_path):
+    """Also where assembling it again fails."""
+    before = of_file(one.folder / "in/a.fasta")
+    one.write_fasta("a", C)
+    broken = Project(one.folder, tmp_path / "checkout")
+    for part in ("workflow", "scripts", "envs"):
+        shutil.copytree(one.checkout / part, broken.checkout / part)
+    (broken.checkout / "scripts/assemble.py").write_text("raise SystemExit(1)")
+    ended = run(broken)
+    assert (ended.code, ended.rules["assemble"]) == (1, 1)
+    assert served(one, "a") == before
+    assert run(one).code == 0
+    assert served(one, "a") == of_file(one.folder / "in/a.fasta") != before
+
+
 def test_two_runs_at_once_are_one_run_and_one_line(one, tmp_path):
     two = second_folder(one, tmp_path / "two", c=C)
     one.write_fasta("slow", random_sequences(400, seed=9, longest=900))
-    first = subprocess.Popen(
-        one.command(), cwd=one.folder, env=one.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    first = one.start()
     try:
         wait_for(lambda: (one.store / "run.lock").exists() and read_lock(one) == first.pid)
         for project in (two, one):
@@ -237,10 +250,9 @@ def test_two_runs_at_once_are_one_run_and_one_line(one, tmp_path):
                 assert words in line
         look = run(two, "--dry-run")
         assert (look.code, look.rules["embed"]) == (0, 0)
-        assert first.wait(timeout=600) == 0, first.stdout.read()
+        assert first.wait(timeout=600) == 0, (one.folder / "snakemake.out").read_text()
     finally:
         first.kill()
-        first.communicate()
     assert run(two).code == 0
     for name, project in (("slow", one), ("a", one), ("c", two)):
         assert served(one, name) == of_file(project.folder / f"in/{name}.fasta")
@@ -252,9 +264,7 @@ def read_lock(project: Project) -> int | None:
 
 def test_the_lock_dies_with_its_process(one):
     one.write_fasta("slow", random_sequences(400, seed=9, longest=900))
-    first = subprocess.Popen(
-        one.command(), cwd=one.folder, env=one.environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
-    )
+    first = one.start()
     wait_for(lambda: read_lock(one) == first.pid)
     first.send_signal(signal.SIGKILL)
     first.wait()
