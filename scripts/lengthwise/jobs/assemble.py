@@ -15,13 +15,12 @@ import pyarrow.parquet as pq
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.status import Status
-from lengthwise.store.layout import REMAKE, shard_name
 from lengthwise.store.lookup import LOOKUP, write_lookup
 from lengthwise.store.manifest import SCHEMA
 from lengthwise.store.paths import job_record_path, shard_path
 from lengthwise.store.provenance import content_sha256, makers, readme
 from lengthwise.store.settings import require, shape_of
-from lengthwise.store.shard import Shard
+from lengthwise.store.shard import Shard, open_named
 from lengthwise.store.weights import origin
 from lengthwise.system.database import out_of_core
 from lengthwise.system.files import atomic, checked_sha256, facts, read_json, scratch_folder, write_json
@@ -165,12 +164,10 @@ def _find_places(database: duckdb.DuckDBPyConnection, store: Path, jobs: list[st
     )
     for job in jobs:
         for name in read_json(job_record_path(store, job), "shards")["shards"]:
-            shard = Shard(shard_path(store, name))
-            digests, n = shard["digests"].tobytes(), len(shard["status"])
-            if shard.metadata.get("fingerprint") != fingerprint or shard_name(fingerprint, [digests]) != name:
-                raise LengthwiseError(f"{shard.path}: has other sequences or settings than its name says; {REMAKE}")
+            shard = open_named(shard_path(store, name), fingerprint)
+            n, digests = len(shard["status"]), pa.py_buffer(shard["digests"].tobytes())
             columns = {
-                "digest": pa.FixedSizeBinaryArray.from_buffers(pa.binary(24), n, [None, pa.py_buffer(digests)]),
+                "digest": pa.FixedSizeBinaryArray.from_buffers(pa.binary(24), n, [None, digests]),
                 "sequence_no": np.arange(n, dtype=np.int32),
                 "row_start": shard["offsets"][:-1],
                 "verdict": shard["status"],

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from lengthwise.errors import LengthwiseError
 from lengthwise.ingest.digests import digest as sequence_digest
 from lengthwise.plan.external_sort import digest_bytes
-from lengthwise.store.layout import REMAKE, shard_name
+from lengthwise.store.layout import shard_name
 from lengthwise.store.paths import shard_path, work_order_path
-from lengthwise.store.shard import Shard
+from lengthwise.store.shard import open_named
 from lengthwise.system.files import atomic
 from lengthwise.system.text import count
 
@@ -183,12 +183,10 @@ def finished_sequences(store: Path, shard: str, settings: dict) -> pa.Table:
     LengthwiseError
         The shard is missing or damaged.
     """
-    finished = Shard(shard_path(store, shard))
-    digests, n = finished["digests"].tobytes(), len(finished["status"])
-    if shard_name(settings["fingerprint"], [digests]) != shard:
-        raise LengthwiseError(f"{finished.path}: has other sequences than its name says; {REMAKE}")
+    finished = open_named(shard_path(store, shard), settings["fingerprint"])
+    n, digests = len(finished["status"]), pa.py_buffer(finished["digests"].tobytes())
     columns = {
-        "digest": pa.FixedSizeBinaryArray.from_buffers(pa.binary(24), n, [None, pa.py_buffer(digests)]),
+        "digest": pa.FixedSizeBinaryArray.from_buffers(pa.binary(24), n, [None, digests]),
         "length": np.diff(finished["offsets"]).astype(np.int32),
         "sequence": pa.nulls(n, pa.binary()),
     }

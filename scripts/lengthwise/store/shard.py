@@ -14,7 +14,7 @@ import numpy as np
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.status import Status
-from lengthwise.store.layout import DATA_PREFIXES, REMAKE, read_header
+from lengthwise.store.layout import DATA_PREFIXES, REMAKE, read_header, shard_name
 
 # From Python 3.13 on a map needs no file descriptor, so a process can hold more maps than open files.
 _NO_DESCRIPTOR = {"trackfd": False} if sys.version_info >= (3, 13) else {}
@@ -184,6 +184,21 @@ def _cut_sequences(bounds: np.ndarray, max_rows: int) -> list[int]:
         stop = int(np.searchsorted(bounds, bounds[cuts[-1]] + max_rows, side="right")) - 1
         cuts.append(max(stop, cuts[-1] + 1))
     return cuts
+
+
+def open_named(path: Path, fingerprint: str) -> Shard:
+    """Open a shard and compare its name with its settings and sequences.
+
+    Raises
+    ------
+    LengthwiseError
+        The shard is missing or damaged, or its name is another one's.
+    """
+    shard = Shard(path)
+    name = shard_name(fingerprint, [shard["digests"].tobytes()])
+    if shard.metadata.get("fingerprint") != fingerprint or name != path.stem:
+        raise LengthwiseError(f"{path}: has other sequences or settings than its name says; {REMAKE}")
+    return shard
 
 
 def is_complete(path: Path, digests: list[bytes], fingerprint: str) -> bool:
