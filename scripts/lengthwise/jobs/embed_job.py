@@ -136,7 +136,9 @@ def _read_shards(store: Path, work_order: Path, fingerprint: str) -> tuple[list[
     except DamagedError as error:
         with writing(work_order):
             work_order.unlink(missing_ok=True)  # the next plan makes it again
-        raise LengthwiseError(f"{work_order}: {error}; it is removed: run snakemake --forcerun plan") from error
+        raise LengthwiseError(
+            f"{work_order}: {error}; it is removed: run snakemake again, which plans it again"
+        ) from error
     return shards, pending
 
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.shapes import MODELS, ModelConfig
@@ -126,31 +125,24 @@ def load(store: Path) -> dict | None:
     LengthwiseError
         The file is of a newer version; or it and all copies are gone or damaged.
     """
-    store = Path(store)
-    own = store / "settings.json"
-    copies = [store / "plan" / "inputs.json", *sorted(store.glob("datasets/*/manifest.json"))]
-    fault = ""
+    own = Path(store) / "settings.json"
+    fault = "is gone"
     if own.exists():
         settings, fault = _read(own)
         if not fault:
             return settings
-    for path in copies:
+    for path in (Path(store) / "plan" / "inputs.json", *sorted(Path(store).glob("datasets/*/manifest.json"))):
         if path.exists():
             settings, fault_there = _read(path, "settings")
             if not fault_there:
                 return settings
-            if path.name == "manifest.json":
-                fault = fault or f"{path}: {fault_there}"
-    if fault and has_embedding(store):
-        where = f"{own}: " if own.exists() else ""
-        raise LengthwiseError(f"{where}{fault}; restore it, or use another 'results'")
     if has_embedding(store):
-        raise LengthwiseError(f"{own} is gone; put it back, or use another 'results'")
+        raise LengthwiseError(f"{own}: {fault}; put it back, or use another 'results'")
     return None
 
 
-def _read(path: Path, *keys: str) -> tuple[dict, str]:
-    """Settings in a JSON file, under this key if one is given; and what is wrong with them, empty if nothing is.
+def _read(path: Path, key: str = "") -> tuple[dict, str]:
+    """Settings in a JSON file, under a key if one is given; and what is wrong with them, empty if nothing is.
 
     Raises
     ------
@@ -158,11 +150,10 @@ def _read(path: Path, *keys: str) -> tuple[dict, str]:
         They are of a newer version.
     """
     try:
-        settings: Any = read_json(path)
-        for key in keys:
-            settings = settings.get(key)
+        content = read_json(path)
     except LengthwiseError as error:
         return {}, str(error).removeprefix(f"{path}: ").split(";")[0]
+    settings = content.get(key) if key else content
     if not isinstance(settings, dict):
         return {}, "damaged (settings is not an object)"
     if type(settings.get("schema")) is int and settings["schema"] > SCHEMA:

@@ -255,7 +255,7 @@ def test_a_job_whose_residues_no_input_has_is_planned_again(store, undisturbed, 
     path, inputs = work_order_path(store.path, job), store.inputs("a")
     write_with(path, sequence=[b"A", *store.work_order(job)["sequence"][1:]])
     inputs.rename(store.folder / "a")
-    with refused(path.name, "lacks 1 sequence that no input has", "--forcerun plan"):
+    with refused(path.name, "lacks 1 sequence that no input has", "run snakemake again"):
         store.embed(job)
     assert not path.exists()
     (store.folder / "a").rename(inputs)
@@ -285,7 +285,7 @@ def test_what_a_damaged_work_order_says_is_never_embedded(store, undisturbed, re
         pq.write_table(WORK_ORDER.empty_table(), path)
     else:
         write_with(path, **columns)
-    with refused(path.name, "it is removed", "--forcerun plan"):
+    with refused(path.name, "it is removed", "run snakemake again"):
         store.embed(job)
     assert not path.exists()
     assert store.shard_files() == []
