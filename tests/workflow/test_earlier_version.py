@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 import lengthwise
 from lengthwise.__main__ import main
-from lengthwise.ingest.identity import TABLES, adopt, input_stamp, why_read_again
+from lengthwise.ingest.identity import TABLES, adopt, input_stamp, read_summary, why_read_again
 from lengthwise.plan.record import is_adoptable
 
 ARCHIVE = Path(__file__).parent / "data" / "store_of_0e749b6.tar.gz"
@@ -75,7 +75,7 @@ def test_a_table_that_is_cut_short_is_made_again(project, table, damage):
     path = folder / table
     os.truncate(path, 0 if damage == "emptied" else path.stat().st_size // 2)
     assert not adopt(folder, fasta)
-    assert why_read_again(folder, fasta, {})
+    assert why_read_again(folder, read_summary(folder), fasta, {})
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ from snakemake.logging import logger
 import lengthwise.config
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.shapes import MODELS
-from lengthwise.ingest.identity import input_stamp, policy_of
+from lengthwise.ingest.identity import input_stamp, policy_of, read_summary
 from lengthwise.maintain.cleanup import remove_leftovers
 from lengthwise.maintain.killed_jobs import REQUESTS, Evidence, FailedJob
 from lengthwise.maintain.run_summary import failure_lines_of, forecast_lines_of, success_lines_of, working_folder
@@ -144,10 +144,10 @@ def find_stale(store):
     return set(map(str, found))
 
 
-def tables_time(dataset):
-    """When a dataset's tables were made; None before that."""
+def time_of_plan():
+    """When the plan was made; None if there is none."""
     try:
-        return os.stat(f"{STORE}/inputs/{dataset}/summary.json").st_mtime_ns
+        return os.stat(f"{STORE}/plan/jobs.tsv").st_mtime_ns
     except OSError:
         return None
 
@@ -191,7 +191,7 @@ except (LengthwiseError, OSError) as error:
     sys.exit(error_line(error))  # an exception would print lines of the Snakefile too
 
 
-TABLES_AT_START = {dataset: tables_time(dataset) for dataset in DATASETS}
+PLAN_AT_START = time_of_plan()
 
 MANIFEST = f"{STORE}/datasets/{{dataset}}/manifest.json"
 WEIGHTS = f"{STORE}/weights.json"
@@ -244,13 +244,14 @@ def job_records_of_all(wildcards):
 
 
 def force_assembly(dataset):
-    """Have Snakemake assemble a dataset whose tables this run made, unless its manifest is of them.
+    """After a plan of this run: have Snakemake assemble a dataset unless its manifest is of its tables.
 
     Another folder's run may have made the manifest. Snakemake's notes are of this folder's: by them the tables may be as they were.
     """
-    if workflow.is_main_process and tables_time(dataset) != TABLES_AT_START[dataset]:
-        if stale.why_assembled_again(Path(STORE), dataset, load(Path(STORE))):
-            workflow.dag.forcefiles.add(MANIFEST.format(dataset=dataset))
+    if workflow.is_main_process and time_of_plan() != PLAN_AT_START:
+        manifest, tables = Path(MANIFEST.format(dataset=dataset)), Path(STORE, "inputs", dataset)
+        if manifest.exists() and stale.why_assembled_again(manifest.parent, read_summary(tables), load(Path(STORE))):
+            workflow.dag.forcefiles.add(str(manifest))
 
 
 def job_records_of_dataset(wildcards):

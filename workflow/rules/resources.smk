@@ -6,7 +6,6 @@ They change no results. The command line may override each of them: --set-resour
 
 from lengthwise.system.machine import READ_BYTES_PER_SECOND, usable_cores
 from lengthwise.system.gpus import auto_device
-from lengthwise.ingest.identity import read_summary
 
 # For plans of earlier versions, which lack these columns.
 DEFAULT_REQUESTS = {"mem_mb": 16000, "disk_mb": 4000, "runtime_minutes": 120}

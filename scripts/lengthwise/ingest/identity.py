@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.system.files import facts, has_size, read_json, sha256, write_json
+from lengthwise.system.files import damaged_files, facts, read_json, sha256, write_json
 from lengthwise.system.files import stamp as file_stamp
 
 TABLES = ("records.parquet", "sequences.parquet")
+Summaries = dict[str, dict | None]  # {dataset: `read_summary`}
 
 
 def input_stamp(path: str | Path, found: dict | None = None) -> dict[str, Any]:
@@ -60,13 +61,13 @@ def read_summary(folder: Path) -> dict | None:
         return None
 
 
-def why_read_again(folder: Path, stamp: dict, policy: dict) -> str:
+def why_read_again(folder: Path, summary: dict | None, stamp: dict, policy: dict) -> str:
     """Why a FASTA has to be read (again), in a few words; empty if its tables are there and belong to it.
 
     Parameters
     ----------
-    folder
-        The folder ``inputs/<dataset>``.
+    folder, summary
+        The folder ``inputs/<dataset>``, and its `read_summary`.
     stamp, policy
         The file's `input_stamp`, and `policy_of` the config.
 
@@ -75,7 +76,6 @@ def why_read_again(folder: Path, stamp: dict, policy: dict) -> str:
     LengthwiseError
         The tables belong to another file under another path.
     """
-    summary = read_summary(folder)
     if summary is None:
         return "it has no summary, or a damaged one"
     stamps = summary.get("inputs", [])
@@ -88,10 +88,8 @@ def why_read_again(folder: Path, stamp: dict, policy: dict) -> str:
     known = summary.get("policy") or {}
     if changed := [key for key in policy if known.get(key, policy[key]) != policy[key]]:
         return f"the config has another {changed[0]}"
-    for name, expected in summary.get("files", {}).items():
-        if not has_size(folder / name, expected):
-            return f"{name} is missing or has another size"
-    return ""
+    damaged = damaged_files(folder, summary.get("files", {}))
+    return f"{damaged[0]} is missing or has another size" if damaged else ""
 
 
 def paths_of(summary: dict) -> list[str]:
@@ -163,5 +161,5 @@ def other_file(folder: Path, summary: dict, path: str) -> LengthwiseError:
     return LengthwiseError(
         f"{path}: the dataset {folder.name!r} in {folder.parent.parent} was read from another file, {known[-1]}. Name this one's "
         f"dataset in the config (inputs: {{another_name: {path}}}), or let it take the place of that one with "
-        f"rm -r {shlex.quote(str(folder))}"
+        f"rm -r {shlex.quote(os.path.abspath(folder))}"
     )

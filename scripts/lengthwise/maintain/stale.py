@@ -12,7 +12,6 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.ingest import identity
 from lengthwise.maintain.cleanup import broken_job_records
 from lengthwise.plan.record import (
-    damaged_files,
     is_adoptable,
     plan_record_path,
     read_plan_record,
@@ -21,10 +20,9 @@ from lengthwise.plan.record import (
 )
 from lengthwise.store.manifest import NewerError, read_manifest
 from lengthwise.store.paths import export_path
-from lengthwise.store.receipts import damaged_files as damaged_files_of
-from lengthwise.store.receipts import reported_datasets, why_exported_again
+from lengthwise.store.receipts import damaged_by_receipt, reported_datasets, why_exported_again
 from lengthwise.store.settings import guard
-from lengthwise.system.files import has_size, read_json, write_json
+from lengthwise.system.files import damaged_files, read_json, write_json
 from lengthwise.system.locks import run_lock_holder
 
 Reasons = dict[Path, str]
@@ -63,13 +61,14 @@ def stale_outputs(store: Path, wanted: Wanted, settings: dict | None) -> Reasons
         A dataset belongs to another file; or a newer Lengthwise wrote a file.
     """
     found: Reasons = {store / "weights.json": _why_weights(store, wanted, settings), **broken_job_records(store)}
-    found[store / "plan" / "jobs.tsv"] = why_planned_again(
-        store, read_plan_record(store), list(wanted.stamps), wanted.retry_rejected, settings
-    )
-    for name, stamp in wanted.stamps.items():
+    summaries = {name: identity.read_summary(store / "inputs" / name) for name in wanted.stamps}
+    found[store / "plan" / "jobs.tsv"] = why_planned_again(store, summaries, wanted.retry_rejected, settings)
+    for name, summary in summaries.items():
         tables, dataset = store / "inputs" / name, store / "datasets" / name
-        found[tables / identity.TABLES[0]] = identity.why_read_again(tables, stamp, wanted.policy)
-        found[dataset / "manifest.json"] = why = why_assembled_again(store, name, settings)
+        found[tables / identity.TABLES[0]] = identity.why_read_again(
+            tables, summary, wanted.stamps[name], wanted.policy
+        )
+        found[dataset / "manifest.json"] = why = why_assembled_again(dataset, summary, settings)
         if not why:
             found |= _stale_exports(store, dataset, wanted.exports)
     found |= _stale_report(store / "report", wanted)
@@ -86,13 +85,13 @@ def _why_weights(store: Path, wanted: Wanted, settings: dict | None) -> str:
     return "" if settings else OTHER_SETTINGS
 
 
-def why_assembled_again(store: Path, name: str, settings: dict | None) -> str:
+def why_assembled_again(folder: Path, summary: dict | None, settings: dict | None) -> str:
     """Why a dataset has to be assembled (again), in a few words; empty if it is whole and of its tables.
 
     Parameters
     ----------
-    store, name
-        The store and the dataset.
+    folder, summary
+        The dataset's folder ``datasets/<dataset>``, and `lengthwise.ingest.identity.read_summary` of its tables.
     settings
         As for `stale_outputs`.
 
@@ -101,7 +100,6 @@ def why_assembled_again(store: Path, name: str, settings: dict | None) -> str:
     LengthwiseError
         A newer Lengthwise wrote the manifest.
     """
-    folder = store / "datasets" / name
     try:
         manifest = read_manifest(folder / "manifest.json")
     except FileNotFoundError:
@@ -110,20 +108,17 @@ def why_assembled_again(store: Path, name: str, settings: dict | None) -> str:
         raise
     except LengthwiseError:
         return "it is damaged"
-    summary = identity.read_summary(store / "inputs" / name)
     if summary and manifest.get("input_sha256") != summary["input_sha256"]:
         return "it is of an earlier content of the FASTA file"
     if summary and (manifest.get("policy") or summary.get("policy")) != summary.get("policy"):
         return "it was made with another policy for records"
     if settings and manifest["settings"] != settings:
         return "it has other settings than the store"
-    files = manifest.get("files") or dict.fromkeys(
-        ("index.parquet", "lookup.arrow"), None
-    )  # None: of an earlier version
-    for file, expected in files.items():
-        if not (has_size(folder / file, expected) if expected else (folder / file).exists()):
-            return f"{file} is missing or has another size"
-    return ""
+    if "files" in manifest:
+        damaged = damaged_files(folder, manifest["files"])
+    else:  # of an earlier version, which noted no sizes
+        damaged = [name for name in ("index.parquet", "lookup.arrow") if not (folder / name).exists()]
+    return f"{damaged[0]} is missing or has another size" if damaged else ""
 
 
 def _stale_exports(store: Path, dataset: Path, kinds: list[str]) -> Reasons:
@@ -139,7 +134,7 @@ def _stale_exports(store: Path, dataset: Path, kinds: list[str]) -> Reasons:
 def _stale_report(folder: Path, wanted: Wanted) -> Reasons:
     if not (page := folder / "index.html").exists():
         return {}
-    damaged = damaged_files_of(folder)
+    damaged = damaged_by_receipt(folder)
     found = {page: f"{damaged[0]} is missing, damaged or of another size" if damaged else ""}
     if (reported := reported_datasets(folder)) is not None and sorted(reported) != sorted(wanted.stamps):
         found[page] = "it is of other datasets"
@@ -194,8 +189,8 @@ def discard_stale(store: Path, stale: Iterable[Path]) -> None:
     The plan judges what is finished by job records and work orders. Snakemake begins with the jobs of the plan that is there, and
     leaves out what depends on a forced job by `ancient` files alone.
     """
-    record = read_plan_record(store)
-    for name in damaged_files(store, record) if record else []:
+    record = read_plan_record(store) or {"files": {}}
+    for name in damaged_files(store / "plan", record["files"]):
         (store / "plan" / name).unlink(missing_ok=True)
     for path in stale:
         if path.parent == store / "jobs" or path in (store / "weights.json", store / "plan" / "jobs.tsv"):

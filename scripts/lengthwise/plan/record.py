@@ -6,10 +6,10 @@ The main process compares it with the config and the files' sizes; a plan of oth
 from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.ingest.identity import read_summary
+from lengthwise.ingest.identity import Summaries, read_summary
 from lengthwise.plan.jobs_table import planned_job_records
 from lengthwise.store.manifest import read_manifest
-from lengthwise.system.files import facts, has_size, read_json, sha256, write_json
+from lengthwise.system.files import damaged_files, facts, has_size, read_json, sha256, write_json
 
 
 def plan_record_path(store: Path) -> Path:
@@ -53,35 +53,32 @@ def write_plan_record(store: Path, sequences: dict[str, Path], retry_rejected: b
     write_json(plan_record_path(store), record)
 
 
-def why_planned_again(
-    store: Path, record: dict | None, datasets: list[str], retry_rejected: bool, settings: dict | None
-) -> str:
+def why_planned_again(store: Path, summaries: Summaries, retry_rejected: bool, settings: dict | None) -> str:
     """Why the plan has to be made (again), in a few words; empty if it is whole and of these datasets.
 
     Parameters
     ----------
-    store, record
-        The store and its `read_plan_record`.
-    datasets
-        The datasets of the config.
+    store, summaries
+        The store, and the summaries of the config's datasets.
     retry_rejected
         As the config has it.
     settings
         The store's settings, None if they are not bound yet.
     """
+    record = read_plan_record(store)
     if record is None:
-        return "" if is_adoptable(store, datasets) else "its record is missing or damaged"
-    if record["datasets"].keys() != set(datasets):
+        return "" if is_adoptable(store, list(summaries)) else "its record is missing or damaged"
+    if record["datasets"].keys() != summaries.keys():
         return "it is of other datasets"
     if record["retry_rejected"] != retry_rejected:
         return "retry_rejected has changed"
     if settings is None or record["settings"]["fingerprint"] != settings["fingerprint"]:
         return "it is of other settings"
-    if damaged := damaged_files(store, record):
+    if damaged := damaged_files(store / "plan", record["files"]):
         return f"{damaged[0]} is missing or has another size"
     for name, planned in record["datasets"].items():
-        summary = read_summary(store / "inputs" / name)
-        if summary and summary.get("files", {}).get("sequences.parquet", {}).get("sha256", planned) != planned:
+        tables = (summaries[name] or {}).get("files", {})
+        if tables.get("sequences.parquet", {}).get("sha256", planned) != planned:
             return f"the dataset {name!r} has other sequences"
     return ""
 
@@ -105,11 +102,6 @@ def _plan_has_jobs(store: Path, dataset: str) -> bool:
     except (OSError, KeyError, AttributeError, LengthwiseError):  # cut short within a row, or not assembled yet
         return False
     return is_whole and {Path(path).stem for path in planned} >= set(named)
-
-
-def damaged_files(store: Path, record: dict) -> list[str]:
-    """The files of a plan that are missing or have another size, as paths that begin at ``plan/``."""
-    return [name for name, expected in record["files"].items() if not has_size(store / "plan" / name, expected)]
 
 
 def _checksum(sequences: Path) -> str:

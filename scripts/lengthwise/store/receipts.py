@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.store.paths import QUARANTINE_ENDING
-from lengthwise.system.files import facts, has_size, read_json, write_json
+from lengthwise.system.files import damaged_files, facts, read_json, write_json
 
 RECEIPT = "receipt.json"
 # A pt export has a file for each protein. Its files.tsv has their sizes and checksums, the receipt their number.
@@ -56,7 +56,7 @@ def checksums_of(folder: Path) -> dict[str, str]:
         return {}
 
 
-def damaged_files(folder: Path) -> list[str]:
+def damaged_by_receipt(folder: Path) -> list[str]:
     """The files of a folder that are missing or have another size than its receipt says; or the receipt itself.
 
     Empty where there is no receipt. The proteins of a pt export are not among them.
@@ -65,7 +65,7 @@ def damaged_files(folder: Path) -> list[str]:
         receipt = read_receipt(folder) or {"files": {}}
     except LengthwiseError:
         return [RECEIPT]
-    return [name for name, expected in receipt["files"].items() if not has_size(folder / name, expected)]
+    return damaged_files(folder, receipt["files"])
 
 
 def reported_datasets(folder: Path) -> list[str] | None:
@@ -86,7 +86,7 @@ def why_exported_again(folder: Path, index_sha256: str | None) -> str:
     index_sha256
         The checksum of the dataset's index.parquet, from the manifest; None where it says none.
     """
-    if damaged := damaged_files(folder):
+    if damaged := damaged_by_receipt(folder):
         return f"{damaged[0]} is missing, damaged or of another size"
     receipt = read_receipt(folder)
     if receipt is None:

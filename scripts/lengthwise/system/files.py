@@ -281,6 +281,11 @@ def has_size(path: Path, expected: dict) -> bool:
         return False
 
 
+def damaged_files(folder: Path, files: dict[str, dict]) -> list[str]:
+    """The files of a folder that are missing or have another size than a record of them, {name: `facts`}, says."""
+    return [name for name, expected in files.items() if not has_size(folder / name, expected)]
+
+
 def stamp(path: Path) -> dict[str, int]:
     """Return a file's size, mtime and ctime (nanoseconds): a change of the file changes at least one of them."""
     stat = os.stat(path)

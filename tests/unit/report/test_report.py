@@ -26,7 +26,7 @@ from lengthwise.report.tables import COLUMNS as MEANINGS
 from lengthwise.store.layout import layout
 from lengthwise.store.metrics import METRICS, write_metrics
 from lengthwise.store.paths import QUARANTINE_ENDING, job_record_path, metrics_path, shard_path
-from lengthwise.store.receipts import RECEIPT, damaged_files, read_receipt, reported_datasets
+from lengthwise.store.receipts import RECEIPT, damaged_by_receipt, read_receipt, reported_datasets
 from lengthwise.store.settings import fingerprint
 from lengthwise.system.files import facts, read_json
 
@@ -561,20 +561,20 @@ def test_the_receipt_vouches_for_every_file_and_names_the_datasets(whole):
     names = {path.name for path in out.iterdir()} - {RECEIPT}
     assert receipt["files"] == {name: facts(out / name) for name in names}
     assert reported_datasets(out) == receipt["datasets"] == ["a"]
-    assert damaged_files(out) == []
+    assert damaged_by_receipt(out) == []
 
 
-def test_damaged_files_of_a_report_are_named(whole, tmp_path):
+def test_damaged_by_receipt_of_a_report_are_named(whole, tmp_path):
     out = Path(shutil.copytree(whole[0].folder / "report", tmp_path / "report"))
     (out / "jobs.tsv").unlink()
     os.truncate(out / "map.svg", 100)
-    assert sorted(damaged_files(out)) == ["jobs.tsv", "map.svg"]
+    assert sorted(damaged_by_receipt(out)) == ["jobs.tsv", "map.svg"]
     os.truncate(out / RECEIPT, 100)
-    assert (damaged_files(out), reported_datasets(out)) == ([RECEIPT], None)
+    assert (damaged_by_receipt(out), reported_datasets(out)) == ([RECEIPT], None)
     (out / RECEIPT).rename(out / f"{RECEIPT}{QUARANTINE_ENDING}")
-    assert damaged_files(out) == [RECEIPT]
+    assert damaged_by_receipt(out) == [RECEIPT]
     (out / f"{RECEIPT}{QUARANTINE_ENDING}").unlink()
-    assert (damaged_files(out), reported_datasets(out)) == ([], None)  # of an earlier version
+    assert (damaged_by_receipt(out), reported_datasets(out)) == ([], None)  # of an earlier version
 
 
 SPOILED_STUDIES = {
@@ -598,7 +598,7 @@ def test_a_damaged_study_is_one_line_and_goes_out_of_the_way(store, refused, spo
         summarize.summarize(store.folder, store.folder / "jobs.tsv", store.datasets, scaling, scaling.parent)
     assert not scaling.exists()
     assert scaling.with_name(f"scaling.tsv{QUARANTINE_ENDING}").read_bytes() == content
-    assert damaged_files(scaling.parent) == ["scaling.tsv"]
+    assert damaged_by_receipt(scaling.parent) == ["scaling.tsv"]
 
 
 @pytest.mark.parametrize("spoiled", [name for name in SPOILED_STUDIES if name != "another number"])
@@ -620,7 +620,7 @@ def test_a_damaged_study_is_left_out_where_the_study_is_off(store, caplog, spoil
     assert pd.read_parquet(scaling.with_suffix(".parquet")).empty
     assert "scaling.tsv" not in read_receipt(scaling.parent)["files"]
     caplog.clear()
-    assert damaged_files(scaling.parent) == []
+    assert damaged_by_receipt(scaling.parent) == []
 
 
 @pytest.mark.parametrize("record", ["of this version", "of an earlier version"])

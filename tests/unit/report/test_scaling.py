@@ -13,7 +13,7 @@ from lengthwise.esm2.model import onednn_serves
 from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.report.study import measure
 from lengthwise.report.study.schema import SERIES, read_scaling
-from lengthwise.store.receipts import RECEIPT, damaged_files, read_receipt, write_receipt
+from lengthwise.store.receipts import RECEIPT, damaged_by_receipt, read_receipt, write_receipt
 from lengthwise.system.files import facts
 
 SHAPE = ModelConfig(2, 32, 2)
@@ -128,7 +128,7 @@ def test_a_new_study_takes_its_place_in_the_receipt_of_the_report(weights, tmp_p
         expected = {name: facts(tmp_path / name) for name in ("page.html", "scaling.tsv")}
         assert read_receipt(tmp_path) == {"datasets": ["a"], "files": expected}
         (tmp_path / "scaling.tsv").unlink()
-        assert damaged_files(tmp_path) == ["scaling.tsv"]
+        assert damaged_by_receipt(tmp_path) == ["scaling.tsv"]
     (tmp_path / RECEIPT).write_text("")
     measure.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=0.0)
     assert read_receipt(tmp_path) == {"files": {"scaling.tsv": facts(tmp_path / "scaling.tsv")}}
