@@ -4,7 +4,7 @@ Snakemake compares times, and parameters where its folder `.snakemake` has notes
 times may go back. So the main process asks the store, and has Snakemake make again what is stale.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,15 +183,15 @@ def restore(store: Path, wanted: Wanted, config: dict) -> None:
     _adopt(store, wanted, settings)
 
 
-def discard_stale(store: Path, stale: Iterable[Path]) -> None:
+def discard_stale(store: Path, stale: Collection[Path]) -> None:
     """Remove stale files that would be taken for good: job records, weights.json, the plan, work orders that are cut short.
 
     The plan judges what is finished by job records and work orders. Snakemake begins with the jobs of the plan that is there, and
     leaves out what depends on a forced job by `ancient` files alone.
     """
-    record = read_plan_record(store) or {"files": {}}
-    for name in damaged_files(store / "plan", record["files"]):
-        (store / "plan" / name).unlink(missing_ok=True)
+    if store / "plan" / "jobs.tsv" in stale and (record := read_plan_record(store)):
+        for name in damaged_files(store / "plan", record["files"]):
+            (store / "plan" / name).unlink(missing_ok=True)
     for path in stale:
         if path.parent == store / "jobs" or path in (store / "weights.json", store / "plan" / "jobs.tsv"):
             path.unlink(missing_ok=True)
