@@ -13,6 +13,7 @@ from lengthwise.jobs import embed_job
 from lengthwise.plan.cuts import MAX_JOBS
 from lengthwise.plan.planner import read_jobs
 from lengthwise.store.paths import job_record_path, work_order_path
+from lengthwise.system.files import read_json, write_json
 
 
 @pytest.fixture(scope="module", params=[MAX_JOBS // 10, pytest.param(MAX_JOBS, marks=pytest.mark.slow)])
@@ -58,7 +59,7 @@ def large(planned, jobs, tmp_path_factory):
     names = read_jobs(project.store / "plan" / "jobs.tsv")["job"]
     assert len(names) == jobs
     receipt = project.store / "weights.json"
-    receipt.write_text(receipt.read_text().replace('"tiny.pt"', f'"{project.folder / "tiny.pt"}"'))
+    write_json(receipt, read_json(receipt) | {"path": str(project.folder / "tiny.pt")})
     with (
         pytest.MonkeyPatch.context() as patch
     ):  # without Snakemake's second, a load of the model and a disk's wait for each
