@@ -24,6 +24,7 @@ with reporting(snakemake.log[0]):
             batch_tokens=snakemake.config["batch_tokens"],
             threads=snakemake.threads,
             deadline=deadline(),
+            parity=snakemake.config["parity"],
         )
     log.info(
         "job %s: %s, %d made now, in %.1f s on %s",

@@ -121,8 +121,8 @@ def _require_file(path: str) -> None:
 def _coerce(value: Any, schema: dict) -> Any:
     """Convert a config's values to what the schema means.
 
-    A scalar in the place of a list becomes a list of one. Text that --config left becomes integers and booleans. `~` and `~user`
-    in paths become home folders.
+    A scalar in the place of a list becomes a list of one. Text that --config left becomes integers and booleans. YAML reads a
+    bare `off` as false. `~` and `~user` in paths become home folders.
     """
     kinds = {kind.get("type"): kind for kind in schema.get("oneOf", [schema])}
     if "array" in kinds and isinstance(value, str | int | float):
@@ -137,6 +137,8 @@ def _coerce(value: Any, schema: dict) -> Any:
         return int(value)
     if "boolean" in kinds and isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
+    if value is False and "off" in schema.get("enum", ()):
+        return "off"
     return os.path.expanduser(value) if schema.get("format") == "path" and isinstance(value, str) else value
 
 

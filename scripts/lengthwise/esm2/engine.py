@@ -124,6 +124,7 @@ class Engine:
             os.environ.setdefault(cache, str(_CACHED_SHAPES_PER_CORE * self.at_once))
         self.model = load_model(checkpoint, device, DTYPES[precision])
         self.memory = MemoryMeter(device)
+        self.twin: Engine | None = None  # in float32
         self.token_limit = sys.maxsize  # a larger batch was refused by memory before
         self.unsettled: WeakSet[_Pass] = WeakSet()  # passes whose results may still occupy the GPU
         self.max_started = self.at_once + 1  # one batch more than cores, so that no core idles
@@ -187,8 +188,10 @@ class Engine:
                 yield oldest_result()
 
     def in_float32(self) -> "Engine":
-        """The same engine in float32, for sequences that overflowed."""
-        return Engine(self.checkpoint, self.device, "float32", self.output)
+        """The same engine in float32, loaded once: for sequences that overflowed, and for the parity receipt."""
+        if self.twin is None:
+            self.twin = Engine(self.checkpoint, self.device, "float32", self.output)
+        return self.twin
 
     def auto_batch_tokens(self) -> int:
         """Tokens per batch where the config says `auto`.

@@ -1,4 +1,4 @@
-"""Embed one job: make its shards, compare a few rows with fair-esm, write the job record."""
+"""Embed one job: make its shards, compare rows of the first with fair-esm, write the job record."""
 
 import logging
 import math
@@ -21,7 +21,7 @@ from lengthwise.esm2.meters import driver_version
 from lengthwise.esm2.outputs import Output
 from lengthwise.esm2.status import Status
 from lengthwise.jobs.heartbeat import Heartbeat
-from lengthwise.jobs.parity import ParityError, receipt
+from lengthwise.jobs.parity import Parity
 from lengthwise.jobs.pipeline import Progress, ShardPipeline
 from lengthwise.plan.work_orders import (
     DamagedError,
@@ -36,7 +36,6 @@ from lengthwise.store.settings import shape_of
 from lengthwise.store.shard import Shard, is_complete
 from lengthwise.store.weights import require_unchanged
 from lengthwise.system.files import facts, write_json, writing
-from lengthwise.system.text import count
 from lengthwise.system.versions import git_commit
 
 log = logging.getLogger("lengthwise")
@@ -62,6 +61,7 @@ def embed_job(
     batch_tokens: int | str = "auto",
     threads: int = 1,
     deadline: float = math.inf,
+    parity: str = "fail",
 ) -> dict:
     """Make every shard of a job that does not exist yet, then write the job record.
 
@@ -81,6 +81,8 @@ def embed_job(
         CPU threads for torch, at most as many as this process has cores.
     deadline
         When this process will be ended, in seconds of the epoch. No shard is begun that would not be done by then.
+    parity
+        What a miss of the parity receipt does: fail, warn, or off for no receipt.
 
     Returns
     -------
@@ -89,24 +91,36 @@ def embed_job(
     Raises
     ------
     LengthwiseError
-        The device or the weights are missing, disk space or time runs out, stored rows are not what fair-esm computes, the work
-        order is damaged, or a later plan has removed it.
+        The device or the weights are missing, disk space or time runs out, there is a miss of the parity receipt, the work order
+        is damaged, or a later plan has removed it.
     """
     settings = require_settings(store)
     set_threads(threads)
     torch_device = resolve_device(settings["device"] if device == "auto" else device)
     checkpoint = require_unchanged(store, settings["weights_sha256"])
     job, started = work_order.stem, datetime.now(UTC)
-    shards, pending = _read_shards(store, work_order, settings["fingerprint"])
+    maker = {"device": device_name(torch_device), "versions": versions()}
+    gate = Parity(store, settings, maker, parity)
+    gate.require_no_miss()
+    shards, pending = _read_shards(store, work_order, settings["fingerprint"], gate)
     progress = Progress(job, sum(int(shard.lengths.sum()) for shard in pending))
     with Heartbeat(store, job, device_name(torch_device), progress.state):  # until the job record is there
         made = _Made(set(), None, 0.0, None)
-        if pending:
+        if pending or gate.is_due:
             made = _make(
-                store, settings, checkpoint, torch_device, pending, progress, batch_tokens, deadline, work_order
+                store,
+                settings,
+                checkpoint,
+                torch_device,
+                shards,
+                pending,
+                progress,
+                batch_tokens,
+                deadline,
+                work_order,
+                gate,
             )
-        maker = {"device": device_name(torch_device), "versions": versions()}
-        parity = _compare(store, settings, checkpoint, torch_device, maker, shards, made.shards)
+        gate.require_no_miss(made.shards)
         record = {
             "job": job,
             **_contents(store, shards, made.shards),
@@ -115,7 +129,7 @@ def embed_job(
             "precision": settings["precision"],
             "batch_tokens": made.batch_tokens,
             "threads": torch.get_num_threads(),
-            "parity": parity,
+            "parity": gate.result(),
             "started": started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "load_seconds": round(made.load_seconds, 3),
@@ -127,10 +141,13 @@ def embed_job(
     return record
 
 
-def _read_shards(store: Path, work_order: Path, fingerprint: str) -> tuple[list[PlannedShard], list[PlannedShard]]:
+def _read_shards(
+    store: Path, work_order: Path, fingerprint: str, gate: Parity
+) -> tuple[list[PlannedShard], list[PlannedShard]]:
     """All shards of a work order, and those that do not exist yet, with the sequences that they are to hold."""
     try:
         shards = list(read_work_order(work_order, fingerprint))
+        gate.bring_back(shard.name for shard in shards)
         pending = [s for s in shards if not is_complete(shard_path(store, s.name), s.digests, fingerprint)]
         add_sequences(store, pending)
     except DamagedError as error:
@@ -147,22 +164,32 @@ def _make(
     settings: dict,
     checkpoint: Path,
     device: torch.device,
+    shards: list[PlannedShard],
     pending: list[PlannedShard],
     progress: Progress,
     batch_tokens: int | str,
     deadline: float,
     work_order: Path,
+    gate: Parity,
 ) -> _Made:
-    """Load the model and make the pending shards; on return the model's memory is free for the reference."""
+    """Load the model, make the pending shards, and take the parity receipt where it is due."""
     began = time.perf_counter()
-    engine = _load(store, settings, checkpoint, device, np.concatenate([shard.lengths for shard in pending]))
+    engine = _load(store, settings, checkpoint, device, np.concatenate([shard.lengths for shard in pending or shards]))
     loaded_bytes = engine.memory.used()
     tokens = engine.auto_batch_tokens() if isinstance(batch_tokens, str) else batch_tokens
     load_seconds = time.perf_counter() - began
     progress.start()
     with ShardPipeline(store, settings, engine, progress, deadline, work_order) as pipeline:
+        made: set[str] = set()
+        if gate.is_due:  # of the shortest sequences, because the comparison takes a share of the job's time
+            first, pending = pending[:1], pending[1:]
+            made = pipeline.make(first, tokens, later=len(pending))
+            began = time.perf_counter()
+            seconds = progress.seconds * progress.total / max(progress.done, 1)
+            gate.compare(engine, first or shards, made, seconds)
+            progress.exclude(time.perf_counter() - began)
         # Longest sequences first, so that one that does not fit shows at once.
-        made = pipeline.make(pending[::-1], tokens)
+        made |= pipeline.make(pending[::-1], tokens)
     return _Made(made, tokens, load_seconds, loaded_bytes)
 
 
@@ -188,26 +215,6 @@ def _load(store: Path, settings: dict, checkpoint: Path, device: torch.device, l
     engine = Engine(checkpoint, device, settings["precision"], output, compile=seconds > MIN_COMPILED_SECONDS)
     require_unchanged(store, settings["weights_sha256"])  # it may have been replaced while it was read
     return engine
-
-
-def _compare(
-    store: Path,
-    settings: dict,
-    checkpoint: Path,
-    device: torch.device,
-    maker: dict,
-    shards: list[PlannedShard],
-    made: set[str],
-) -> dict:
-    """The parity receipt of the shards that this process made, or of all if it made none; wrong shards are removed."""
-    try:
-        return receipt(store, settings, checkpoint, device, maker, [s for s in shards if s.name in made] or shards)
-    except ParityError as error:
-        for shard in made:  # the next run would take them for finished work
-            with writing(path := shard_path(store, shard)):
-                path.unlink()
-        action = f"the shards of this job are removed ({count(len(made), 'shard')})" if made else "remove that file"
-        raise LengthwiseError(f"{error}; {action}: run again; if the error repeats, use another device") from error
 
 
 def versions() -> dict[str, str | None]:

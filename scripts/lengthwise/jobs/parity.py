@@ -1,200 +1,277 @@
-"""Parity: compare a few stored sequences with fair-esm in float32; the result is the parity receipt."""
+"""Parity: hold this engine and a job's first stored rows against fair-esm; the result is the parity receipt.
+
+fair-esm in float64 is the truth, and fair-esm's own rounding is the measure (`lengthwise.esm2.accuracy`). Is the engine right:
+its float32 pass beside fair-esm's? Are the stored rows right: beside fair-esm in the run's own type? A receipt holds for a device
+and versions. A miss is recorded too, and stops the store's other jobs there.
+"""
 
 import gc
 import hashlib
 import json
 import logging
-import math
 import re
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.esm2.checkpoint import reference_model
-from lengthwise.esm2.costs import forecast_seconds
-from lengthwise.esm2.status import Status
-from lengthwise.ingest.digests import digest_name
-from lengthwise.store.paths import shard_path
-from lengthwise.store.settings import shape_of
-from lengthwise.store.shard import Shard
-from lengthwise.system.files import read_json, write_json
+from lengthwise.esm2.devices import is_out_of_memory
+from lengthwise.esm2.engine import Engine
+from lengthwise.jobs import comparison
+from lengthwise.jobs.parity_sample import choose_sample
+from lengthwise.store.paths import QUARANTINE_ENDING, shard_path
+from lengthwise.system.files import fsync_folder, read_json, write_json, writing
 from lengthwise.system.machine import host_available
 
 if TYPE_CHECKING:
     from lengthwise.plan.work_orders import PlannedShard
 
 log = logging.getLogger("lengthwise")
-# Float32 sums in another order differ by this share of the layer's RMS, of 1 or of the value, whichever is largest.
-FLOAT32_TOLERANCE = 2e-5
-# Half a unit in the last place of float16: relative, and absolute near zero.
-FLOAT16_ROUNDING, FLOAT16_SMALLEST = 2.0**-11, 2.0**-25
-# Smallest allowed cosine between a row in half precision and fair-esm's.
-MIN_COSINE = {"float16": 0.9999, "bfloat16": 0.999}
-# Limits of a compared sequence: residues (ESM-2's training length) and forecast seconds.
-MAX_RESIDUES, MAX_SECONDS = 1022, 2.0
+# The comparison takes at most this share of the job's time, or this many seconds if that is more.
+SHARE_OF_JOB, MIN_SECONDS = 0.02, 10.0
+# Above this share of a channel's spread a type is too coarse for the model.
+COARSE = 0.05
 
 
 class ParityError(LengthwiseError):
-    """Stored rows differ from fair-esm's by more than the bound."""
+    """The engine or stored rows are further from the truth than fair-esm's rounding explains."""
 
 
-def receipt(
-    store: Path, settings: dict, checkpoint: Path, device: torch.device, maker: dict, shards: "list[PlannedShard]"
-) -> dict:
-    """The parity receipt of this device and these versions, made once per store and then read back.
-
-    Compares all stored tensors of three sequences: the shortest, the middle and the longest that are short enough.
+class Parity:
+    """The parity receipt of a store for one device and set of versions.
 
     Parameters
     ----------
     store, settings
         The store and its settings.
-    checkpoint
-        Its weights.
-    device
-        Where the reference runs: the engine's.
     maker
-        The device's name and the versions; each combination has its own receipt.
-    shards
-        Finished shards, of ascending lengths.
-
-    Returns
-    -------
-    The receipt. Where nothing can be compared, `skipped` says why, and no file is written: the next job tries again.
-
-    Raises
-    ------
-    ParityError
-        An error is above the bound.
+        The device's name and the versions; each combination has a receipt of its own.
+    policy
+        fail: a miss quarantines this process's shards and ends the job. warn: it is recorded and warned of. off: nothing is
+        compared.
     """
-    path = _path(store, maker)
-    with suppress(FileNotFoundError, LengthwiseError):  # a damaged one is made again
-        return read_json(path, "parity")["parity"]
-    chosen = _choose(store, settings, shards)
-    if not chosen:
-        return {"skipped": "the job had no sequence that is short enough"}
-    if lack := _lack_of_memory(settings, max(len(sequence) for *_, sequence in chosen), device):
-        log.info("not compared with fair-esm: %s", lack)
-        return {"skipped": lack}
-    began = perf_counter()
-    compared = _compare(reference_model(checkpoint, device), settings, chosen)
-    result = {
-        "bound": bound(settings["precision"]),
-        "max_error_over_rms": max(each["max_error_over_rms"] for each in compared),
-        "min_cosine": min(each["min_cosine"] for each in compared),
-        "share_of_bound": max(each["share_of_bound"] for each in compared),
-        "compared": compared,
-        "seconds": round(perf_counter() - began, 3),
-    }
-    log.info(
-        "compared %d stored sequences with fair-esm in %.1f s: largest error %.1e of a layer's RMS, smallest cosine %.7f",
-        len(compared),
-        result["seconds"],
-        result["max_error_over_rms"],
-        result["min_cosine"],
-    )
-    write_json(path, {**maker, "parity": result})
-    return result
+
+    def __init__(self, store: Path, settings: dict, maker: dict, policy: str):
+        self.store, self.settings, self.maker, self.policy = store, settings, maker, policy
+        name = re.sub(r"[^A-Za-z0-9]+", "_", maker["device"])[:60].strip("_")
+        key = hashlib.sha256(json.dumps(maker, sort_keys=True).encode()).hexdigest()[:8]
+        self.path = store / "parity" / f"{name}-{key}.json"
+        self.skipped = "parity: off" if policy == "off" else ""  # why nothing was compared
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a comparison is to be made."""
+        return not self.skipped and self.read() is None
+
+    def read(self) -> dict | None:
+        """The receipt; None where there is none, or a damaged one."""
+        with suppress(FileNotFoundError, LengthwiseError):
+            receipt = read_json(self.path, "parity")["parity"]
+            return receipt if "stored" in receipt else None  # earlier versions had another form
+        return None
+
+    def result(self) -> dict:
+        """What the job record says: the receipt, or {"skipped": why there is none}."""
+        return self.read() or {"skipped": self.skipped}
+
+    def require_no_miss(self, made: Collection[str] = ()) -> None:
+        """Stop, or warn, where any job has recorded a miss.
+
+        Parameters
+        ----------
+        made
+            The shards that this process has made; they are quarantined.
+
+        Raises
+        ------
+        ParityError
+            There is a miss, and the policy is `fail`.
+        """
+        receipt = self.read()
+        if self.policy == "off" or not receipt or "miss" not in receipt:
+            return
+        if self.policy == "warn":
+            log.warning("parity: %s (%s)", receipt["miss"], self.path)
+            return
+        moved = self._quarantine(made)
+        if moved:
+            self._write(receipt | {"quarantined": sorted({*receipt.get("quarantined", ()), *moved})})
+        raise ParityError(
+            f"{receipt['miss']}; an earlier job recorded it in {self.path}{self._where(moved)}; {_WAY_OUT}, or remove "
+            "that file to compare again"
+        )
+
+    def compare(self, engine: Engine, shards: "list[PlannedShard]", made: Collection[str], job_seconds: float) -> None:
+        """Take the receipt, once the job's first shard is there.
+
+        Where nothing can be compared no receipt is written, and the store's next job tries again.
+
+        Parameters
+        ----------
+        engine
+            The job's engine. In half precision its float32 twin is loaded beside it, and released.
+        shards
+            Finished shards, of ascending lengths.
+        made
+            The names of those that this process made.
+        job_seconds
+            What the whole job takes.
+
+        Raises
+        ------
+        ParityError
+            There is a miss, and the policy is `fail`.
+        """
+        began = perf_counter()
+        seconds = max(MIN_SECONDS, SHARE_OF_JOB * job_seconds)
+        sample = choose_sample(
+            self.store, self.settings, engine.device.type, shards, seconds, _free_bytes(engine.device)
+        )
+        if isinstance(sample, str):
+            self._skip(sample)
+            return
+        had_twin = engine.twin is not None
+        try:
+            receipt = comparison.compare(self.settings, engine, sample)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            receipt = {"skipped": "memory ran out"}
+        if not had_twin:
+            engine.twin = None
+        _free_bytes(engine.device)
+        if "skipped" in receipt:
+            self._skip(receipt["skipped"])
+            return
+        receipt["seconds"] = round(perf_counter() - began, 3)
+        self._judge(receipt, sorted({path.stem for path in sample.shards}), made)
+
+    def bring_back(self, shards: Iterable[str]) -> None:
+        """Take shards out of quarantine that a miss put there, where the policy accepts it."""
+        if self.policy == "fail":
+            return
+        missed: set[str] = set()
+        for path in (self.store / "parity").glob("*.json"):
+            with suppress(LengthwiseError):
+                missed.update(read_json(path, "parity")["parity"].get("quarantined", ()))
+        for shard in missed.intersection(shards):
+            path = shard_path(self.store, shard)
+            if _quarantined(path).exists() and not path.exists():
+                with writing(path):
+                    _quarantined(path).rename(path)
+                log.warning("%s is back from quarantine (parity: %s)", path, self.policy)
+
+    def _skip(self, reason: str) -> None:
+        self.skipped = reason
+        log.info("not compared with fair-esm: %s", reason)
+
+    def _judge(self, receipt: dict, compared: list[str], made: Collection[str]) -> None:
+        """Write the receipt, and act on a miss."""
+        _log(receipt, self.settings["precision"])
+        earlier = self.read()
+        if earlier and "miss" in earlier:  # of another job, meanwhile
+            self.require_no_miss(made)
+            return
+        missed = [part for part in ("engine", "stored") if receipt[part] and not receipt[part]["share_of_limit"] <= 1]
+        if not missed:
+            self._write(receipt)
+            return
+        receipt["miss"] = _miss_in_words(missed[0], receipt, self.settings["precision"])
+        made_elsewhere = missed == ["stored"] and set(compared).isdisjoint(made)
+        if self.policy == "warn":
+            log.warning("parity: %s", receipt["miss"])
+            self._write(receipt)
+        elif made_elsewhere:  # which says nothing of this device
+            moved = self._quarantine(compared)
+            raise ParityError(f"{receipt['miss']}{self._where(moved)}; run again, which makes them again")
+        else:
+            moved = self._quarantine(made)
+            self._write(receipt | {"quarantined": sorted(moved)})
+            raise ParityError(f"{receipt['miss']}{self._where(moved)}; other jobs there stop too; {_WAY_OUT}")
+
+    def _write(self, receipt: dict) -> None:
+        write_json(self.path, {**self.maker, "parity": receipt})
+
+    def _quarantine(self, shards: Iterable[str]) -> list[str]:
+        """Rename shards, so that nothing reads them; returns the names of those that were there."""
+        moved = []
+        for shard in shards:
+            path = shard_path(self.store, shard)
+            with suppress(FileNotFoundError), writing(path):
+                path.rename(_quarantined(path))
+                fsync_folder(path.parent)
+                moved.append(shard)
+        return moved
+
+    def _where(self, moved: list[str]) -> str:
+        if not moved:
+            return ""
+        first, more = _quarantined(shard_path(self.store, moved[0])), len(moved) - 1
+        return f"; in quarantine: {first}{f' and {more} more' if more else ''}"
 
 
-def bound(precision: str) -> str:
-    """The bound of an error, in words."""
-    if precision == "float32":
-        return f"error at most {FLOAT32_TOLERANCE:g} of the layer's RMS (of 1 or of the value, if more), plus storage rounding"
-    return f"cosine of each row at least {MIN_COSINE[precision]}"
+_WAY_OUT = "use another device or other versions, or set parity: warn to go on with these rows"
 
 
-def _path(store: Path, maker: dict) -> Path:
-    name = re.sub(r"[^A-Za-z0-9]+", "_", maker["device"])[:60].strip("_")
+def _miss_in_words(part: str, receipt: dict, precision: str) -> str:
+    worst = receipt[part]
+    lengths = ", ".join(str(each["residues"]) for each in receipt["compared"])
+    where = "the typical channel" if worst["channel"] is None else f"channel {worst['channel']}"
+    what = "in this engine's float32 pass" if part == "engine" else f"as it is stored ({precision})"
     return (
-        store / "parity" / f"{name}-{hashlib.sha256(json.dumps(maker, sort_keys=True).encode()).hexdigest()[:8]}.json"
+        f"{worst['tensor']} {what} is not what fair-esm computes: {where} is off by {_percent(worst['error'])} of its spread, "
+        f"{worst['share_of_limit']:.3g} times the limit (sequences of {lengths} residues)"
     )
 
 
-def _choose(store: Path, settings: dict, shards: "list[PlannedShard]") -> list[tuple[Shard, int, bytes]]:
-    """(shard, number in it, residues) of the shortest, the middle and the longest sequence that may be compared."""
-    opened = [Shard(shard_path(store, shard.name)) for shard in shards]
-    status = np.concatenate([shard["status"] for shard in opened])
-    lengths = np.concatenate([shard.lengths for shard in shards])
-    starts = np.cumsum([0, *(len(shard.lengths) for shard in shards)])
-    quick = forecast_seconds(lengths, shape_of(settings), settings["device"]) <= MAX_SECONDS
-    known = np.array([sequence != b"" for shard in shards for sequence in shard.sequences])
-    fit = np.flatnonzero((status == Status.GOOD) & (lengths <= MAX_RESIDUES) & quick & known)
-    chosen = []
-    for place in np.unique(fit[[0, len(fit) // 2, -1]]) if len(fit) else ():
-        i = int(np.searchsorted(starts, place, side="right")) - 1
-        number = int(place - starts[i])
-        chosen.append((opened[i], number, shards[i].sequences[number]))
-    return chosen
-
-
-def _lack_of_memory(settings: dict, residues: int, device: torch.device) -> str | None:
-    """Why fair-esm does not fit into the device's free memory; None if it fits."""
-    weights = 12 * settings["num_layers"] * settings["embed_dim"] ** 2
-    attention = 3 * settings["attention_heads"] * (residues + 2) ** 2  # scores, and softmax's input and output
-    needed = 4 * (weights + attention)
-    if device.type == "cuda":
-        gc.collect()  # frees the engine's memory
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = host_available()
-    if needed > free:
-        return f"fair-esm needs {needed / 1e9:.1f} GB in float32, and {free / 1e9:.1f} GB were free on the device"
-    return None
-
-
-@torch.inference_mode()
-def _compare(model: Any, settings: dict, chosen: list[tuple[Shard, int, bytes]]) -> list[dict]:
-    convert, device = model.alphabet.get_batch_converter(), model.embed_tokens.weight.device
-    found = []
-    for shard, number, sequence in chosen:
-        _, _, tokens = convert([("", sequence.decode())])  # [1, L + 2]
-        hidden = model(tokens.to(device), repr_layers=settings["layers"])["representations"]
-        expected = {layer: rows[0].cpu().numpy() for layer, rows in hidden.items()}  # [L + 2, D]
-        found.append(_judge(shard, number, expected, settings["precision"]))
-    return found
-
-
-def _judge(shard: Shard, number: int, expected: dict[int, np.ndarray], precision: str) -> dict:
-    """The errors of one sequence over all its stored tensors."""
-    start, stop = shard["offsets"][number : number + 2].tolist()
-    errors, cosines, shares = [], [], []
-    for name in shard.data_names:
-        kind, layer = name.split("_")
-        rows = expected[int(layer)]
-        right = {"layer": rows[1:-1], "mean": rows[1:-1].mean(0, keepdims=True), "bos": rows[:1]}[kind]
-        stored = shard[name][start:stop] if kind == "layer" else shard[name][number : number + 1]
-        rms = math.sqrt(np.mean(rows[1:-1] ** 2))
-        error = np.abs(stored.astype(np.float32) - right)
-        cosine = _cosines(stored.astype(np.float64), right.astype(np.float64))
-        errors.append(float(error.max() / rms))
-        cosines.append(float(cosine.min()))
-        allowed = FLOAT32_TOLERANCE * np.maximum(max(1.0, rms), np.abs(right))
-        if stored.dtype == np.float16:
-            allowed += FLOAT16_ROUNDING * np.abs(right) + FLOAT16_SMALLEST
-        share = error / allowed if precision == "float32" else (1 - cosine) / (1 - MIN_COSINE[precision])
-        shares.append(float(share.max()))
-        if not shares[-1] <= 1:  # true for NaN
-            raise ParityError(
-                f"{shard.path}: {name} of sequence number {number} ({stop - start} residues) is not what fair-esm computes: "
-                f"largest error {errors[-1]:.2g} of the layer's RMS, smallest cosine {cosines[-1]:.6f}; the bound is: "
-                f"{bound(precision)}"
+def _log(receipt: dict, precision: str) -> None:
+    lengths = ", ".join(str(each["residues"]) for each in receipt["compared"])
+    parts = [
+        f"{name} at {receipt[part]['share_of_limit']:.0%} of the limit"
+        for part, name in (("engine", "the engine"), ("stored", "stored rows"))
+        if receipt[part]
+    ]
+    log.info(
+        "compared with fair-esm, sequences of %s residues, in %.1f s: %s", lengths, receipt["seconds"], "; ".join(parts)
+    )
+    moves = receipt["moves"]
+    if moves is not None:
+        log.info("%s", moves_in_words(receipt, precision))
+        if moves > COARSE and precision != "float32":
+            log.warning(
+                "%s is too coarse for this model: it moves a channel by %s of its spread; take precision: %s",
+                precision,
+                _percent(moves),
+                "float16 or float32" if precision == "bfloat16" else "float32",
             )
-    return {
-        "digest": digest_name(shard["digests"][number].tobytes()),
-        "residues": stop - start,
-        "max_error_over_rms": float(f"{max(errors):.3g}"),
-        "min_cosine": round(min(cosines), 9),
-        "share_of_bound": float(f"{max(0.0, *shares):.3g}"),
-    }
+    for what, why in receipt["not_compared"].items():
+        log.info("not compared: %s, because %s", what, why)
 
 
-def _cosines(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Row by row: [n] of two arrays [n, D]."""
-    return (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+def moves_in_words(receipt: dict, precision: str) -> str:
+    """How far the type moves a channel, computing and storing."""
+    text = f"{precision} moves a channel by {_percent(receipt['moves'])} of its spread"
+    if receipt["fair_esm_moves"] is not None:
+        text += f" (in fair-esm by {_percent(receipt['fair_esm_moves'])})"
+    return f"{text}, storing by {_percent(receipt['storage_moves'])}" if receipt["storage_moves"] else text
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %"
+
+
+def _quarantined(path: Path) -> Path:
+    return path.with_name(path.name + QUARANTINE_ENDING)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Free memory of the device, after what is not used is released."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return host_available()

@@ -31,7 +31,7 @@ log = logging.getLogger("lengthwise")
 PROGRESS_SECONDS = 10.0
 # Results that wait for the writer thread; more would cost memory and no time less.
 MAX_WAITING_WRITES = 2
-# Reserved for the end of a job: the parity check, the job record, the process's exit.
+# Reserved for the end of a job: the job record, the process's exit.
 END_OF_JOB_SECONDS = 20.0
 
 
@@ -85,6 +85,14 @@ class Progress:
     def seconds(self) -> float:
         return self.previous - self.started
 
+    def exclude(self, seconds: float) -> None:
+        """Leave out time that was not the batches'."""
+        self.started, self.previous, self.logged = (
+            self.started + seconds,
+            self.previous + seconds,
+            self.logged + seconds,
+        )
+
 
 class ShardPipeline:
     """Turns planned shards into shard files, the device computing while one thread writes.
@@ -134,7 +142,7 @@ class ShardPipeline:
         self.stack.enter_context(shared_store_lock(store))
         self.writer_thread = ThreadPoolExecutor(1)
 
-    def make(self, shards: list[PlannedShard], batch_tokens: int) -> set[str]:
+    def make(self, shards: list[PlannedShard], batch_tokens: int, later: int = 0) -> set[str]:
         """Make shards in this order.
 
         Parameters
@@ -143,6 +151,8 @@ class ShardPipeline:
             Shards to make; one that another process finishes meanwhile is skipped.
         batch_tokens
             Tokens of a batch.
+        later
+            Number of the job's shards that a later call makes.
 
         Returns
         -------
@@ -170,7 +180,7 @@ class ShardPipeline:
         if remaining:
             raise LengthwiseError(
                 f"job {self.progress.job}: its time ends at {time.strftime('%H:%M', time.localtime(self.deadline))}, before "
-                f"the next shard would be done; {count(len(remaining), 'shard')} of {len(shards)} left: run again to go on"
+                f"the next shard would be done; {count(len(remaining) + later, 'shard')} left: run again to go on"
             )
         return made
 
@@ -246,7 +256,7 @@ class ShardPipeline:
                 raise
             log.warning("%s, and the weights in float32 do not fit into the device's memory too", what)
             return
-        require_unchanged(self.store, self.settings["weights_sha256"])  # the checkpoint was read again
+        require_unchanged(self.store, self.settings["weights_sha256"])  # the checkpoint may have been read again
         log.warning("%s; computed again in float32", what)
         results = float32_engine.embed([current.planned.sequences[i]] for i in overflowed)
         for i, result in zip(overflowed, results, strict=True):

@@ -72,11 +72,20 @@ def _maker_line(maker: dict) -> str:
         comparison = f"not compared with fair-esm ({parity['skipped']})"
     else:
         lengths = ", ".join(str(sequence["residues"]) for sequence in parity["compared"])
-        comparison = (
-            f"compared with fair-esm in float32, sequences of {lengths} residues one at a time: largest error "
-            f"{parity['max_error_over_rms']:.1g} of a layer's RMS, smallest cosine {parity['min_cosine']:.7f} ({parity['bound']})"
-        )
+        comparison = f"compared with fair-esm, sequences of {lengths} residues: {_parity_in_words(parity)}"
     return f"{count(len(maker['jobs']), 'job')} on {_code_span(maker['device'])} with {versions}; {comparison}."
+
+
+def _parity_in_words(parity: dict) -> str:
+    if "stored" not in parity:  # by an earlier version, in float32
+        return (
+            f"largest error {parity['max_error_over_rms']:.1g} of a layer's RMS, smallest cosine {parity['min_cosine']:.7f} "
+            f"({parity['bound']})"
+        )
+    if "miss" in parity:
+        return f"MISSED, {parity['miss']}"
+    parts = {"its rounding explains all errors of the engine": parity["engine"], "of the stored rows": parity["stored"]}
+    return " and ".join(f"{what} ({part['share_of_limit']:.0%} of the limit)" for what, part in parts.items() if part)
 
 
 def _policy_text(policy: dict | None) -> str:
