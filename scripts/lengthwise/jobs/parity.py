@@ -76,7 +76,8 @@ class Parity:
 
     def result(self) -> dict:
         """What the job record says: the receipt, or {"skipped": why there is none}."""
-        return self.read() or {"skipped": self.skipped}
+        receipt = None if self.policy == "off" else self.read()
+        return receipt or {"skipped": self.skipped}
 
     def require_no_miss(self, made: Collection[str] = ()) -> None:
         """Stop, or warn, where any job has recorded a miss.

@@ -257,13 +257,15 @@ def _with_measure(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _parity(store: Path) -> list[dict]:
-    """The undamaged parity receipts: comparisons with fair-esm, one for each device and set of versions."""
+    """The undamaged parity receipts, one for each device and set of versions; earlier versions wrote other ones."""
     found = []
     for path in sorted((store / "parity").glob("*.json")):
         try:
-            found.append(read_json(path, "device", "versions", "parity"))
+            receipt = read_json(path, "device", "versions", "parity")
         except LengthwiseError as error:
             log.warning("%s; it is left out", error)
+        else:
+            found += [receipt] if "stored" in receipt["parity"] else []
     return found
 
 

@@ -651,17 +651,32 @@ def test_a_damaged_parity_receipt_is_left_out(store, caplog):
 def test_parity_receipts_are_shown(store):
     store.job({"s0": batches_of("s0", 4)}).dataset("a")
     assert "Parity with fair-esm" not in store.summarize()[1]
-    compared = [{"digest": "SQ.a", "residues": 70, "max_error_over_rms": 3e-6, "min_cosine": 0.9999999}]
-    parity = {"bound": "the bound", "max_error_over_rms": 3e-6, "min_cosine": 0.9999999, "compared": compared}
-    parity["share_of_bound"] = 0.25
+    judged = {"tensor": "layer_6", "channel": None, "error": 1e-4, "limit": 4e-4, "share_of_limit": 0.25}
+    parity = {"truth": "float64", "compared": [{"digest": "SQ.a", "residues": 70}], "engine": judged, "stored": judged}
+    parity |= {"moves": 5.2e-7, "fair_esm_moves": 4e-7, "storage_moves": 2e-4, "not_compared": {}}
     (store.folder / "parity").mkdir()
     receipt = {"device": CPU, "versions": {"torch": "2.0", "cuda": None}, "parity": parity}
     (store.folder / "parity" / "cpu.json").write_text(json.dumps(receipt))
     text = Page(store.summarize()[1]).text
-    assert f"{CPU} torch 2.0 1 70 25.0 % of 100 % within 3.0e-06 0.9999999 The bound is: the bound." in text
-    del parity["share_of_bound"]  # a receipt of an earlier version
+    assert f"{CPU} torch 2.0 1 70 within 25 % 25 % 5.2e-05 % 4e-05 % 0.02 %" in text
+    parity |= {
+        "miss": "layer_6 is wrong",
+        "engine": None,
+        "fair_esm_moves": None,
+        "not_compared": {"this engine": "no room"},
+    }
     (store.folder / "parity" / "cpu.json").write_text(json.dumps(receipt))
-    assert f"{CPU} torch 2.0 1 70 not kept within 3.0e-06" in Page(store.summarize()[1]).text
+    text = Page(store.summarize()[1]).text
+    assert "missed: layer_6 is wrong not compared: this engine (no room) not compared 25 %" in text
+
+
+def test_a_parity_receipt_of_an_earlier_version_is_left_out(store):
+    store.job({"s0": batches_of("s0", 4)}).dataset("a")
+    (store.folder / "parity").mkdir()
+    parity = {"bound": "the bound", "max_error_over_rms": 3e-6, "min_cosine": 0.9999999, "compared": []}
+    receipt = {"device": CPU, "versions": {}, "parity": parity}
+    (store.folder / "parity" / "cpu.json").write_text(json.dumps(receipt))
+    assert "Parity with fair-esm" not in store.summarize()[1]
 
 
 def test_a_job_without_a_job_record_is_an_error(store):
