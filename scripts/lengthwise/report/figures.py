@@ -192,7 +192,6 @@ def scaling_time(study: pd.DataFrame, found: list[Fit], config: ModelConfig) -> 
     _engines(plot, study, "wall_ms", "measured", "")
     _draw_fits(plot, study, found, "time", config, factor=1000)
     _finish(plot, study, "wall_ms", log=True)
-    _mark(plot, 6 * config.embed_dim - 2, "L = 6 d - 2")
     plot.legend(columns=2)
     return plot
 

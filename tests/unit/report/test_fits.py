@@ -82,40 +82,13 @@ def test_a_term_is_never_negative():
     )
 
 
-def test_at_the_crossing_attention_takes_as_long_as_the_products():
-    fit = fits.choose(fits.fit_all(study()), "time", LENGTHWISE, "float32")
-    length, low, high = fits.crossing(fit, SHAPE)
-    assert [low, length, high] == pytest.approx([6 * 320 * 2 / 5 - 2] * 3, rel=1e-5)
-    attention = SHAPE.attention_flops(length)
-    products = SHAPE.flops(length) - attention
-    assert 2e-12 * products == pytest.approx(5e-12 * attention, rel=1e-5)
-
-
-def test_a_crossing_that_one_point_decides_is_none():
-    noisy = fits.choose(fits.fit_all(study(noise=0.02)), "time", LENGTHWISE, "float32")
-    length, low, high = fits.crossing(noisy, SHAPE)
-    assert low < length < high < 1.2 * low
-    rows = study()
-    rows.loc[(rows["engine"] == LENGTHWISE) & (rows["length"] == rows["length"].max()), "wall_ms"] *= 3
-    fit = fits.choose(fits.fit_all(rows), "time", LENGTHWISE, "float32")
-    assert fits.crossing(replace(fit, r_squared=1.0, without_one=()), SHAPE) is not None
-    assert fits.crossing(replace(fit, r_squared=1.0), SHAPE) is None
-
-
 def test_an_undetermined_fit_is_not_extrapolated():
-    good = fits.choose(fits.fit_all(study()), "time", LENGTHWISE, "float32")
-    assert (good.determined, good.up_to) == (True, 2000)
-    unseen = good.coefficients | {"products": 0.0}
+    good = fits.choose(fits.fit_all(study()), "memory", FAIR_ESM, "float32")
+    assert fits.longest(good, 1e9) > 2000
+    unseen = good.coefficients | {"squares": 0.0}
     for fault in ({"coefficients": unseen}, {"r_squared": 0.6}, {"r_squared": float("nan")}, {"n_points": 4}):
-        assert fits.crossing(replace(good, **fault), SHAPE) is None
-    memory = fits.choose(fits.fit_all(study()), "memory", FAIR_ESM, "float32")
-    assert fits.longest(memory, 1e9) > 2000
-    assert fits.longest(replace(memory, r_squared=0.6), 1e9) is None
+        assert fits.longest(replace(good, **fault), 1e9) is None
     assert replace(good, coefficients=good.coefficients | {"fixed": 0.0}).determined  # a fixed term of 0 is a result
-
-
-def test_operations_of_both_parts_are_equal_at_six_widths():
-    assert SHAPE.flops(6 * 320 - 2) == 2 * SHAPE.attention_flops(6 * 320 - 2)
 
 
 def test_the_longest_sequence_fits_and_one_more_residue_does_not():

@@ -9,7 +9,6 @@ from lengthwise.report.study.fits import (
     MIN_R_SQUARED,
     Fit,
     choose,
-    crossing,
     longest,
     longest_table,
 )
@@ -32,7 +31,6 @@ def study_facts(study: pd.DataFrame, found: list[Fit], settings: dict) -> dict:
     itemsize = 4 if precision == "float32" else 2
     row = study.iloc[0] if len(study) else None
     device_bytes = None if row is None or pd.isna(row["device_bytes"]) else int(row["device_bytes"])
-    times = {engine: choose(found, "time", engine, precision) for engine in (LENGTHWISE, FAIR_ESM)}
     sizes = {engine: choose(found, "memory", engine, precision) for engine in (LENGTHWISE, FAIR_ESM)}
     reach = {}
     if device_bytes is not None:
@@ -51,8 +49,6 @@ def study_facts(study: pd.DataFrame, found: list[Fit], settings: dict) -> dict:
         "fits": found,
         "least_points": MIN_POINTS,
         "least_r_squared": MIN_R_SQUARED,
-        "equal_by_formula": 6 * config.embed_dim - 2,
-        "equal": {engine: (crossing(fit, config), fit.up_to) for engine, fit in times.items() if fit},
         "reach": reach,
         "longest": {"columns": list(table.columns[1:]), "rows": table.to_dict("records")},
         "clock": _range(clocks),

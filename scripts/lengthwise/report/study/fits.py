@@ -4,7 +4,7 @@ Memory without the weights: fixed + a tokens; for fair-esm, which writes out att
 Time: fixed + p product operations + q attention operations.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -19,8 +19,6 @@ MIN_RESIDENT_BYTES = 4_000_000
 MIN_SIZE_RATIO = 4
 # A fit with less is not read at lengths that were not measured.
 MIN_POINTS, MIN_R_SQUARED = 5, 0.95
-# If leaving out one point changes a length by more than this factor, one point decides it.
-MAX_CHANGE = 1.5
 KEYS = ["engine", "precision", "gradients"]
 
 UNITS = {
@@ -43,8 +41,6 @@ class Fit:
     r_squared: float
     largest_residual: float  # of a measurement, as a share of it
     n_points: int
-    up_to: int  # residues of the longest sequence measured
-    without_one: tuple[dict[str, float], ...] = ()  # for time: the coefficients without each point in turn
 
     @property
     def determined(self) -> bool:
@@ -71,29 +67,19 @@ def fit_all(study: pd.DataFrame) -> list[Fit]:
         terms = {"fixed": np.ones(len(sized)), "tokens": tokens}
         if engine == FAIR_ESM:
             terms["squares"] = tokens * (sized["length"].to_numpy(float) + 2)
-        fits = {"memory": (sized, terms, sized["peak_bytes"].to_numpy(float))}
+        fits = {"memory": (terms, sized["peak_bytes"].to_numpy(float))}
         if not gradients:  # with gradients the forward pass alone tells no useful time
             terms = {
                 "fixed": np.ones(len(timed)),
                 "products": timed["product_flops"].to_numpy(float),
                 "attention": timed["attention_flops"].to_numpy(float),
             }
-            fits["time"] = (timed, terms, timed["wall_ms"].to_numpy(float) / 1000)
-        for quantity, (points, terms, values) in fits.items():
+            fits["time"] = (terms, timed["wall_ms"].to_numpy(float) / 1000)
+        for quantity, (terms, values) in fits.items():
             growing = list(terms.values())[1]
             if len(values) > len(terms) and growing.max() >= MIN_SIZE_RATIO * growing.min():
-                up_to = int(points["length"].max())
-                fit = Fit(quantity, engine, precision, gradients, *least_squares(terms, values), len(values), up_to)
-                found.append(replace(fit, without_one=_without_one(terms, values)) if quantity == "time" else fit)
+                found.append(Fit(quantity, engine, precision, gradients, *least_squares(terms, values), len(values)))
     return found
-
-
-def _without_one(terms: dict[str, np.ndarray], values: np.ndarray) -> tuple[dict[str, float], ...]:
-    """The coefficients of `least_squares` with each point left out in turn."""
-    left = [np.arange(len(values)) != i for i in range(len(values))]
-    return tuple(
-        least_squares({name: column[kept] for name, column in terms.items()}, values[kept])[0] for kept in left
-    )
 
 
 def least_squares(terms: dict[str, np.ndarray], values: np.ndarray) -> tuple[dict[str, float], float, float]:
@@ -124,19 +110,6 @@ def least_squares(terms: dict[str, np.ndarray], values: np.ndarray) -> tuple[dic
     spread = ((values - values.mean()) ** 2).sum()
     r_squared = float(1 - (residuals**2).sum() / spread) if spread else float("nan")
     return coefficients, r_squared, float(np.abs(residuals / values).max())
-
-
-def crossing(fit: Fit, config: ModelConfig) -> tuple[float, float, float] | None:
-    """The length where attention takes as long as the matrix products, by a fit of time: (length, lowest, highest).
-
-    Lowest and highest are over the fits without one point. None where the fit is not determined, or they differ by more
-    than a factor of `MAX_CHANGE`.
-    """
-    coefficients = [fit.coefficients, *fit.without_one]
-    if not fit.determined or not all(c["attention"] for c in coefficients):
-        return None
-    at = [6 * config.embed_dim * c["products"] / c["attention"] - 2 for c in coefficients]
-    return (at[0], min(at), max(at)) if max(at) <= MAX_CHANGE * min(at) else None
 
 
 def longest(fit: Fit, free_bytes: float) -> int | None:
