@@ -76,8 +76,11 @@ def _number(file: Path) -> int:
 
 
 def _cached_bytes(folder: Path, *names: str) -> int:
-    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    return sum(int(stat[name]) for name in names)
+    """What the group's statistics say of these; 0 for one that they lack."""
+    with suppress(OSError, ValueError):
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return sum(int(stat.get(name, 0)) for name in names)
+    return 0
 
 
 def _read_oom_kills(file: Path) -> int | None:

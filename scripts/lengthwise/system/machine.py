@@ -21,5 +21,8 @@ def host_total() -> int:
 
 
 def host_available() -> int:
-    """Return the bytes of memory that this process may still take without swapping."""
-    return min([psutil.virtual_memory().available, *(limit - used for limit, used in memory_limits())])
+    """Return the bytes of memory that this process may still take without swapping.
+
+    The least that the machine and each control group around this process leave.
+    """
+    return max(0, min([psutil.virtual_memory().available, *(limit - used for limit, used in memory_limits())]))

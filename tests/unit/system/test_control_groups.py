@@ -22,6 +22,7 @@ class Groups:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, version: int = 2):
         self.folder, self.version = folder / "mounted", version
+        folder.mkdir(exist_ok=True)
         self.describe(INSIDE, "/")
         monkeypatch.setattr(control_groups, "_PROCESS", folder)
         monkeypatch.setattr(control_groups, "_MACHINE_COUNTERS", folder / "vmstat")
@@ -79,6 +80,36 @@ def test_the_limit_of_a_jobs_group_counts_for_the_task_inside(groups):
     groups.limit("job_7", 8 * GB, 3 * GB)
     groups.limit("task", "max" if groups.version == 2 else UNSET, GB)
     assert (host_total(), host_available()) == (8 * GB, 5 * GB)
+
+
+@pytest.mark.parametrize("tightest", ["job_7", "step_0", "task"])
+def test_the_least_that_any_group_above_leaves_is_what_is_free(groups, tightest):
+    for name in ("job_7", "step_0", "task"):
+        groups.limit(name, *((20 * GB, 17 * GB) if name == tightest else (10 * GB, GB)))
+    assert (host_total(), host_available()) == (10 * GB, 3 * GB)
+
+
+def test_a_group_in_use_beyond_its_limit_leaves_nothing(groups):
+    groups.limit("job_7", 8 * GB, 9 * GB)
+    assert host_available() == 0
+
+
+def test_a_group_whose_statistics_lack_the_cached_files_counts_them_as_used(groups):
+    groups.limit("job_7", 8 * GB, 7 * GB, cached=4 * GB)
+    (groups.path("job_7") / "memory.stat").write_text("anon 1\n")
+    assert host_available() == GB
+
+
+def test_limits_of_both_versions_count_where_both_are_mounted(tmp_path, monkeypatch):
+    old, new = (Groups(tmp_path / str(version), monkeypatch, version) for version in (1, 2))
+    process = tmp_path / "process"
+    process.mkdir()
+    for name in ("cgroup", "mountinfo"):
+        (process / name).write_text("".join((each.folder.parent / name).read_text() for each in (old, new)))
+    monkeypatch.setattr(control_groups, "_PROCESS", process)
+    old.limit("job_7", 8 * GB, 3 * GB)
+    new.limit("step_0", 6 * GB, 2 * GB)
+    assert (host_total(), host_available()) == (6 * GB, 4 * GB)
 
 
 def test_cached_files_in_a_group_are_available(groups):
