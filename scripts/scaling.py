@@ -1,24 +1,34 @@
 """Measure time and memory against sequence length on this device."""
 
+import time
 from pathlib import Path
 
 from lengthwise.system.logging import reporting
 
 with reporting(snakemake.log[0]):
+    from lengthwise.report.study.budget import auto_seconds
     from lengthwise.store.settings import device_of, require
     from lengthwise.store.weights import location
     from lengthwise.system.gpus import leased
+    from lengthwise.system.slurm import job_number
 
     store = Path(snakemake.params.store)
     device = device_of(store, snakemake.config["device"])
+    asked = snakemake.config["scaling_seconds"]
     with leased(device):
+        began = time.perf_counter()
         from lengthwise.report.study.measure import scaling
 
+        auto = asked == "auto"
+        seconds = auto_seconds(store, device) - (time.perf_counter() - began) if auto else asked
         scaling(
             location(store)[0],
             device,
             require(store)["precision"],
             Path(snakemake.output.table),
             threads=snakemake.threads,
-            seconds=snakemake.config["scaling_seconds"],
+            seconds=seconds,
+            loading_counts=auto,
+            # A scheduler may not enforce what a job asked for.
+            memory_bytes=snakemake.resources.mem_mb * 1e6 if job_number() else None,
         )

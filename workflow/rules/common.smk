@@ -272,6 +272,12 @@ def after_plan(file):
     return path
 
 
+def weights_after_plan(wildcards):
+    """weights.json, once there is a plan: the study's time and requests go by it."""
+    checkpoints.plan.get()
+    return ancient(WEIGHTS)
+
+
 def scaling_study(wildcards):
     """The study's table, unless the config leaves the study out."""
     return f"{STORE}/report/scaling.tsv" if config["scaling"] else []

@@ -20,13 +20,15 @@ FIGURES = {
 TABLES = ["metrics", "by_length", "jobs", "devices", "datasets", "laws", "map"]
 
 
+# After the embedding where both want the same cores or GPU: what the study may take goes by what the embedding took.
 rule scaling:
     input:
-        weights=ancient(WEIGHTS),
+        weights=weights_after_plan,
     output:
         table=f"{STORE}/report/scaling.tsv",
     log:
         f"{STORE}/logs/scaling.log",
+    priority: -1
     conda:
         "../../envs/lengthwise.yaml"
     threads: model_threads

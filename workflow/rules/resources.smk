@@ -4,7 +4,8 @@ In: the config, the plan, the sizes of the inputs. Out: the functions under `thr
 They change no results. The command line may override each of them: --set-resources embed:mem_mb=64000.
 """
 
-from lengthwise.system.machine import READ_BYTES_PER_SECOND, usable_cores
+from lengthwise.report.study.budget import SKIPPED_MB, asked_mb, asked_minutes
+from lengthwise.system.machine import usable_cores
 from lengthwise.system.gpus import auto_device
 
 # For plans of earlier versions, which lack these columns.
@@ -89,23 +90,15 @@ def reading_minutes(wildcards, attempt):
     return int(10 + 3 * input_gigabytes(wildcards)) * attempt
 
 
-def float32_weight_bytes():
-    """Upper bound of the size of the model's weights in float32."""
-    name = config["model"]
-    if name.endswith(".pt"):
-        return os.path.getsize(name) * 3 // 2  # fair-esm's own files hold part of the weights in float16
-    return 4 * MODELS["esm2_t6_8M_UR50D" if name == "demo" else name].parameters
-
-
 def scaling_mem_mb(wildcards, attempt):
-    """The study also holds fair-esm's model in float32, and the graphs of passes with gradients."""
-    return int(16000 + 2 * float32_weight_bytes() / 1e6) * attempt
+    """Both engines and the passes, at most what jobs that embed ask for; little where the study will be skipped."""
+    settings = load(Path(STORE))
+    return (asked_mb(Path(STORE), settings) if settings else SKIPPED_MB) * attempt
 
 
 def scaling_minutes(wildcards, attempt):
-    """Minutes of the measurements, and of reading the weights twice."""
-    measuring = 0 if config["scaling_seconds"] == "auto" else config["scaling_seconds"] / 60
-    return int(20 + 1.2 * measuring + 2 * float32_weight_bytes() / READ_BYTES_PER_SECOND / 60) * attempt
+    settings = load(Path(STORE))
+    return (asked_minutes(Path(STORE), settings, config["scaling_seconds"]) if settings else 20) * attempt
 
 
 def summarize_mem_mb(wildcards, attempt):

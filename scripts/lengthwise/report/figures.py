@@ -5,7 +5,7 @@ Each function returns a plot, or a sentence where there is nothing to draw.
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
 import numpy as np
@@ -325,16 +325,36 @@ def _line(plot: Plot, rows: pd.DataFrame, quantity: str, label: str, color: str,
     rows, text = rows.sort_values("length"), _text(quantity)
     values = rows[quantity].astype(float)
     face = CARD if style == "--" else color  # hollow markers leave the dash visible in the legend
+    spread = _spread(rows, quantity)
+    if spread is not None:  # from the shortest pass to the longest
+        plot.axes.vlines(rows["length"], *spread, color=color, lw=1, alpha=0.45)
     (line,) = plot.axes.plot(
         rows["length"], values, color=color, ls=style, marker=marker, ms=4.5, mfc=face, label=label
     )
+    passes = {row.length: _passes(row) for row in rows.itertuples()} if spread is not None else {}
     plot.explain(
         line,
         (
-            f"{label}: {row.n_sequences:,} x {row.length:,} residues: {text(value)}"
+            f"{label}: {row.n_sequences:,} x {row.length:,} residues: {text(value)}{passes.get(row.length, '')}"
             for row, value in zip(rows.itertuples(), values, strict=True)
         ),
     )
+
+
+def _spread(rows: pd.DataFrame, quantity: str) -> tuple[pd.Series, pd.Series] | None:
+    """Lowest and highest value of each point over its passes; None for what is not a time."""
+    slowest = (rows["wall_ms_max"] / rows["wall_ms"]).astype(float)
+    values = rows[quantity].astype(float)
+    if quantity == "wall_ms":
+        return values, values * slowest
+    return (values / slowest, values) if quantity == "residues_per_second" else None
+
+
+def _passes(row: Any) -> str:
+    """How far the passes of a point are apart, for its hover text."""
+    if pd.isna(row.wall_ms_max):
+        return ""
+    return f" (the shortest of {row.repeats} passes, {row.wall_ms:,.3g} to {row.wall_ms_max:,.3g} ms)"
 
 
 def _text(quantity: str) -> Callable[[float], str]:

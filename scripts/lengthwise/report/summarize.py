@@ -14,7 +14,7 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.plan.planner import read_jobs
 from lengthwise.report import figures, tables
 from lengthwise.report.pca import Projection, project
-from lengthwise.report.study.facts import study_facts
+from lengthwise.report.study.facts import study_facts, why_skipped
 from lengthwise.report.study.fits import Fit, as_table, fit_all
 from lengthwise.report.study.schema import SCALING, no_study, read_scaling
 from lengthwise.report.svg import Plot, save
@@ -72,6 +72,7 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
     bins, jobs, devices = tables.bin_by_length(batches), tables.jobs(job_records, batches), tables.devices(batches)
     kept = _kept_study(out / SCALING) if scaling is None else _measured_study(scaling)
     study = no_study() if scaling is None or kept is None else kept
+    study_off = STUDY_OFF if scaling is None else why_skipped(study)
     found = fit_all(study)
     ledger = [read_json(manifest) | {"dataset": name} for name, manifest in datasets.items()]
     projection, no_map = project(store, settings, datasets)
@@ -94,15 +95,13 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
         settings=settings,
         ledger=ledger[:SHOWN],
         reasons=sum((Counter(row["reasons"]) for row in ledger), Counter()).most_common(),
-        figures=_figures(
-            batches, bins, devices, study if scaling else None, found, projection or no_map, settings, out
-        ),
+        figures=_figures(batches, bins, devices, study_off or study, found, projection or no_map, settings, out),
         measures=measures_in_words(batches),
         rest=_rest(batches),
         slow=tables.SLOW,
         batches_shown=min(len(batches), figures.MAX_POINTS),
         study=study_facts(study, found, settings),
-        study_off="" if scaling else STUDY_OFF,
+        study_off=study_off,
         map_of=projection.of if projection else "",
         map_records=len(projection.records) if projection else 0,
         jobs=jobs.sort_values("residues_per_second", kind="stable").head(SHOWN).to_dict("records"),
@@ -188,7 +187,7 @@ def _figures(
     batches: pd.DataFrame,
     bins: pd.DataFrame,
     devices: pd.DataFrame,
-    study: pd.DataFrame | None,
+    study: pd.DataFrame | str,
     found: list[Fit],
     projection: Projection | str,
     settings: dict,
@@ -209,7 +208,7 @@ def _figures(
         "fill": figures.production(batches, bins, "fill", "Tokens of the batch, of the most allowed", medians=False)
         if batches["fill"].notna().any()
         else none,
-        **(dict.fromkeys(STUDY_FIGURES, STUDY_OFF) if study is None else _study_figures(study, found, settings)),
+        **(dict.fromkeys(STUDY_FIGURES, study) if isinstance(study, str) else _study_figures(study, found, settings)),
         "map": projection if isinstance(projection, str) else figures.embedding_map(projection),
     }
     shown = {}

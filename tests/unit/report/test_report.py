@@ -501,7 +501,7 @@ def test_a_study_of_an_earlier_version_has_a_report(store):
         "batch_tokens",
         "product_flops",
         "attention_flops",
-        "wall_ms_min",
+        "wall_ms_median",
         "wall_ms_max",
         "weights_bytes",
         "device_bytes",
@@ -527,6 +527,25 @@ def test_without_the_study_the_page_says_so_in_one_sentence_and_every_file_is_th
     for table in ("scaling", "laws"):
         assert pd.read_parquet(out / f"{table}.parquet").empty
     assert list(pd.read_parquet(out / "scaling.parquet").columns) == list(COLUMNS)
+
+
+def test_a_skipped_study_says_why_once_and_how_to_measure_it(store):
+    rows = study().assign(status="skipped_memory", wall_ms=None, residues_per_second=None, peak_bytes=None, repeats=0)
+    store.study = rows.assign(needed_bytes=24_100_000_000, free_bytes=9_300_000_000)
+    _, page = store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
+    text = Page(page).text
+    reason = "Lengthwise and fair-esm side by side take 24.1 GB, and 9.3 GB were free."
+    command = "With more memory, snakemake --forcerun scaling measures it."
+    assert text.count(f"The scaling study was skipped: {reason} {command}") == 1
+    assert "Controlled runs" not in text
+
+
+def test_a_point_of_the_study_says_how_far_its_passes_are_apart(tmp_path):
+    store, rows = Store(tmp_path), study()
+    store.study = rows.assign(wall_ms_max=2 * rows["wall_ms"])
+    _, page = store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
+    row = rows[rows["batch_tokens"].isna() & (rows["length"] == 500)].iloc[0]
+    assert f"(the shortest of 3 passes, {row['wall_ms']:,.3g} to {2 * row['wall_ms']:,.3g} ms)" in page
 
 
 def test_a_study_that_was_measured_outlasts_a_report_without_it(store):

@@ -1,5 +1,7 @@
 """The scaling study measures what its columns say, within its time and memory."""
 
+import re
+import time
 from dataclasses import replace
 
 import pandas as pd
@@ -12,8 +14,11 @@ from lengthwise.esm2.meters import MemoryMeter
 from lengthwise.esm2.model import onednn_serves
 from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.report.study import measure
+from lengthwise.report.study.facts import why_skipped
+from lengthwise.report.study.rounds import MAX_REPEATS
 from lengthwise.report.study.schema import SERIES, read_scaling
 from lengthwise.store.receipts import RECEIPT, damaged_by_receipt, read_receipt, write_receipt
+from lengthwise.system import control_groups, machine
 from lengthwise.system.files import facts
 
 SHAPE = ModelConfig(2, 32, 2)
@@ -31,7 +36,7 @@ def weights(tmp_path_factory):
 def study(weights, tmp_path_factory):
     table = tmp_path_factory.mktemp("study") / "scaling.tsv"
     patch = pytest.MonkeyPatch()
-    patch.setattr(measure, "LENGTHS", LENGTHS)
+    patch.setitem(measure.LENGTHS, "cpu", LENGTHS)
     try:
         # Seconds on a quiet machine, where the repeats end it; on a busy one no length may lack time.
         return measure.scaling(weights, "cpu", "float32", table, seconds=90.0), table
@@ -67,9 +72,9 @@ def test_columns_agree_with_each_other(study):
     done = rows[rows["status"] == measure.OK]
     assert len(done) > 20
     assert (done["n_tokens"] == done["n_sequences"] * (done["length"] + 2)).all()
-    assert done["repeats"].between(1, measure.MAX_REPEATS).all()
-    assert (done["wall_ms_min"] <= done["wall_ms"]).all()
-    assert (done["wall_ms"] <= done["wall_ms_max"]).all()
+    assert done["repeats"].between(1, MAX_REPEATS).all()
+    assert (done["wall_ms"] <= done["wall_ms_median"]).all()
+    assert (done["wall_ms_median"] <= done["wall_ms_max"]).all()
     rate = done["n_sequences"] * done["length"] / (done["wall_ms"] / 1000)
     assert done["residues_per_second"].to_numpy(float) == pytest.approx(rate.to_numpy(float))
     flops = [SHAPE.flops(length) * n for length, n in zip(done["length"], done["n_sequences"], strict=True)]
@@ -143,9 +148,9 @@ def test_with_little_time_only_long_points_are_skipped(weights, tmp_path):
 
 
 def test_a_point_that_would_not_fit_in_memory_is_not_tried(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "LENGTHS", LENGTHS[:4])
-    monkeypatch.setattr(measure.Probe, "available_bytes", lambda _: 2_000_000)
-    monkeypatch.setattr(measure.Probe, "peak_bytes", lambda _, forward: (forward(), 1_000_000)[1])
+    monkeypatch.setitem(measure.LENGTHS, "cpu", LENGTHS[:4])
+    monkeypatch.setattr(measure.Probe, "free_bytes", lambda _: 20_000_000)
+    monkeypatch.setattr(measure.Probe, "peak_bytes", lambda _, forward: (forward(), 10_000_000)[1])
     rows = measure.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=20.0)
     ours = single(rows, measure.LENGTHWISE, False)
     assert list(ours["status"]) == [measure.OK] + [measure.SKIPPED_MEMORY] * 3
@@ -165,7 +170,7 @@ def test_a_series_that_runs_out_of_memory_ends_and_the_next_goes_on(weights, tmp
         return replace(loaded, forward=limited)
 
     monkeypatch.setattr(measure, "_load_lengthwise", load_small_device)
-    monkeypatch.setattr(measure, "LENGTHS", LENGTHS[:5])
+    monkeypatch.setitem(measure.LENGTHS, "cpu", LENGTHS[:5])
     rows = measure.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=20.0)
     for gradients in (False, True):
         ours = single(rows, measure.LENGTHWISE, gradients)
@@ -180,7 +185,7 @@ def test_an_engine_whose_weights_do_not_fit_is_said_to_and_the_others_go_on(weig
         raise torch.OutOfMemoryError("as CUDA raises it")
 
     monkeypatch.setattr(measure, "_load_fair_esm", refused)
-    monkeypatch.setattr(measure, "LENGTHS", LENGTHS[:2])
+    monkeypatch.setitem(measure.LENGTHS, "cpu", LENGTHS[:2])
     rows = measure.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=20.0)
     refused_rows = rows[rows["engine"] == measure.FAIR_ESM]
     assert set(refused_rows["status"]) == {measure.OUT_OF_MEMORY}
@@ -190,7 +195,7 @@ def test_an_engine_whose_weights_do_not_fit_is_said_to_and_the_others_go_on(weig
 
 def test_the_clock_and_the_temperature_are_noted_where_they_can_be_read(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "clock_and_temperature", lambda _: (2400.0, None))
-    monkeypatch.setattr(measure, "LENGTHS", (50, 8000))
+    monkeypatch.setitem(measure.LENGTHS, "cpu", (50, 8000))
     rows = measure.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=0.5)
     measured = rows["wall_ms"].notna()
     assert set(rows.loc[measured, "clock_mhz"]) == {2400.0}
@@ -222,6 +227,52 @@ def test_a_table_of_an_earlier_version_is_read_with_what_it_has(study, tmp_path)
     pd.testing.assert_frame_equal(read[then], rows[then])
     assert (read["batch_tokens"].isna() == rows["batch_tokens"].isna()).all()
     assert read["product_flops"].isna().all()
+
+
+def test_an_earlier_versions_median_gives_way_to_its_shortest_pass(study, tmp_path):
+    rows, _ = study
+    old = rows.rename(columns={"wall_ms": "wall_ms_min", "wall_ms_median": "wall_ms"})
+    old["residues_per_second"] = old["n_sequences"] * old["length"] / (old["wall_ms"] / 1000)
+    old.to_csv(tmp_path / "old.tsv", sep="\t", index=False)
+    pd.testing.assert_frame_equal(read_scaling(tmp_path / "old.tsv"), rows)
+
+
+def test_without_memory_for_both_engines_the_study_is_skipped_and_a_later_one_measures(weights, tmp_path, monkeypatch):
+    """The limit is of a control group above the process's own."""
+    monkeypatch.setattr(control_groups, "memory_limits", lambda: iter([(10**12, 0), (100_000, 40_000)]))
+    monkeypatch.setattr(machine, "memory_limits", lambda: control_groups.memory_limits())
+    loaded = []
+    monkeypatch.setattr(measure, "_load_engines", lambda *_: loaded.append(True) or {})
+    rows = measure.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=20.0)
+    assert not loaded
+    assert set(rows["status"]) == {measure.SKIPPED_MEMORY}
+    assert set(rows["free_bytes"]) == {60_000}
+    assert (rows["needed_bytes"] > 8 * SHAPE.parameters).any()
+    said = why_skipped(read_scaling(tmp_path / "scaling.tsv"))
+    assert re.search(r"side by side take [\d.]+ kB, and 60 kB were free\. .*snakemake --forcerun scaling", said)
+    monkeypatch.undo()
+    rows = measure.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=1.0)
+    assert why_skipped(read_scaling(tmp_path / "scaling.tsv")) == ""
+
+
+def test_what_a_scheduler_gave_is_a_limit_too(weights, tmp_path):
+    rows = measure.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=20.0, memory_bytes=1e6)
+    assert set(rows["status"]) == {measure.SKIPPED_MEMORY}
+
+
+def test_loading_is_a_part_of_the_time_where_it_counts(weights, tmp_path, monkeypatch):
+    load = measure._load_engines
+
+    def slowly(*arguments):
+        time.sleep(0.5)
+        return load(*arguments)
+
+    monkeypatch.setattr(measure, "_load_engines", slowly)
+    rows = measure.scaling(weights, "cpu", "float32", tmp_path / "a.tsv", seconds=0.3, loading_counts=True)
+    assert set(rows["status"]) == {measure.SKIPPED_TIME}
+    assert "loading the models took its time" in why_skipped(rows)
+    rows = measure.scaling(weights, "cpu", "float32", tmp_path / "b.tsv", seconds=0.3)
+    assert measure.OK in set(rows["status"])
 
 
 def test_an_error_that_is_not_about_memory_is_raised(weights, tmp_path, monkeypatch):

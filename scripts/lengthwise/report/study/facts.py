@@ -12,7 +12,7 @@ from lengthwise.report.study.fits import (
     longest,
     longest_table,
 )
-from lengthwise.report.study.schema import FAIR_ESM, LENGTHWISE, OK, SERIES
+from lengthwise.report.study.schema import FAIR_ESM, LENGTHWISE, OK, SERIES, SKIPPED_MEMORY, SKIPPED_TIME
 from lengthwise.report.words import measures_in_words
 from lengthwise.store.settings import shape_of
 
@@ -54,6 +54,21 @@ def study_facts(study: pd.DataFrame, found: list[Fit], settings: dict) -> dict:
         "clock": _range(clocks),
         "temperature": _range(warmth),
     }
+
+
+def why_skipped(study: pd.DataFrame) -> str:
+    """Why no point was measured, and the command that measures them; empty where one was."""
+    if not len(study) or (study["status"] == OK).any():
+        return ""
+    first = study.iloc[0]
+    if first["status"] == SKIPPED_MEMORY and pd.notna(first["needed_bytes"]):
+        needed, free = (figures.bytes_text(first[column]) for column in ("needed_bytes", "free_bytes"))
+        reason = f"Lengthwise and fair-esm side by side take {needed}, and {free} were free"
+        return f"The scaling study was skipped: {reason}. With more memory, snakemake --forcerun scaling measures it."
+    if first["status"] == SKIPPED_TIME:
+        command = "snakemake --config scaling_seconds=120 --forcerun scaling"
+        return f"The scaling study was skipped: loading the models took its time. {command} gives it more."
+    return f"The scaling study was skipped: {STATUS_WORDS[first['status']]}. snakemake --forcerun scaling tries again."
 
 
 def _range(values: pd.Series) -> str:

@@ -2,7 +2,7 @@
 
 Production batches have about equal numbers of tokens, so their memory hardly shows the length. Here a batch holds sequences
 of one length. This engine and fair-esm's are measured with and without gradients, in every precision that the device
-has instructions for.
+has instructions for. Both are loaded at once, so that their passes alternate.
 """
 
 import ctypes
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -24,8 +25,10 @@ from lengthwise.esm2 import checkpoint
 from lengthwise.esm2.devices import DTYPES, device_name, is_out_of_memory, resolve_device, set_threads
 from lengthwise.esm2.meters import MemoryMeter, clock_and_temperature
 from lengthwise.esm2.model import Packing, onednn_serves
-from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, ModelConfig
+from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MEMORY_MARGIN, ModelConfig
 from lengthwise.esm2.tokens import RESIDUES, tokenize
+from lengthwise.report.study.budget import engines_bytes, pass_bytes
+from lengthwise.report.study.rounds import Point, measure_in_rounds
 from lengthwise.report.study.schema import (
     COLUMNS,
     FAIR_ESM,
@@ -38,14 +41,16 @@ from lengthwise.report.study.schema import (
 from lengthwise.store.receipts import add_to_receipt
 from lengthwise.system.files import atomic
 from lengthwise.system.machine import host_available, host_total
-from lengthwise.system.text import count
 
 log = logging.getLogger("lengthwise")
-LENGTHS = (50, 100, 200, 350, 500, 700, 1000, 1500, 2500, 4000, 8000)
+# Fewer on a CPU, whose study is short.
+LENGTHS = {
+    "cpu": (50, 200, 500, 1000, 2000, 4000, 8000),
+    "cuda": (50, 100, 200, 350, 500, 700, 1000, 1500, 2500, 4000, 8000),
+}
 # Tokens of full batches. On a CPU half of production's, which keeps the study short.
 BATCH_TOKENS = {"cpu": (1_024,), "cuda": (4_096, AUTO_BATCH_TOKENS["cuda"])}
-SECONDS = {"cpu": 30.0, "cuda": 180.0}
-MAX_REPEATS = 5
+ENGINES = (LENGTHWISE, FAIR_ESM)
 SEED = 0
 # RESIDUES goes on with X, B, U, Z and O.
 STANDARD_RESIDUES = np.frombuffer(RESIDUES[:20], np.uint8)
@@ -63,41 +68,57 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of ascending length with the same engine, precision, gradients and batch size."""
+    """Points that differ in length alone."""
 
     engine: str
     precision: str
     gradients: bool
     batch_tokens: int | None  # None: one sequence at a time
 
-    @property
-    def points(self) -> list[tuple[int, int]]:
-        """(length, number of sequences); a full batch has at least two."""
+    def sequences_at(self, length: int) -> int:
+        """Number of sequences of a length in a batch; a full batch has at least two, else there is none: 0."""
         if self.batch_tokens is None:
-            return [(length, 1) for length in LENGTHS]
-        return [(length, n) for length in LENGTHS if (n := round(self.batch_tokens / (length + 2))) > 1]
+            return 1
+        n = round(self.batch_tokens / (length + 2))
+        return n if n > 1 else 0
 
 
 @dataclass(frozen=True)
-class Point:
-    """A measured point: its row, and what repeats its forward pass."""
+class Stage:
+    """Series that are measured in the same rounds: both engines in one precision, with or without gradients."""
 
+    precision: str
+    gradients: bool
+    batch_tokens: tuple[int | None, ...]
+    share: int  # of the time
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A point and its row of the table."""
+
+    series: Series
     row: dict
-    forward: Callable[[], Tensor]
-    residues: int
-    seconds: list[float]
+    point: Point
 
 
 def scaling(
-    weights: Path, device: str, precision: str, table: Path, threads: int = 1, seconds: float | str = "auto"
+    weights: Path,
+    device: str,
+    precision: str,
+    table: Path,
+    threads: int = 1,
+    seconds: float = 60.0,
+    loading_counts: bool = False,
+    memory_bytes: float | None = None,
 ) -> pd.DataFrame:
     """Time and memory of forward passes at controlled lengths.
 
     Series per engine: single sequences and full batches of equal tokens, each without gradients, in every precision that
     the device has instructions for (on a CPU, precisions other than the store's in full batches only); and single sequences
     with gradients in the store's precision. With gradients the forward pass keeps its graph; there is no backward pass.
-    Equal lengths need no padding, which favours fair-esm. Lengths ascend. A series stops when memory runs out or half of its
-    time is used; the rest of its time goes to repeats, at most `MAX_REPEATS` per length.
+    Equal lengths need no padding, which favours fair-esm. The passes come in rounds over all lengths, the engines in turn
+    (`lengthwise.report.study.rounds`). On a CPU without memory for both engines nothing is measured.
 
     Parameters
     ----------
@@ -110,7 +131,11 @@ def scaling(
     threads
         CPU threads for torch: here a batch runs on all of them, while production gives each core a batch of its own.
     seconds
-        Time for all measurements together, or auto: `SECONDS` of the device; loading the weights is not counted.
+        Time for all passes together.
+    loading_counts
+        Whether loading the weights is a part of `seconds`.
+    memory_bytes
+        Host memory that this process was given, if the system does not tell; None: what is free.
 
     Returns
     -------
@@ -125,27 +150,39 @@ def scaling(
     set_threads(threads)
     place = resolve_device(device)
     config, *_ = checkpoint.read(weights)
-    probe = Probe(place)
+    probe = Probe(place, memory_bytes)
     fixed = {"device": device_name(place), "device_bytes": probe.device_bytes(), "memory_measure": probe.memory_measure}
     rows: list[dict] = []
-    left = SECONDS[place.type] if isinstance(seconds, str) else seconds
-    plan = _plan(place, precision)
-    shares_left = sum(share * len(sizes) for *_, sizes, share in plan)
-    for engine, kind, gradients, sizes, share in plan:
-        loaded = _load(engine, weights, place, kind, gradients)
-        for batch_tokens in sizes:
-            series = Series(engine, kind, gradients, batch_tokens)
-            began = time.perf_counter()
-            what = "one at a time" if batch_tokens is None else f"batches of {count(batch_tokens, 'token')}"
-            log.info("%s %s %s gradients, %s", engine, kind, "with" if gradients else "without", what)
-            if loaded is None:
-                rows.append(_row(series, config, *series.points[0]) | {"status": OUT_OF_MEMORY} | fixed)
-            else:
-                found = _measure_series(series, loaded, config, probe, left * share / shares_left)
-                rows += [row | {"weights_bytes": loaded.weights_bytes} | fixed for row in found]
-            left, shares_left = left - (time.perf_counter() - began), shares_left - share
-        del loaded
+    left = seconds
+    stages = _stages(place, precision)
+    shares_left = sum(stage.share for stage in stages)
+    skipped = False
+    for stage in stages:
+        began = time.perf_counter()
+        what = f"{stage.precision}, {'with' if stage.gradients else 'without'} gradients"
+        needed, free = _needed_bytes(config, stage), probe.free_bytes()
+        # What the store's own precision has no memory for is not begun in another.
+        skipped = skipped or (free is not None and needed > MEMORY_MARGIN * free)
+        if skipped:
+            log.info("%s: skipped, takes %.1f GB of the %.1f GB that are free", what, needed / 1e9, (free or 0) / 1e9)
+            measured = _points(stage, None, config, probe)
+            for each in measured:
+                each.point.status = SKIPPED_MEMORY
+                each.row.update(needed_bytes=needed, free_bytes=free)
+        else:
+            log.info("%s", what)
+            loaded = _load_engines(weights, place, stage) if left > 0 else None
+            loading = time.perf_counter() - began
+            measured = _points(stage, loaded, config, probe)
+            budget = (left - loading if loading_counts else left) * stage.share / shares_left
+            measure_in_rounds([each.point for each in measured], budget if loaded else 0.0)
+            if not loading_counts:
+                left += loading
+            del loaded
+        rows += [row | fixed for row in _rows(measured, place)]
+        del measured
         _release(place)
+        left, shares_left = left - (time.perf_counter() - began), shares_left - stage.share
     frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
     with atomic(table) as part:
         frame.to_csv(part, sep="\t", index=False)
@@ -156,8 +193,8 @@ def scaling(
 class Probe:
     """Measures time and memory of a forward pass on a device."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, memory_bytes: float | None = None):
+        self.device, self.memory_bytes = device, memory_bytes
         self.meter = MemoryMeter(device)
         # glibc keeps freed memory, which would hide growth, so it is returned before each pass.
         self.trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if self.meter.resident else None
@@ -204,9 +241,14 @@ class Probe:
             "copy_out_ms": milliseconds(on_host, rows),
         }
 
-    def available_bytes(self) -> int | None:
+    def free_bytes(self) -> float | None:
         """Free memory; None on CUDA, whose allocator fails without harm."""
-        return None if self.device.type == "cuda" else host_available()
+        if self.device.type == "cuda":
+            return None
+        free = float(host_available())
+        if self.memory_bytes is not None:
+            free = min(free, self.memory_bytes - psutil.Process().memory_info().rss)
+        return free
 
     def device_bytes(self) -> int:
         """Total memory of the device."""
@@ -219,29 +261,34 @@ class Probe:
             torch.cuda.synchronize(self.device)
 
 
-def _plan(device: torch.device, own: str) -> list[tuple[str, str, bool, tuple[int | None, ...], int]]:
-    """(engine, precision, gradients, batch_tokens of each series, share of the time per series)."""
+def _stages(device: torch.device, own: str) -> list[Stage]:
+    """The store's own precision first: a short study has it alone."""
     served = [name for name, dtype in DTYPES.items() if device.type == "cuda" or onednn_serves(dtype)]
     full, single = BATCH_TOKENS[device.type], (None,)
-    # Time that a series leaves goes to later ones, so the most used series are last. A CPU has less time.
-    others = full if device.type == "cpu" else full + single
-    runs = [(kind, False, others, 1) for kind in served if kind != own]
-    runs += [(own, True, single, 1), (own, False, full + single, 2)]
-    return [(engine, *run) for run in runs for engine in (LENGTHWISE, FAIR_ESM)]
+    others = full if device.type == "cpu" else single + full
+    stages = [Stage(own, False, single + full, 4), Stage(own, True, single, 1)]
+    return stages + [Stage(kind, False, others, 1) for kind in served if kind != own]
 
 
-def _load(engine: str, weights: Path, device: torch.device, precision: str, gradients: bool) -> Loaded | None:
-    """Load an engine and warm it up; None where its weights do not fit on the device."""
-    load = {LENGTHWISE: _load_lengthwise, FAIR_ESM: _load_fair_esm}[engine]
-    try:
-        loaded = load(weights, device, DTYPES[precision], gradients)
-        with torch.no_grad():  # libraries allocate workspaces now, so no point counts them
-            loaded.forward(_random_tokens(np.random.Generator(np.random.PCG64(SEED)), 1, LENGTHS[0]).to(device))
-        return loaded
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-    return None
+def _needed_bytes(config: ModelConfig, stage: Stage) -> int:
+    """Memory of both engines and of fair-esm's first pass."""
+    return engines_bytes(config, stage.precision) + pass_bytes(config, stage.gradients, True, 1, 50)
+
+
+def _load_engines(weights: Path, device: torch.device, stage: Stage) -> dict[str, Loaded]:
+    """Load both engines and warm them up, without those whose weights do not fit on the device."""
+    dtype, loaded = DTYPES[stage.precision], {}
+    # fair-esm first: it loads in float32.
+    for engine, load in ((FAIR_ESM, _load_fair_esm), (LENGTHWISE, _load_lengthwise)):
+        try:
+            loaded[engine] = load(weights, device, dtype, stage.gradients)
+            with torch.no_grad():  # libraries allocate workspaces now, so no point counts them
+                loaded[engine].forward(_random_tokens(1, 50).to(device))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            loaded.pop(engine, None)
+    return loaded
 
 
 def _load_lengthwise(weights: Path, device: torch.device, dtype: torch.dtype, gradients: bool) -> Loaded:
@@ -256,7 +303,7 @@ def _load_lengthwise(weights: Path, device: torch.device, dtype: torch.dtype, gr
 
 
 def _load_fair_esm(weights: Path, device: torch.device, dtype: torch.dtype, gradients: bool) -> Loaded:
-    model = checkpoint.reference_model(weights).to(device, dtype).requires_grad_(gradients)
+    model = checkpoint.reference_model(weights, device).to(dtype).requires_grad_(gradients)
 
     def forward(tokens: Tensor) -> Tensor:
         return model(tokens, repr_layers=[model.num_layers])["representations"][model.num_layers]  # [N, L + 2, D]
@@ -268,51 +315,91 @@ def _model_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _measure_series(series: Series, loaded: Loaded, config: ModelConfig, probe: Probe, budget: float) -> list[dict]:
-    """The rows of a series, in at most about `budget` seconds."""
-    rng = np.random.Generator(np.random.PCG64(SEED))
-    ends = time.perf_counter() + budget
-    rows: list[dict] = []
-    measured: list[Point] = []
-    # The best rate so far, because one slow pass must not end a series; the memory of the last point.
-    seconds_per_flop, bytes_per_square = np.inf, 0.0
-    for length, n in series.points:
-        row = _row(series, config, length, n)
-        rows.append(row)
-        flops, square = row["product_flops"] + row["attention_flops"], n * length**2
-        left, available = ends - time.perf_counter(), probe.available_bytes()
-        # One pass for memory, one for time; half of the time is kept for repeats.
-        if left <= budget / 2 or (measured and 2 * flops * seconds_per_flop > left - budget / 2):
-            row["status"] = SKIPPED_TIME
-            continue
-        if available is not None and square * bytes_per_square > available:
-            row["status"] = SKIPPED_MEMORY
-            continue
-        tokens = _random_tokens(rng, n, length).to(probe.device)  # [N, L + 2]
+def _points(stage: Stage, loaded: dict[str, Loaded] | None, config: ModelConfig, probe: Probe) -> list[Measured]:
+    """The points of a stage in the order of a round: lengths ascend, and the engines take turns."""
+    series = {
+        (batch_tokens, engine): Series(engine, stage.precision, stage.gradients, batch_tokens)
+        for batch_tokens in stage.batch_tokens
+        for engine in ENGINES
+    }
+    last: dict[Series, tuple[int, int]] = {}  # (pairs of residues, bytes) of the longest point
+    measured = []
+    for length in LENGTHS[probe.device.type]:
+        for (batch_tokens, engine), each in series.items():
+            if not (n := each.sequences_at(length)):
+                continue
+            row = _row(each, config, length, n)
+            if loaded and engine in loaded:
+                row["weights_bytes"] = loaded[engine].weights_bytes
+                point = _point(each, row, loaded[engine], config, probe, last)
+            else:
+                status = SKIPPED_TIME if loaded is None else OUT_OF_MEMORY
+                point = Point(each, (batch_tokens, length), 1, lambda: OUT_OF_MEMORY, lambda: 0.0, status=status)
+            measured.append(Measured(each, row, point))
+    return measured
+
+
+def _point(
+    series: Series,
+    row: dict,
+    loaded: Loaded,
+    config: ModelConfig,
+    probe: Probe,
+    last: dict[Series, tuple[int, int]],
+) -> Point:
+    """A point whose passes fill in its row."""
+    n, length = row["n_sequences"], row["length"]
+    tokens = _random_tokens(n, length).to(probe.device)  # [N, L + 2]
+
+    def forward() -> Tensor:
+        # Not inference_mode: fair-esm caches rotary tables, and autograd refuses inference tensors.
+        with torch.set_grad_enabled(series.gradients):
+            return loaded.forward(tokens)
+
+    def first() -> str:
+        free = probe.free_bytes()
+        if free is not None:
+            squares, peak = last.get(series, (1, 0))
+            formula = pass_bytes(config, series.gradients, series.engine == FAIR_ESM, n, length)
+            needed = max(formula, round(peak * n * length**2 / squares))
+            row.update(needed_bytes=needed, free_bytes=free)
+            if needed > MEMORY_MARGIN * free:
+                return SKIPPED_MEMORY
+            row.update(needed_bytes=None, free_bytes=None)
         try:
-            measured.append(_measure_point(series, loaded, row, tokens, probe))
+            row["peak_bytes"] = probe.peak_bytes(forward)
+            if series.engine == LENGTHWISE and not series.gradients:
+                row.update(probe.copies(tokens, forward))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            row["status"] = OUT_OF_MEMORY
-        if row["status"] == OUT_OF_MEMORY:  # outside the handler: its traceback keeps tensors alive
-            _release(probe.device)
-            break
-        seconds_per_flop = min(seconds_per_flop, measured[-1].seconds[0] / flops)
-        bytes_per_square = (row["peak_bytes"] or 0) / square
-    # In rounds over the lengths, so that a slow moment of the machine does not hit one length alone.
-    for _ in range(MAX_REPEATS - 1):
-        for point in measured:
-            if point.seconds[0] < ends - time.perf_counter():
-                point.seconds.append(probe.seconds(point.forward))
-    clock, temperature = clock_and_temperature(probe.device)
-    for point in measured:
-        middle = statistics.median(point.seconds)
-        point.row.update(repeats=len(point.seconds), residues_per_second=point.residues / middle)
-        point.row.update(
-            wall_ms=1000 * middle, wall_ms_min=1000 * min(point.seconds), wall_ms_max=1000 * max(point.seconds)
-        )
-        point.row.update(clock_mhz=clock, temperature_c=temperature)
+        else:
+            last[series] = n * length**2, row["peak_bytes"] or 0
+            return OK
+        _release(probe.device)  # outside the handler: its traceback keeps tensors alive
+        return OUT_OF_MEMORY
+
+    operations = row["product_flops"] + row["attention_flops"]
+    return Point(series, (series.batch_tokens, length), operations, first, lambda: probe.seconds(forward))
+
+
+def _rows(measured: list[Measured], device: torch.device) -> list[dict]:
+    """The rows of a stage; of a series whose memory ran out, those up to there."""
+    clock, temperature = clock_and_temperature(device)
+    rows, ended = [], set()
+    for each in measured:
+        row, seconds = each.row, each.point.seconds
+        row["status"] = each.point.status
+        if each.series in ended:
+            continue
+        if row["status"] == OUT_OF_MEMORY:
+            ended.add(each.series)
+        if seconds:
+            shortest = min(seconds)
+            row.update(repeats=len(seconds), residues_per_second=row["n_sequences"] * row["length"] / shortest)
+            row.update(wall_ms=1000 * shortest, wall_ms_median=1000 * statistics.median(seconds))
+            row.update(wall_ms_max=1000 * max(seconds), clock_mhz=clock, temperature_c=temperature)
+        rows.append(row)
     return rows
 
 
@@ -330,26 +417,12 @@ def _row(series: Series, config: ModelConfig, length: int, n: int) -> dict:
         "product_flops": flops - attention,
         "attention_flops": attention,
         "repeats": 0,
-        "status": OK,
     }
 
 
-def _measure_point(series: Series, loaded: Loaded, row: dict, tokens: Tensor, probe: Probe) -> Point:
-    """Measure memory, which also warms up this shape, then copies and the first time."""
-
-    def forward() -> Tensor:
-        # Not inference_mode: fair-esm caches rotary tables, and autograd refuses inference tensors.
-        with torch.set_grad_enabled(series.gradients):
-            return loaded.forward(tokens)
-
-    row["peak_bytes"] = probe.peak_bytes(forward)
-    if series.engine == LENGTHWISE and not series.gradients:
-        row |= probe.copies(tokens, forward)
-    return Point(row, forward, tokens.shape[0] * (tokens.shape[1] - 2), [probe.seconds(forward)])
-
-
-def _random_tokens(rng: np.random.Generator, n: int, length: int) -> Tensor:
+def _random_tokens(n: int, length: int) -> Tensor:
     """[N, L + 2] int64: random proteins of one length."""
+    rng = np.random.Generator(np.random.PCG64(SEED))
     sequences = [rng.choice(STANDARD_RESIDUES, length).tobytes() for _ in range(n)]
     return torch.from_numpy(np.stack([tokenize(sequence) for sequence in sequences])).long()
 

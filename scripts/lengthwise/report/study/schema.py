@@ -27,7 +27,7 @@ COLUMNS = {
     "attention_flops": "Int64",
     "repeats": "int64",
     "wall_ms": "Float64",
-    "wall_ms_min": "Float64",
+    "wall_ms_median": "Float64",
     "wall_ms_max": "Float64",
     "residues_per_second": "Float64",
     "peak_bytes": "Int64",
@@ -39,6 +39,8 @@ COLUMNS = {
     "memory_measure": "string",
     "device": "string",
     "device_bytes": "Int64",
+    "needed_bytes": "Int64",
+    "free_bytes": "Int64",
     "status": "string",
 }
 
@@ -51,7 +53,7 @@ def no_study() -> pd.DataFrame:
 
 
 def read_scaling(table: Path) -> pd.DataFrame:
-    """Read scaling.tsv; columns that an earlier version did not write are null.
+    """Read scaling.tsv; columns that an earlier version did not write are null, and its shortest pass takes the median's place.
 
     Raises
     ------
@@ -67,6 +69,9 @@ def read_scaling(table: Path) -> pd.DataFrame:
         if "batch_tokens" not in study:
             full = study["n_sequences"] > 1
             study.loc[full, "batch_tokens"] = study.loc[full, "n_tokens"].max()
+        if "wall_ms_min" in study:
+            study["residues_per_second"] *= study["wall_ms"] / study["wall_ms_min"]
+            study = study.rename(columns={"wall_ms": "wall_ms_median", "wall_ms_min": "wall_ms"})
         study = study.reindex(columns=list(COLUMNS)).astype(COLUMNS)
     except (ValueError, KeyError, TypeError) as error:
         raise LengthwiseError(f"{table}: damaged ({str(error).partition(chr(10))[0]})") from error
