@@ -1,9 +1,13 @@
 """Measure time and memory against sequence length on this device."""
 
+import os
 import time
 from pathlib import Path
 
 from lengthwise.system.logging import reporting
+
+# Threads that spin while they wait make a pass up to 40 times as long on a busy machine. libgomp reads it as torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 with reporting(snakemake.log[0]):
     from lengthwise.report.study.budget import auto_seconds
