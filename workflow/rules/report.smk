@@ -5,10 +5,10 @@ without it.
 """
 
 FIGURES = {
+    "lengths": "Your proteins",
     "throughput": "In production",
     "memory": "In production",
     "time": "In production",
-    "fill": "In production",
     "scaling_memory": "Scaling study",
     "no_grad": "Scaling study",
     "half_precision": "Scaling study",
@@ -17,7 +17,7 @@ FIGURES = {
     "scaling_time": "Scaling study",
     "map": "Embeddings",
 }
-TABLES = ["metrics", "by_length", "jobs", "devices", "datasets", "laws", "map"]
+TABLES = ["metrics", "by_length", "jobs", "devices", "datasets", "lengths", "laws", "map"]
 
 
 # After the embedding where both want the same cores or GPU: what the study may take goes by what the embedding took.

@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.report.pca import Projection
 from lengthwise.report.study.fits import Fit, choose
-from lengthwise.report.study.schema import FAIR_ESM, LENGTHWISE
+from lengthwise.report.study.schema import FAIR_ESM, LENGTHWISE, OK, SKIPPED_TIME
 from lengthwise.report.svg import BLUE, CARD, GREEN, INK, LINE, ORANGE, PURPLE, SOFT, STYLE, VERMILION, Plot
 from lengthwise.report.tables import SHARES
 from lengthwise.system.text import count
@@ -29,6 +29,7 @@ LOG_FROM = 12.0  # largest over smallest value above which an axis is logarithmi
 LENGTH = "Sequence length (residues)"
 GROUP_COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE)
 ENGINES = {LENGTHWISE: ("Lengthwise", BLUE, "o"), FAIR_ESM: ("fair-esm", VERMILION, "s")}
+NO_COPIES = "A CPU computes where the sequences already are: nothing is copied."
 PRECISIONS = {"float32": BLUE, "float16": GREEN, "bfloat16": PURPLE}
 
 SHARE_WORDS = {
@@ -51,7 +52,7 @@ def styled(draw: Callable[P, T]) -> Callable[P, T]:
 
 
 @styled
-def production(batches: pd.DataFrame, bins: pd.DataFrame, quantity: str, label: str, medians: bool = True) -> Plot:
+def production(batches: pd.DataFrame, bins: pd.DataFrame, quantity: str, label: str) -> Plot:
     """Every batch as a point, and the median and middle half of each bin of lengths, one colour per group.
 
     Parameters
@@ -64,8 +65,6 @@ def production(batches: pd.DataFrame, bins: pd.DataFrame, quantity: str, label: 
         The column to draw.
     label
         Label of the vertical axis.
-    medians
-        Draw medians and quartiles; without them, points alone.
     """
     batches = batches[["group", "mean_length", "n_sequences", quantity]].dropna(subset=[quantity])
     bins = bins.dropna(subset=[f"{quantity}_median"])
@@ -76,10 +75,7 @@ def production(batches: pd.DataFrame, bins: pd.DataFrame, quantity: str, label: 
         color = GROUP_COLORS[number % len(GROUP_COLORS)]
         points = shown[shown["group"] == group]
         size, alpha = (14, 0.55) if len(points) <= 200 else (8, 0.25)
-        named = None if medians else group
-        drawn = plot.axes.scatter(
-            points["mean_length"], points[quantity], s=size, color=color, alpha=alpha, lw=0, label=named
-        )
+        drawn = plot.axes.scatter(points["mean_length"], points[quantity], s=size, color=color, alpha=alpha, lw=0)
         plot.explain(
             drawn,
             (
@@ -88,8 +84,6 @@ def production(batches: pd.DataFrame, bins: pd.DataFrame, quantity: str, label: 
                 for row in points.itertuples()
             ),
         )
-        if not medians:
-            continue
         quartiles = here[f"{quantity}_q25"], here[f"{quantity}_q75"]
         plot.axes.fill_between(here["median_length"], *quartiles, color=color, alpha=0.2, linewidth=0)
         median = here[f"{quantity}_median"]
@@ -138,9 +132,9 @@ def time_shares(devices: pd.DataFrame, rest: str) -> Plot:
 @styled
 def scaling_throughput(study: pd.DataFrame) -> Plot | str:
     """Residues a second against length, without gradients: full batches and one sequence at a time, both engines."""
-    study = study[study["wall_ms"].notna()]
+    study, planned = study[study["wall_ms"].notna()], study
     if not len(study):
-        return "The scaling study had no time for a single point."
+        return _unmeasured(planned, "a single point")
     plot = Plot(LENGTH, "Residues per second")
     largest = study["batch_tokens"].max()
     for what, style, chosen in (
@@ -169,9 +163,9 @@ def _draw_fits(
 @styled
 def scaling_memory(study: pd.DataFrame, found: list[Fit], config: ModelConfig, measure: str) -> Plot | str:
     """Memory that one sequence adds against its length, both engines, with fits."""
-    study = study[study["batch_tokens"].isna() & (study["peak_bytes"] > 0)]
+    study, planned = study[study["batch_tokens"].isna() & (study["peak_bytes"] > 0)], study
     if not len(study):
-        return "Memory was not measured in the scaling study on this device."
+        return _no_memory(planned[planned["batch_tokens"].isna()], "the memory of one protein")
     plot = Plot(LENGTH, f"Added {measure}")
     _engines(plot, study, "peak_bytes", "measured", "")
     _draw_fits(plot, study, found, "memory", config)
@@ -185,9 +179,9 @@ def scaling_memory(study: pd.DataFrame, found: list[Fit], config: ModelConfig, m
 @styled
 def scaling_time(study: pd.DataFrame, found: list[Fit], config: ModelConfig) -> Plot | str:
     """Time of a pass of one sequence against its length, both engines, with fits."""
-    study = study[study["batch_tokens"].isna() & study["wall_ms"].notna()]
+    study, planned = study[study["batch_tokens"].isna() & study["wall_ms"].notna()], study
     if not len(study):
-        return "The scaling study had no time for a single point."
+        return _unmeasured(planned[planned["batch_tokens"].isna()], "the time of one protein")
     plot = Plot(LENGTH, "Time of one protein (ms)")
     _engines(plot, study, "wall_ms", "measured", "")
     _draw_fits(plot, study, found, "time", config, factor=1000)
@@ -199,9 +193,9 @@ def scaling_time(study: pd.DataFrame, found: list[Fit], config: ModelConfig) -> 
 @styled
 def no_grad(study: pd.DataFrame, measure: str) -> Plot | str:
     """Memory of one sequence with gradients and without, both engines."""
-    study = study[study["batch_tokens"].isna() & (study["peak_bytes"] > 0)]
+    study, planned = study[study["batch_tokens"].isna() & (study["peak_bytes"] > 0)], study
     if not study["gradients"].any():
-        return "Memory with gradients was not measured in the scaling study on this device."
+        return _no_memory(planned[planned["gradients"]], "passes with gradients")
     plot = Plot(LENGTH, f"Added {measure}")
     for what, style, kept in (("no_grad", "-", False), ("gradients kept", "--", True)):
         _engines(plot, study[study["gradients"] == kept], "peak_bytes", what, style)
@@ -213,10 +207,13 @@ def no_grad(study: pd.DataFrame, measure: str) -> Plot | str:
 @styled
 def half_precision(study: pd.DataFrame) -> Plot | str:
     """Residues a second of full batches against length, one line for each precision of Lengthwise."""
-    study = study[(study["engine"] == LENGTHWISE) & ~study["gradients"] & study["wall_ms"].notna()]
+    planned = study[(study["engine"] == LENGTHWISE) & ~study["gradients"]]
+    study = planned[planned["wall_ms"].notna()]
     study = study[(study["batch_tokens"] == study["batch_tokens"].max()).fillna(False).astype(bool)]
     if study["precision"].nunique() < 2:
-        return "This device has no instructions for half precision, or the study had no time for it."
+        if planned["precision"].nunique() == 1:  # the study plans every precision that the device computes in
+            return f"{planned['device'].iloc[0]} has no instructions for half precision."
+        return _unmeasured(planned[~planned["precision"].isin(study["precision"])], "a second precision")
     plot = Plot(LENGTH, "Residues per second")
     for precision, rows in study.groupby("precision", sort=False):
         _line(plot, rows, "residues_per_second", precision, PRECISIONS[precision], "-", "o")
@@ -228,9 +225,10 @@ def half_precision(study: pd.DataFrame) -> Plot | str:
 @styled
 def copies(study: pd.DataFrame) -> Plot | str:
     """Time of the copies as a share of their pass, in full batches."""
-    study = study[study["copy_out_ms"].notna()]
+    study, planned = study[study["copy_out_ms"].notna()], study
     if not len(study):
-        return "The CPU computes where the sequences already are: nothing is copied, so there is no time to measure."
+        measured = planned["wall_ms"].notna().any()
+        return NO_COPIES if measured else _unmeasured(planned, "copies to and from the device")
     study = study[study["batch_tokens"] == study["batch_tokens"].max()]
     plot = Plot(LENGTH, "Share of the pass's time (%)")
     for column, words, color in (("copy_in_ms", "tokens in", GREEN), ("copy_out_ms", "rows out", VERMILION)):
@@ -303,6 +301,23 @@ def bytes_text(count: float) -> str:
     return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
+def _unmeasured(planned: pd.DataFrame, what: str) -> str:
+    """Why no point of the study was measured, by what its rows say."""
+    statuses = set(planned["status"]) - {OK}
+    if statuses and SKIPPED_TIME not in statuses:
+        return f"The scaling study measured nothing of {what}: it does not fit into this device's memory."
+    return f"The scaling study had no time for {what}."
+
+
+def _no_memory(planned: pd.DataFrame, what: str) -> str:
+    """Why no point of the study has a peak."""
+    if not planned["wall_ms"].notna().any():
+        return _unmeasured(planned, what)
+    if planned["memory_measure"].isna().all():
+        return "This system does not say how much memory a pass takes, so there is no figure of it."
+    return f"The scaling study saw no growth for {what}: the passes fitted into memory that was there before."
+
+
 def _mark(plot: Plot, length: int, words: str) -> None:
     """A dotted line at a length, with its label in the corner that rising curves leave free."""
     low, high = plot.axes.get_xlim()
@@ -360,8 +375,8 @@ def _passes(row: Any) -> str:
 def _text(quantity: str) -> Callable[[float], str]:
     if "bytes" in quantity:
         return bytes_text
-    if quantity in ("fill", "share"):
-        return (lambda value: f"{value:.0%}") if quantity == "fill" else (lambda value: f"{value:.3g} %")
+    if quantity == "share":
+        return lambda value: f"{value:.3g} %"
     return (lambda value: f"{value:,.3g} ms") if quantity == "wall_ms" else (lambda value: f"{value:,.0f} residues/s")
 
 
@@ -384,12 +399,7 @@ def _scale_lengths(axes: Axes, lengths: pd.Series) -> None:
 
 
 def _scale_values(axes: Axes, values: pd.Series, quantity: str, log: bool = False) -> None:
-    if "bytes" in quantity:
-        text = bytes_text
-    else:
-        text = (
-            "{:.0%}".format if quantity == "fill" else "{:,.5g}".format if quantity == "wall_ms" else "{:,.0f}".format
-        )
+    text = bytes_text if "bytes" in quantity else ("{:,.5g}" if quantity == "wall_ms" else "{:,.0f}").format
     if log or values.quantile(0.95) > LOG_FROM * values.quantile(0.05) > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if values.max() < 3e3 * values.min() else (1,)))

@@ -13,12 +13,14 @@ from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
 from lengthwise.plan.planner import read_jobs
 from lengthwise.report import figures, tables
+from lengthwise.report.histogram import histogram
 from lengthwise.report.pca import Projection, project
+from lengthwise.report.proteins import TRAINED, Proteins, count_proteins
 from lengthwise.report.study.facts import study_facts, why_skipped
 from lengthwise.report.study.fits import Fit, as_table, fit_all
 from lengthwise.report.study.schema import SCALING, no_study, read_scaling
 from lengthwise.report.svg import Plot, save
-from lengthwise.report.words import MEASURES, measures_in_words
+from lengthwise.report.words import REASONS, measures_in_words
 from lengthwise.store.metrics import find_undamaged, read_encoded
 from lengthwise.store.paths import QUARANTINE_ENDING, job_record_path
 from lengthwise.store.receipts import write_receipt
@@ -27,10 +29,14 @@ from lengthwise.system.files import atomic, read_json, writing
 
 log = logging.getLogger("lengthwise")
 STUDY_FIGURES = ("scaling_memory", "no_grad", "half_precision", "copies", "scaling_throughput", "scaling_time")
-FIGURES = ("throughput", "memory", "time", "fill", *STUDY_FIGURES, "map")
+PRODUCTION_FIGURES = ("throughput", "memory", "time")
+FIGURES = ("lengths", *PRODUCTION_FIGURES, *STUDY_FIGURES, "map")
 STUDY_OFF = "The scaling study is off; with scaling: true in the config, the next run measures it."
 SHOWN = 25  # rows of a table on the page; its file has all rows
-SLOWEST = 10
+NO_MEMORY_OF_A_CPU = (
+    "Memory against length is not shown for batches on a CPU: the process holds what earlier, larger batches freed, so its memory"
+    " says nothing of a length. The scaling study measures it, pass by pass."
+)
 
 
 def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: Path | None, out: Path) -> dict:
@@ -52,9 +58,9 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
 
     Returns
     -------
-    The facts of the page's headline: counts of datasets, records (accepted, duplicate, rejected), sequences, residues, jobs,
-    shards, batches, missing metrics and OOM splits; model, precision and random_weights; and `rates`, one for each device
-    and precision that batches ran on.
+    The facts of the page's headline: counts of datasets, records (accepted, duplicate, rejected, beyond the training length),
+    distinct sequences of the datasets and their residues, jobs, what these hold (`held`), shards, batches, missing metrics and
+    OOM splits; model, precision and random_weights; and `rates`, one for each device and precision that batches ran on.
 
     Raises
     ------
@@ -75,6 +81,7 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
     study_off = STUDY_OFF if scaling is None else why_skipped(study)
     found = fit_all(study)
     ledger = [read_json(manifest) | {"dataset": name} for name, manifest in datasets.items()]
+    proteins = count_proteins(datasets, out / ".summarize.spill")
     projection, no_map = project(store, settings, datasets)
     no_records = pd.DataFrame(columns=list(tables.COLUMNS["map"]), dtype="string")
     written = {
@@ -82,23 +89,30 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
         "jobs": jobs,
         "devices": devices,
         "datasets": tables.datasets(ledger),
+        "lengths": proteins.lengths,
         "laws": as_table(found),
         "map": projection.records if projection else no_records,
     }
     tables.write(written, out)
     tables.write_columns(out)
     tables.write_parquet(study if kept is None else kept, out / "scaling.parquet")
-    facts = _facts(settings, job_records, batches, devices, ledger)
+    facts = _facts(settings, job_records, batches, devices, ledger, proteins)
     facts |= {"shards": len(shards), "missing_metrics": len(shards) - len(present)}
+    shown = _figures(batches, bins, devices, study_off or study, found, projection or no_map, proteins, settings, out)
     page = _template().render(
         facts=facts,
         settings=settings,
+        trained=TRAINED,
         ledger=ledger[:SHOWN],
+        proteins=proteins,
+        by_dataset=proteins.by_dataset.head(SHOWN).to_dict("index"),
+        policies=_policies(ledger),
+        reason_words=REASONS,
         reasons=sum((Counter(row["reasons"]) for row in ledger), Counter()).most_common(),
-        figures=_figures(batches, bins, devices, study_off or study, found, projection or no_map, settings, out),
+        figures=shown,
+        notes={"production": _notes(shown, PRODUCTION_FIGURES), "study": _notes(shown, STUDY_FIGURES)},
         measures=measures_in_words(batches),
         rest=_rest(batches),
-        slow=tables.SLOW,
         batches_shown=min(len(batches), figures.MAX_POINTS),
         study=study_facts(study, found, settings),
         study_off=study_off,
@@ -106,7 +120,6 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
         map_records=len(projection.records) if projection else 0,
         jobs=jobs.sort_values("residues_per_second", kind="stable").head(SHOWN).to_dict("records"),
         devices=devices.to_dict("records"),
-        slowest=tables.slowest(batches, bins, SLOWEST).to_dict("records"),
         parity=_parity(store),
         versions=_versions(job_records),
         columns={name: text for name, text in tables.COLUMNS.items() if scaling or name != "scaling"},
@@ -157,12 +170,27 @@ def _read_job_records(store: Path, jobs_tsv: Path) -> list[dict]:
     return job_records
 
 
+def _policies(ledger: list[dict]) -> list[int]:
+    """Lengths beyond which datasets reject records; earlier versions did not write their policy down."""
+    policies = [row.get("policy") or {} for row in ledger]
+    return sorted({policy["max_residues"] for policy in policies if policy.get("long_policy") == "skip"})
+
+
+def _notes(shown: dict[str, dict], names: Iterable[str]) -> list[str]:
+    """Why figures are missing, each reason once; that a CPU copies nothing needs no words."""
+    reasons = [shown[name].get("reason") for name in names]
+    return [reason for reason in dict.fromkeys(reasons) if reason and reason != figures.NO_COPIES]
+
+
 def _facts(
-    settings: dict, job_records: list[dict], batches: pd.DataFrame, devices: pd.DataFrame, ledger: list[dict]
+    settings: dict,
+    job_records: list[dict],
+    batches: pd.DataFrame,
+    devices: pd.DataFrame,
+    ledger: list[dict],
+    proteins: Proteins,
 ) -> dict:
     counts = {key: sum(row[key] for row in ledger) for key in ("records", "accepted", "duplicate", "rejected")}
-    tokens = batches["n_tokens"].sum()
-    padded = (batches["n_sequences"] * (batches["max_length"] + 2)).sum()
     limited = batches["most_tokens"].notna()
     return {
         "model": settings["model"],
@@ -171,13 +199,13 @@ def _facts(
         "datasets": len(ledger),
         **counts,
         "accounted": all(row["records"] == row["accepted"] + row["duplicate"] + row["rejected"] for row in ledger),
-        "sequences": sum(job_record["sequences"] for job_record in job_records),
-        "residues": sum(job_record["residues"] for job_record in job_records),
+        "beyond_training": int(proteins.by_dataset["beyond_training"].sum()),
+        "sequences": proteins.sequences,
+        "residues": proteins.residues,
+        "held": sum(job_record["sequences"] for job_record in job_records),
         "jobs": len(job_records),
         "batches": len(batches),
         "oom_splits": int(batches["oom_splits"].sum()),
-        "padding": int(tokens - (batches["n_residues"] + 2 * batches["n_sequences"]).sum()),
-        "padding_saved": float(padded / tokens - 1) if tokens else None,
         "fill": float(batches["n_tokens"][limited].sum() / batches["most_tokens"].sum()) if limited.any() else None,
         "rates": devices[["device", "precision", "batches", "residues_per_second"]].to_dict("records"),
     }
@@ -190,24 +218,27 @@ def _figures(
     study: pd.DataFrame | str,
     found: list[Fit],
     projection: Projection | str,
+    proteins: Proteins,
     settings: dict,
     out: Path,
 ) -> dict[str, dict]:
     """Write the figures; {name: {"svg": element}, or {"reason": why there is none}}."""
-    measures = measures_in_words(batches)
+    allocated = batches["memory_measure"] == "allocated"
     none = "No batch of these jobs has metrics, so there is nothing to show of production."
-    label = f"Peak {measures[0]}" if len(measures) == 1 else "Peak memory"
-    drawn = {
+    memory: Plot | str
+    if allocated.any():
+        on_gpu = bins[bins["memory_measure"] == "allocated"]
+        memory = figures.production(batches[allocated], on_gpu, "peak_bytes", "Peak allocated GPU memory")
+    else:
+        on_cpu = len(batches) and batches["gpu_busy"].isna().all()
+        memory = NO_MEMORY_OF_A_CPU if on_cpu else none if not len(batches) else "Peak memory was not measured."
+    drawn: dict[str, Plot | str] = {
+        "lengths": histogram(proteins.lengths),
         "throughput": figures.production(batches, bins, "residues_per_second", "Residues per second")
         if len(batches)
         else none,
-        "memory": figures.production(_with_measure(batches), _with_measure(bins), "peak_bytes", label)
-        if measures
-        else "Peak memory of production batches was not measured, so there is no figure of it.",
+        "memory": memory,
         "time": figures.time_shares(devices, _rest(batches)) if len(batches) else none,
-        "fill": figures.production(batches, bins, "fill", "Tokens of the batch, of the most allowed", medians=False)
-        if batches["fill"].notna().any()
-        else none,
         **(dict.fromkeys(STUDY_FIGURES, study) if isinstance(study, str) else _study_figures(study, found, settings)),
         "map": projection if isinstance(projection, str) else figures.embedding_map(projection),
     }
@@ -245,14 +276,6 @@ def _rest(batches: pd.DataFrame) -> str:
     on_cpu = batches["gpu_busy"].isna()
     what = "idle cores" if on_cpu.all() else "copies, idle cores" if on_cpu.any() else "copies"
     return f"{what}, and the rest"
-
-
-def _with_measure(table: pd.DataFrame) -> pd.DataFrame:
-    """Add the measure of memory to `group`, where measures differ."""
-    if table["memory_measure"].nunique() < 2:
-        return table
-    measure = table["memory_measure"].astype(object).map(MEASURES).fillna("not measured")
-    return table.assign(group=table["group"].astype(object) + ", " + measure)
 
 
 def _parity(store: Path) -> list[dict]:

@@ -15,7 +15,6 @@ from lengthwise.system.files import atomic
 # Bounds of the bins of lengths: 1, 2, 3, 4, 6, 8, 12, 16, 24, ... Batches do not cross powers of two.
 BOUNDS = np.unique(np.outer(2 ** np.arange(20), (1.0, 1.5)).astype(int))
 QUANTITIES = ("residues_per_second", "peak_bytes", "fill")
-SLOW = 1.2  # times the median; faster batches are not listed as slow
 SHARES = ("computing", "wait_read", "wait_write", "other")
 
 # The meaning of every column, written to columns.tsv.
@@ -45,7 +44,8 @@ COLUMNS = {
     "by_length": {
         "device": "as in metrics",
         "precision": "as in metrics",
-        "memory_measure": "what peak_bytes is: allocated (GPU memory) or resident (of the process); empty if not measured",
+        "memory_measure": "what peak_bytes is: allocated (GPU memory), or resident (of the process, which keeps what"
+        " earlier batches freed, so it does not show what length costs); empty if not measured",
         "n_batches": "batches with length_from <= mean_length < length_to",
         "median_length": "median of their mean lengths",
         "length_from": "residues, included",
@@ -140,6 +140,13 @@ COLUMNS = {
         "needed_bytes": "where status is skipped_memory: what the point takes, or both engines where none was loaded",
         "free_bytes": "where status is skipped_memory: what was free",
         "status": "ok, skipped_time, skipped_memory (would not have fitted) or out_of_memory",
+    },
+    "lengths": {
+        "dataset": "the dataset",
+        "status": "accepted, duplicate or rejected",
+        "length_from": "residues, included",
+        "length_to": "residues, not included",
+        "records": "its records of that status and length",
     },
     "map": {
         "dataset": "the record's dataset",
@@ -273,21 +280,6 @@ def datasets(ledger: list[dict]) -> pd.DataFrame:
         for reason, number in (row["reasons"] or {None: 0}).items()
     ]
     return pd.DataFrame(rows, columns=list(COLUMNS["datasets"])).astype({"reason": "string"})
-
-
-def slowest(table: pd.DataFrame, bins: pd.DataFrame, most: int) -> pd.DataFrame:
-    """The batches that lost the most time against the median rate of their device and bin, if `SLOW` times slower or more.
-
-    Added are `usual_ms`, the time at that rate, and `times`, the batch's time over it.
-    """
-    bin_of = BOUNDS[np.searchsorted(BOUNDS, table["mean_length"], side="right") - 1]
-    usual = bins[["group", "length_from", "residues_per_second_median"]].drop_duplicates(["group", "length_from"])
-    rows = table[["group"]].astype(object).assign(length_from=bin_of)
-    rate = rows.merge(usual, how="left", on=["group", "length_from"])
-    usual_ms = 1000 * table["n_residues"] / rate["residues_per_second_median"]
-    lost = (table["wall_ms"] - usual_ms)[table["wall_ms"] >= SLOW * usual_ms].nlargest(most)
-    found = table.loc[lost.index].assign(usual_ms=usual_ms[lost.index])
-    return found.assign(times=found["wall_ms"] / found["usual_ms"])
 
 
 def _time_shares(table: pd.DataFrame, keys: str | list[str]) -> pd.DataFrame:

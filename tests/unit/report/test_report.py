@@ -52,6 +52,7 @@ INDEX = {
     "shard": "string",
 }
 INDEX["sequence_no"] = "int32"
+DIGESTS = pa.schema([(name, "binary" if name == "digest" else kind) for name, kind in INDEX.items()])
 CPU, GPU = "Some CPU @ 2.00GHz", "Some GPU 80GB"
 
 
@@ -141,7 +142,7 @@ class Store:
         self.jobs.append({"job": name, "datasets": "a", "shards": len(shards), "sequences": 10, "residues": 1234})
         return self
 
-    def dataset(self, name, accepted=8, duplicate=1, rejected=2, records=11, **values):
+    def dataset(self, name, accepted=8, duplicate=1, rejected=2, records=11, index=(), **values):
         manifest = {
             "dataset": name,
             "records": records,
@@ -154,7 +155,8 @@ class Store:
         path = self.folder / "datasets" / str(len(self.datasets)) / "manifest.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(manifest | values))
-        pd.DataFrame([], columns=list(INDEX)).astype(INDEX).to_parquet(path.with_name("index.parquet"))
+        index = [dict.fromkeys(INDEX) | {"record_no": i, "id": f"P{i}"} | row for i, row in enumerate(index)]
+        pq.write_table(pa.Table.from_pylist(index, DIGESTS), path.with_name("index.parquet"))
         self.datasets[name] = path
         return self
 
@@ -180,7 +182,8 @@ class Store:
         }
         index |= {"status": "accepted", "shard": name, "sequence_no": range(n)}
         manifest = next(iter(self.datasets.values()))
-        pd.DataFrame(index).astype(INDEX).to_parquet(manifest.with_name("index.parquet"))
+        table = pa.Table.from_pandas(pd.DataFrame(index).astype(INDEX), preserve_index=False)
+        pq.write_table(table.cast(DIGESTS), manifest.with_name("index.parquet"))
         return data
 
     def summarize(self):
@@ -235,7 +238,7 @@ def test_the_headline_states_the_facts(store):
     rows = batches_of("s0", 40)
     rate = sum(row["n_residues"] for row in rows) / sum(row["wall_ms"] for row in rows) * 1000
     assert (facts["records"], facts["accepted"], facts["duplicate"], facts["rejected"]) == (22, 16, 2, 4)
-    assert (facts["sequences"], facts["residues"], facts["batches"], facts["missing_metrics"]) == (10, 1234, 40, 0)
+    assert (facts["held"], facts["batches"], facts["missing_metrics"]) == (10, 40, 0)
     (only,) = facts["rates"]
     assert only["residues_per_second"] == pytest.approx(rate)
     text = Page(page).text
@@ -263,7 +266,7 @@ def test_every_file_is_written_and_is_what_it_says(whole):
     for name in summarize.FIGURES:
         assert ElementTree.parse(out / f"{name}.svg").getroot().tag.endswith("svg")
         assert (out / f"{name}.svg").stat().st_size > 10_000
-        if name == "copies":  # of a CPU there is only a sentence
+        if name in ("memory", "copies"):  # of a CPU there is only a sentence
             assert not (out / f"{name}.png").exists()
         else:
             assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -308,7 +311,7 @@ def test_many_batches_stay_a_light_page(whole):
 
 def test_the_pages_figures_have_the_pages_colours(whole):
     figures = re.findall("<svg.*?</svg>", whole[1], re.DOTALL)
-    assert len(figures) == 10  # no copies on a CPU
+    assert len(figures) == 9  # no memory of batches and no copies on a CPU
     assert all("var(--ink)" in figure for figure in figures)
     assert not any(re.search("#1b1f24|#000000|fill: #ffffff", figure) for figure in figures)
 
@@ -369,10 +372,8 @@ def test_the_page_loads_nothing_from_elsewhere(whole):
 
 def test_two_devices_keep_their_own_rates_and_measures(store):
     shards = {"s0": batches_of("s0", 20), "s1": batches_of("s1", 30, device=GPU)}
-    facts, page = store.job(shards).dataset("a").summarize()
+    facts, _ = store.job(shards).dataset("a").summarize()
     assert [(rate["device"], rate["batches"]) for rate in facts["rates"]] == [(CPU, 20), (GPU, 30)]
-    text = Page(page).text
-    assert "allocated GPU memory or resident memory" in text
     bins = pd.read_csv(store.folder / "report" / "by_length.tsv", sep="\t")
     assert bins.groupby("memory_measure")["n_batches"].sum().to_dict() == {"resident": 20, "allocated": 30}
     assert set(bins.loc[bins["device"] == GPU, "peak_bytes_median"]) == {9e9}
@@ -382,9 +383,10 @@ def test_memory_that_was_not_measured_is_a_sentence_instead_of_a_figure(store):
     store.study = study(peaks=False)
     _, page = store.job({"s0": batches_of("s0", 9, peak_rss_bytes=None)}).dataset("a").summarize()
     text = Page(page).text
-    assert "was not measured, so there is no figure of it" in text
-    assert "Memory was not measured in the scaling study" in text
-    assert Page(page).tags.count("figure") == 6  # of eleven: two of memory, no_grad, copies and the map are missing
+    assert text.count("This system does not say how much memory a pass takes") == 1
+    assert (
+        Page(page).tags.count("figure") == 5
+    )  # of eleven: two of memory, no_grad, copies, lengths and the map are missing
     bins = pd.read_csv(store.folder / "report" / "by_length.tsv", sep="\t")
     assert bins["peak_bytes_median"].isna().all()
     assert bins["n_batches"].sum() == 9
@@ -437,7 +439,9 @@ def test_captions_answer_their_questions_with_measurements(store):
     assert "fair-esm goes from 834 kB to 12.6 MB, 15 times as much" in text
     assert "Lengthwise at 500 residues: 7.53 MB instead of 15.1 MB, a factor of 2.0." in text
     assert "float32: weights 30 MB, 30.1 MB of resident memory added by a batch" in text
-    assert "nothing is copied, so there is no time to measure" in text
+    assert (
+        "cop" not in text[text.index("What does half precision save?") : text.index("Details")]
+    )  # a CPU copies nothing
     assert pd.read_csv(store.folder / "report" / "scaling.tsv", sep="\t")["copy_out_ms"].isna().all()
 
 
@@ -459,7 +463,7 @@ def test_the_fill_of_batches_is_tokens_over_tokens_allowed(store):
     rows = [batch("s0", 0, 300, n_tokens=2_000), batch("s0", 1, 300, n_tokens=500)]
     facts, page = store.job({"s0": rows}).dataset("a").summarize()
     assert facts["fill"] == pytest.approx(2_500 / (2 * 2_048))
-    assert "fill of batches 61.0 %" in Page(page).text
+    assert "Batches held 61.0 % of the tokens that they may, none of it padding" in Page(page).text
 
 
 def test_time_is_split_into_computing_waiting_and_the_rest(store):
@@ -481,19 +485,135 @@ def test_a_cpu_that_computes_on_each_core_is_busy_when_all_of_them_are(store):
     assert pd.read_csv(store.folder / "report" / "devices.tsv", sep="\t")["computing"][0] == pytest.approx(0.9)
 
 
-def test_batches_that_lost_time_are_named_with_what_is_usual(store):
-    rows = [batch("s0", i, 300, wall_ms=100.0) for i in range(20)] + [batch("s0", 20, 300, wall_ms=900.0)]
-    _, page = store.job({"s0": rows}).dataset("a").summarize()
+def record(name, length, status="accepted"):
+    return {"digest": name.encode(), "length": length, "status": status}
+
+
+def test_counts_are_of_the_datasets_distinct_sequences_not_of_the_jobs(store):
+    """The job holds 10 sequences; the datasets have 3, one of them in both."""
+    store.settings["random_weights"] = True  # without a map: the index names no shards
+    store.job({"s0": batches_of("s0", 4)})
+    store.dataset("a", 2, 1, 0, 3, index=[record("x", 100), record("y", 50), record("x", 100, "duplicate")])
+    store.dataset("b", 2, 0, 1, 3, index=[record("y", 50), record("z", 7), record("w", 900, "rejected")])
+    facts, page = store.summarize()
+    assert (facts["sequences"], facts["residues"], facts["held"]) == (3, 157, 10)
     text = Page(page).text
-    assert "900 100 9.0 6 300 to 300 s0 20 job0" in text
-    assert text.count("300 to 300") == 1  # the others took what is usual
-    assert "0 of its tokens are neither a residue nor a special" in text
+    assert "157 residues in 3 distinct sequences" in text
+    assert (
+        "distinct sequences, embedded 3 shared by datasets, embedded once 1 median length, residues 50 longest, residues 100"
+        in text
+    )
+    assert "These jobs hold 10 sequences: some were embedded for other datasets too." in text
 
 
-def test_no_batch_is_named_where_none_took_long(store):
-    rows = [batch("s0", i, 300, wall_ms=100.0 + i) for i in range(19)]
-    _, page = store.job({"s0": rows}).dataset("a").summarize()
-    assert "None took 1.2 times the usual" in Page(page).text
+def test_the_distinct_sequences_of_one_dataset_are_its_accepted_records(store):
+    store.job({"s0": batches_of("s0", 4)})
+    store.dataset("a", 1, 1, 0, 2, index=[record("x", 100), record("x", 100, "duplicate")])
+    facts, page = store.summarize()
+    assert (facts["sequences"], facts["residues"]) == (1, 100)
+    assert "shared by datasets" not in Page(page).text
+
+
+def test_the_page_opens_with_lengths_what_was_rejected_and_what_is_beyond_the_training_length(store):
+    lengths = [30, 1022, 1023, 5000]
+    index = [record(f"{length}", length) for length in lengths]
+    index += [record("long", 9000, "rejected"), record("none", 0, "rejected"), record("30", 30, "duplicate")]
+    policy = {"long_policy": "skip", "max_residues": 8000}
+    store.settings["random_weights"] = True  # without a map: the index names no shards
+    store.job({"s0": batches_of("s0", 4)}).dataset("old").dataset(
+        "a", 4, 1, 2, 7, index=index, reasons={"too_long": 1, "empty": 1}, policy=policy
+    )
+    facts, page = store.summarize()
+    assert facts["beyond_training"] == 2
+    text = Page(page).text
+    first = text[: text.index("In production")]
+    assert "accepted beyond 1,022 residues 2" in first
+    assert "truncated 0" in first
+    assert "rejected, too_long : longer than long_sequences allows (8000 residues) 1" in first
+    assert "rejected, empty : no residues 3" in first
+    assert "a in/a.fasta 7 4 1 2 1 too_long 1 empty 2 5,000 1,234" in first
+    table = pd.read_csv(store.folder / "report" / "lengths.tsv", sep="\t")
+    assert table["records"].sum() == len(index)
+    for row in table.itertuples():
+        assert row.length_to <= 1023 or row.length_from >= 1023
+        inside = [
+            one for one in index if row.length_from <= one["length"] < row.length_to and one["status"] == row.status
+        ]
+        assert row.records == len(inside)
+
+
+def test_every_bar_of_the_histogram_says_what_it_is(tmp_path):
+    index = [record(f"{n}", n) for n in (30, 31, 2000)] + [record("bad", 31, "rejected")]
+    store = Store(tmp_path).job({"s0": batches_of("s0", 4)}).dataset("a", index=index)
+    _, page = store.summarize()
+    shown = page[page.index('aria-label="How long they are') :]
+    said = re.findall("<title>([^<]+)</title>", shown[: shown.index("</figure>")])
+    assert said == [
+        "27 to 31 residues: 2 records embedded",
+        "1,720 to 2,045 residues: 1 record embedded",
+        "27 to 31 residues: 1 record rejected",
+    ]
+
+
+def test_memory_against_length_is_shown_where_it_is_true(store):
+    """Resident memory falls with length on a CPU, because long batches come last and the allocator keeps what it has."""
+    _, page = store.job({"s0": batches_of("s0", 9)}).dataset("a").summarize()
+    text = Page(page).text
+    assert "memory, against length" not in text
+    assert text.count("Memory against length is not shown for batches on a CPU") == 1
+
+
+def test_on_a_gpu_memory_against_length_is_of_what_was_allocated(store, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(summarize, "save", lambda plot, out, name: drawn.setdefault(name, plot) and "<svg></svg>")
+    _, page = store.job({"s0": batches_of("s0", 9), "s1": batches_of("s1", 9, device=GPU)}).dataset("a").summarize()
+    assert "How much allocated GPU memory, against length" in Page(page).text
+    assert {line.get_label() for line in drawn["memory"].axes.lines} == {f"{GPU}, float32, median"}
+
+
+def without(rows, status="skipped_time"):
+    """The study where these rows were not measured."""
+    found = study()
+    chosen = rows(found)
+    found.loc[chosen, ["wall_ms", "residues_per_second", "peak_bytes"]] = pd.NA
+    found.loc[chosen, "status"] = status
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        (study()[study()["precision"] == "float32"], f"{CPU} has no instructions for half precision."),
+        (
+            without(lambda rows: rows["precision"] == "bfloat16"),
+            "The scaling study had no time for a second precision.",
+        ),
+        (
+            without(lambda rows: rows["precision"] == "bfloat16", "out_of_memory"),
+            "The scaling study measured nothing of a second precision: it does not fit into this device's memory.",
+        ),
+        (
+            without(lambda rows: rows["batch_tokens"].isna() & ~rows["gradients"]),
+            "The scaling study had no time for the memory of one protein.",
+        ),
+        (without(lambda rows: rows["gradients"]), "The scaling study had no time for passes with gradients."),
+        (study().assign(peak_bytes=0), "The scaling study saw no growth for passes with gradients"),
+    ],
+)
+def test_a_figure_that_is_missing_has_its_own_reason(store, rows, reason):
+    store.study = rows
+    _, page = store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
+    text = Page(page).text
+    assert reason in text
+    assert "or the study had no time" not in text
+    assert "was not measured" not in text
+
+
+def test_what_nobody_looks_at_is_gone(whole):
+    store, page = whole
+    assert not re.search("lost the most time|padding tokens|fill of batches|How full|Padded to", page)
+    assert not (store.folder / "report" / "fill.svg").exists()
+    assert "The longest protein, by the formula" in page
 
 
 def test_a_study_of_an_earlier_version_has_a_report(store):
@@ -727,7 +847,7 @@ def test_thousands_of_jobs_make_a_light_page_in_good_time(tmp_path, jobs):
     assert most_bytes < 1.2e9
     assert len(page) < 2_000_000
     assert f"The slowest 25 of {jobs:,}" in Page(page).text
-    assert page.count("<svg") == 10
+    assert page.count("<svg") == 9
 
 
 @pytest.mark.huge

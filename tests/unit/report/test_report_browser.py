@@ -60,7 +60,8 @@ def test_a_desktop_shows_the_facts_and_a_point_says_what_it_is(page):
     assert f"<title>{found['said']}</title>" in page.read_text()
     assert found["gone"]
     assert found["titles"] == 0  # or the browser would say it a second time
-    assert "Batches that lost the most time" not in found["shown"]  # details are closed
+    assert found["shown"].index("How long they are") < found["shown"].index("How fast, against length")
+    assert "The longest protein, by the formula" not in found["shown"]  # details are closed
     assert "The longest protein, by the formula" in found["all"]  # and open on paper
 
 
