@@ -22,7 +22,7 @@ def histogram(lengths: pd.DataFrame) -> Plot | str:
     lengths = lengths[lengths["length_from"] > 0]  # an empty record has no place on a logarithmic axis
     if not len(lengths):
         return "No record has a residue, so there is no histogram of lengths."
-    plot = Plot("Length (residues)", "Records", size=(5.6, 3.4))
+    plot = Plot("Length (residues)", "Records", size=(4.4, 3.5))
     rejected, beyond = lengths["status"] == "rejected", lengths["length_from"] > TRAINED
     parts = {
         f"embedded, up to {TRAINED:,}": (~rejected & ~beyond, BLUE),
@@ -51,5 +51,5 @@ def histogram(lengths: pd.DataFrame) -> Plot | str:
     for axis in (plot.axes.xaxis, plot.axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     plot.axes.grid(axis="x", visible=False)
-    plot.legend(columns=3)
+    plot.legend(columns=2)
     return plot

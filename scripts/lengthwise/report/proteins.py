@@ -11,7 +11,7 @@ from lengthwise.system.database import out_of_core
 from lengthwise.system.files import scratch_folder
 
 TRAINED = 1022  # residues of the longest proteins that ESM-2 was trained on
-STATUSES = ("accepted", "duplicate", "rejected")
+MAX_AT_ONCE = 10_000_000  # sequences of a pass over the digests, which take about 50 bytes each
 # Four bins an octave. One begins right after the training length, so that none is on both sides of it.
 BOUNDS = np.unique(np.rint((TRAINED + 1) * 2.0 ** (np.arange(-40, 84) / 4)).astype(int))
 
@@ -31,7 +31,7 @@ class Proteins:
 def count_proteins(manifests: dict[str, Path], spill: Path, memory_bytes: int = 1 << 30) -> Proteins:
     """Count the records of datasets by status and length, and their distinct sequences.
 
-    One dataset costs a scan of two columns. Several cost a grouping of their digests, which spills to disk.
+    One dataset costs a scan of two columns. Several cost a grouping of their digests, in passes that fit into memory.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def count_proteins(manifests: dict[str, Path], spill: Path, memory_bytes: int = 
     spill
         A folder for what does not fit into memory; it is removed again.
     memory_bytes
-        Memory for the grouping.
+        Memory for counting.
     """
     with scratch_folder(spill) as scratch, out_of_core("summarize", memory_bytes, scratch, threads=1) as database:
         _count_lengths(database, manifests)
@@ -50,12 +50,7 @@ def count_proteins(manifests: dict[str, Path], spill: Path, memory_bytes: int = 
         ).df()
         sequences, residues = int(accepted["records"].sum()), int((accepted["length"] * accepted["records"]).sum())
         if len(manifests) > 1:
-            found = database.execute(
-                "SELECT count(*), coalesce(sum(length), 0) FROM"
-                " (SELECT any_value(length) AS length FROM read_parquet($paths) WHERE status = 'accepted' GROUP BY digest)",
-                {"paths": _indexes(manifests)},
-            ).fetchall()
-            sequences, residues = map(int, found[0])
+            sequences, residues = _count_distinct(database, manifests, sequences)
         median = np.searchsorted(accepted["records"].cumsum(), accepted["records"].sum() / 2)
         lengths = database.execute(
             "SELECT dataset, status, length_from, length_to, sum(records)::BIGINT AS records FROM counted"
@@ -73,6 +68,20 @@ def count_proteins(manifests: dict[str, Path], spill: Path, memory_bytes: int = 
         lengths.astype({"dataset": "string", "status": "string"}),
         by_dataset.set_index("dataset").reindex(list(manifests)).astype("Int64").fillna({"beyond_training": 0}),
     )
+
+
+def _count_distinct(database: duckdb.DuckDBPyConnection, manifests: dict[str, Path], accepted: int) -> tuple[int, int]:
+    """Distinct accepted sequences of all datasets, and their residues."""
+    passes = -(-accepted // MAX_AT_ONCE)
+    found = [0, 0]
+    for number in range(passes):
+        counts = database.execute(
+            "SELECT count(*), coalesce(sum(length), 0) FROM (SELECT any_value(length) AS length FROM read_parquet($paths)"
+            " WHERE status = 'accepted' AND hash(digest) % $passes = $number GROUP BY digest)",
+            {"paths": _indexes(manifests), "passes": passes, "number": number},
+        ).fetchall()[0]
+        found = [before + int(more) for before, more in zip(found, counts, strict=True)]
+    return found[0], found[1]
 
 
 def _indexes(manifests: dict[str, Path]) -> list[str]:

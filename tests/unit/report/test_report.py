@@ -20,7 +20,7 @@ import pytest
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.plan.planner import JOBS_COLUMNS
-from lengthwise.report import summarize
+from lengthwise.report import proteins, summarize
 from lengthwise.report.study.schema import COLUMNS, read_scaling
 from lengthwise.report.tables import COLUMNS as MEANINGS
 from lengthwise.store.layout import layout
@@ -504,6 +504,17 @@ def test_counts_are_of_the_datasets_distinct_sequences_not_of_the_jobs(store):
         in text
     )
     assert "These jobs hold 10 sequences: some were embedded for other datasets too." in text
+
+
+def test_digests_that_take_several_passes_are_counted_once(store, monkeypatch):
+    monkeypatch.setattr(proteins, "MAX_AT_ONCE", 20)
+    names = [f"{number}" for number in range(100)]
+    store.settings["random_weights"] = True
+    store.job({"s0": batches_of("s0", 4)})
+    for name, kept in (("a", names[:60]), ("b", names[40:])):
+        store.dataset(name, 60, 0, 0, 60, index=[record(one, 10 + int(one)) for one in kept])
+    facts, _ = store.summarize()
+    assert (facts["sequences"], facts["residues"]) == (100, sum(10 + number for number in range(100)))
 
 
 def test_the_distinct_sequences_of_one_dataset_are_its_accepted_records(store):
