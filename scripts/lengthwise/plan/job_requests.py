@@ -7,13 +7,10 @@ import numpy as np
 import pandas as pd
 
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MOST_AT_ONCE
+from lengthwise.plan.process import PROCESS_BYTES, START_SECONDS
 from lengthwise.store.settings import shape_of
 from lengthwise.system.machine import READ_BYTES_PER_SECOND
 
-# Python and torch before any work: measured 0.4 GB on the CPU; assumed for CUDA with its libraries and torch.compile.
-PROCESS_BYTES = {"cpu": 1.0e9, "cuda": 8.0e9}
-# Starting Python and torch on a node, and compiling.
-START_SECONDS = 300.0
 # Ratio of requested to forecast minutes: a card may be slower, a node shared.
 RUNTIME_MARGIN = 3.0
 DISK_MARGIN = 1.05

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.shapes import MEMORY_MARGIN, ModelConfig
-from lengthwise.plan.job_requests import PROCESS_BYTES, START_SECONDS
 from lengthwise.plan.jobs_table import job_rows
+from lengthwise.plan.process import PROCESS_BYTES, START_SECONDS
 from lengthwise.store.paths import job_record_path
 from lengthwise.store.settings import shape_of
 from lengthwise.system.files import read_json
