@@ -1,6 +1,5 @@
 """SLURM's daemons, and projects whose workflow runs on them."""
 
-import fcntl
 import os
 import re
 import signal
@@ -8,14 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
-import pyarrow.parquet as pq
-from project import ROOT, Project, Run
-
-from lengthwise.system.locks import shared_store_lock
+from project import ROOT, Project, Run, ShardLock
 
 SCRIPT = Path(__file__).with_name("cluster")
 STATE = Path("/run/lengthwise-slurm")
@@ -167,52 +163,12 @@ class ClusterProject(Project):
     def submit(self, *arguments: str) -> Submission:
         return Submission(self, *arguments)
 
-    @property
-    def jobs(self) -> list[str]:
-        return sorted(path.stem for path in self.store.glob("plan/jobs/*.parquet"))
-
     def jobs_with_a_middle(self) -> list[str]:
         return [job for job in self.jobs if len(self.shards_of(job)) > 3]
 
-    def shards_of(self, job: str) -> list[str]:
-        """A job's shards in the order in which they are made: the longest proteins first."""
-        table = pq.read_table(self.store / "plan" / "jobs" / f"{job}.parquet", columns=["shard"])
-        return list(dict.fromkeys(table.column("shard").to_pylist()))[::-1]
 
-
-class Gate:
-    """Keeps a job in its middle: holds the lock of a shard, as if another process were making it."""
-
-    def __init__(self, project: ClusterProject, job: str):
-        *earlier, shard = project.shards_of(job)[:3]
-        folder = project.store / "shards"
-        self.earlier = [folder / name[:2] / f"{name}.safetensors" for name in earlier]
-        self.path = folder / shard[:2] / f".{shard}.tmp"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.shared_store_lock = ExitStack()
-        self.shared_store_lock.enter_context(
-            shared_store_lock(project.store)
-        )  # or a run that begins would remove the file
-        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT)
-        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
-        self.waiting_process = rf"-> FLOCK +\w+ +\w+ +(\d+) \S+:{os.fstat(self.descriptor).st_ino} 0 EOF"
+class Gate(ShardLock):
+    """The lock of a shard, at which jobs on nodes are waited for as long as the controller lives."""
 
     def wait(self, processes: int = 1) -> None:
-        """Until so many processes wait here, and the shards before this one are on the disk: a thread sees to that."""
-        wait_until(
-            lambda: self.waiting() == processes and (not processes or all(map(Path.exists, self.earlier))),
-            f"{processes} processes wait at {self.path}",
-        )
-
-    def waiting(self) -> int:
-        return len(re.findall(self.waiting_process, Path("/proc/locks").read_text()))
-
-    def kill(self) -> None:
-        """Kill the processes that wait here."""
-        for process in re.findall(self.waiting_process, Path("/proc/locks").read_text()):
-            os.kill(int(process), signal.SIGKILL)
-
-    def open(self) -> None:
-        self.path.unlink(missing_ok=True)
-        os.close(self.descriptor)
-        self.shared_store_lock.close()
+        wait_until(lambda: self.has(processes), f"{processes} processes wait at {self.path}")

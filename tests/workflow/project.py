@@ -1,6 +1,7 @@
 """A user's folder, and snakemake commands in it."""
 
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import io
@@ -8,15 +9,18 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import yaml
 from Bio import SeqIO
 
@@ -26,6 +30,7 @@ from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.ingest.digests import digest
 from lengthwise.store.shard import Shard
 from lengthwise.system.files import read_json, write_json
+from lengthwise.system.locks import shared_store_lock
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -114,6 +119,10 @@ class Project:
         )
         return Run(done.returncode, done.stdout + done.stderr)
 
+    def make(self, *datasets: str) -> Run:
+        """Run for these datasets alone, without the report."""
+        return self.snakemake(*(f"results/tiny/datasets/{name}/manifest.json" for name in datasets))
+
     def begin(self, *arguments: str) -> subprocess.Popen:
         """Begin a command in a process group of its own, with its output in a pipe."""
         return subprocess.Popen(
@@ -161,6 +170,15 @@ class Project:
             for path in self.store.glob(pattern)
         }
 
+    @property
+    def jobs(self) -> list[str]:
+        return sorted(path.stem for path in self.store.glob("plan/jobs/*.parquet"))
+
+    def shards_of(self, job: str) -> list[str]:
+        """A job's shards in the order in which they are made: the longest proteins first."""
+        table = pq.read_table(self.store / "plan" / "jobs" / f"{job}.parquet", columns=["shard"])
+        return list(dict.fromkeys(table.column("shard").to_pylist()))[::-1]
+
     def keep(self) -> None:
         """Keep a copy of the folder beside it, for `reset`."""
         shutil.copytree(self.folder, self._kept, symlinks=True)
@@ -184,6 +202,45 @@ class Project:
                 stamp["path"] = stamp["path"].replace(f"{self.folder}/", f"{folder}/")
             write_json(path, summary)
         return type(self)(folder, self.checkout)
+
+
+class ShardLock:
+    """Keeps a job in its middle: holds the lock of a shard, as if another process were making it."""
+
+    def __init__(self, project: Project, job: str):
+        *earlier, shard = project.shards_of(job)[:3]
+        folder = project.store / "shards"
+        self.earlier = [folder / name[:2] / f"{name}.safetensors" for name in earlier]
+        self.path = folder / shard[:2] / f".{shard}.tmp"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.shared_store_lock = ExitStack()
+        self.shared_store_lock.enter_context(
+            shared_store_lock(project.store)
+        )  # or a run that begins would remove the file
+        self.descriptor: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT)
+        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        self.waiting_process = rf"-> FLOCK +\w+ +\w+ +(\d+) \S+:{os.fstat(self.descriptor).st_ino} 0 EOF"
+
+    def has(self, processes: int = 1) -> bool:
+        """Whether so many processes wait here, and the shards before this one are on the disk: a thread sees to that."""
+        return len(self.waiting()) == processes and (not processes or all(map(Path.exists, self.earlier)))
+
+    def waiting(self) -> list[int]:
+        return [int(process) for process in re.findall(self.waiting_process, Path("/proc/locks").read_text())]
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal to the processes that wait here."""
+        for process in self.waiting():
+            os.kill(process, number)
+
+    def open(self) -> None:
+        """Let the job go on; again, it does nothing."""
+        if self.descriptor is None:
+            return
+        self.path.unlink(missing_ok=True)
+        os.close(self.descriptor)
+        self.descriptor = None
+        self.shared_store_lock.close()
 
 
 def fasta_text(name: str, sequences: list[bytes]) -> str:
@@ -225,6 +282,16 @@ def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < until, "waited too long"
         time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def held(process: subprocess.Popen) -> Iterator[None]:
+    """A process begins nothing while this lasts, however busy the machine is."""
+    process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
 
 
 def random_sequences(n: int, seed: int, longest: int = 60) -> list[bytes]:

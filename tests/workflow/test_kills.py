@@ -11,35 +11,26 @@ import time
 from collections import Counter
 
 import pytest
-from project import Project, random_sequences
+from project import ShardLock, wait_for
 from safetensors.numpy import load_file
 
 from lengthwise.jobs.embed_job import embed_job
 from lengthwise.maintain.cleanup import leftovers
 
-SEQUENCES = random_sequences(600, seed=11, longest=300)
-SETTINGS = {"model": "tiny.pt", "inputs": ["in/*.fasta"], "shard_bytes": 400_000, "batch_tokens": 512}
 DONE = "results/tiny/datasets/a/manifest.json"  # the embeddings; the report has tests of its own
 many = pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
 
 
-@pytest.fixture(scope="module")
-def planned(tmp_path_factory):
-    """A project with one job of many shards, planned and not begun."""
-    project = Project.with_tiny_model(tmp_path_factory.mktemp("kills") / "project", a=SEQUENCES)
-    project.configure(**SETTINGS)
-    run = project.snakemake("results/tiny/plan/jobs.tsv")
-    assert run.code == 0, run.output
-    return project
+@pytest.fixture(scope="session")
+def undisturbed(planned, made_once):
+    def make(folder):
+        project = planned.copy(folder / "project")
+        run = project.snakemake(DONE)
+        assert run.code == 0, run.output
+        assert len(project.shards()) > 10
+        return project.contents()
 
-
-@pytest.fixture(scope="module")
-def undisturbed(planned, tmp_path_factory):
-    project = planned.copy(tmp_path_factory.mktemp("undisturbed") / "project")
-    run = project.snakemake(DONE)
-    assert run.code == 0, run.output
-    assert len(project.shards()) > 10
-    return project.contents()
+    return made_once("undisturbed", make)
 
 
 @pytest.fixture
@@ -133,23 +124,16 @@ def residues(project, shard):
 
 
 def test_a_job_that_gets_a_sigterm_says_so_and_the_next_run_goes_on(project, undisturbed):
-    process = subprocess.Popen(
-        project.command(DONE),
-        cwd=project.folder,
-        env=project.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    while not project.shards():
-        time.sleep(0.01)
-        assert process.poll() is None, process.stdout.read()
-    (job,) = project.script_processes()
-    os.kill(job, signal.SIGTERM)
+    (job,) = project.jobs
+    lock = ShardLock(project, job)
+    process = project.begin(DONE)
+    wait_for(lambda: lock.has() or process.poll() is not None)
+    lock.kill(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "Traceback" not in output
     assert "lengthwise: error: ended by SIGTERM" in output
+    lock.open()
     assert leftovers(project.store) == []
     kept = project.shards()
     assert 0 < len(kept) < sum(name.startswith("shards/") for name in undisturbed)
@@ -213,19 +197,6 @@ def test_snakemake_itself_is_killed(project, undisturbed, how, shards):
         assert project.snakemake("--unlock").code == 0
         run = project.snakemake(DONE)
     assert run.code == 0, run.output
-    assert project.contents() == undisturbed
-
-
-def test_a_second_run_by_mistake_is_refused_by_the_lock(project, undisturbed):
-    first = project.begin(DONE)
-    while not locks(project):
-        time.sleep(0.02)
-        assert first.poll() is None
-    second = project.snakemake(DONE)
-    assert second.code != 0
-    assert "at work in this store: let it finish" in second.errors[0]
-    first.communicate()
-    assert first.returncode == 0
     assert project.contents() == undisturbed
 
 

@@ -3,28 +3,17 @@
 import os
 import signal
 import subprocess
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from project import Project, Run, random_sequences
+from project import Project, Run, ShardLock, wait_for
 
 from lengthwise.maintain.cleanup import leftovers
 
 DONE = "results/tiny/datasets/a/manifest.json"
 # More than Snakemake's own process needs, and less than that and a job with torch.
 TOO_LITTLE_BYTES = 280_000_000
-
-
-@pytest.fixture(scope="module")
-def planned(tmp_path_factory):
-    """A project with one job of many shards, planned and not begun."""
-    folder = tmp_path_factory.mktemp("last_lines") / "project"
-    project = Project.with_tiny_model(folder, a=random_sequences(600, seed=11, longest=300))
-    project.configure(model="tiny.pt", inputs=["in/*.fasta"], shard_bytes=400_000, batch_tokens=512)
-    run = project.snakemake("results/tiny/plan/jobs.tsv")
-    assert run.code == 0, run.output
-    return project
 
 
 @pytest.fixture
@@ -38,18 +27,19 @@ def job(project) -> str:
     return work_order.stem
 
 
-def start(project: Project, *arguments: str) -> subprocess.Popen:
-    """Start a run, and wait until its job has made a shard."""
+@pytest.fixture
+def lock(project, job) -> Iterator[ShardLock]:
+    lock = ShardLock(project, job)
+    yield lock
+    lock.open()
+
+
+def start(project: Project, lock: ShardLock, *arguments: str) -> subprocess.Popen:
+    """Start a run, and wait until its job is in its middle, where it stays."""
     process = project.begin(DONE, *arguments)
-    while not project.shards():
-        time.sleep(0.01)
-        assert process.poll() is None, process.stdout.read()
+    wait_for(lambda: lock.has() or process.poll() is not None)
+    assert process.poll() is None, process.stdout.read()
     return process
-
-
-def send(project: Project, number: signal.Signals) -> None:
-    (job,) = project.script_processes()
-    os.kill(job, number)
 
 
 def end(process: subprocess.Popen) -> Run:
@@ -64,9 +54,9 @@ def end(process: subprocess.Popen) -> Run:
         pytest.param(signal.SIGSEGV, 'Fatal Python error: Segmentation fault")', id="SIGSEGV", marks=pytest.mark.slow),
     ],
 )
-def test_a_job_that_is_killed_or_crashes_is_named(project, job, number, words):
-    process = start(project)
-    send(project, number)
+def test_a_job_that_is_killed_or_crashes_is_named(project, job, lock, number, words):
+    process = start(project, lock)
+    lock.kill(number)
     run = end(process)
     assert run.code != 0
     (line,) = run.errors
@@ -74,14 +64,16 @@ def test_a_job_that_is_killed_or_crashes_is_named(project, job, number, words):
     assert words in line
     assert "; it had asked for mem_mb=" in line
     assert run.output.rstrip().endswith("Finished work is kept: mend that, then run the same command again.")
+    lock.open()
     assert leftovers(project.store)
     assert project.snakemake(DONE).code == 0
     assert leftovers(project.store) == []
 
 
-def test_a_killed_job_whose_retry_succeeds_is_no_failure(project):
-    process = start(project, "--retries", "1")
-    send(project, signal.SIGKILL)
+def test_a_killed_job_whose_retry_succeeds_is_no_failure(project, lock):
+    process = start(project, lock, "--retries", "1")
+    lock.kill()
+    lock.open()
     run = end(process)
     assert run.code == 0, run.output
     assert run.errors == []
@@ -89,10 +81,11 @@ def test_a_killed_job_whose_retry_succeeds_is_no_failure(project):
     assert leftovers(project.store) == []
 
 
-def test_of_a_run_that_is_interrupted_no_job_counts_as_killed(project):
-    process = start(project)
+def test_of_a_run_that_is_interrupted_no_job_counts_as_killed(project, lock):
+    process = start(project, lock)
     os.killpg(process.pid, signal.SIGINT)
     run = end(process)
+    lock.open()
     assert run.code != 0
     assert run.errors == []
     assert leftovers(project.store) == []
