@@ -9,16 +9,17 @@ import shutil
 import signal
 import subprocess
 from collections import Counter
+from pathlib import Path
 
 import pytest
-from project import Project, Run, fasta_text, of_file, random_sequences, second_folder, served, wait_for
+from project import Project, Run, fasta_text, held, of_file, random_sequences, second_folder, served, wait_for
 
 from lengthwise.__main__ import main
 from lengthwise.system.files import read_json
 from lengthwise.system.locks import run_lock, run_lock_holder
 from lengthwise.system.runs import this_run
 
-A, B, C = (random_sequences(6, seed=seed) for seed in (1, 2, 3))
+A, B, C, D = (random_sequences(6, seed=seed) for seed in (1, 2, 3, 4))
 NOTHING: Counter = Counter()
 
 
@@ -28,10 +29,15 @@ def reversed_sequences(sequences: list[bytes]) -> list[bytes]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Folder one, with datasets a and b."""
-    project = Project.with_tiny_model(tmp_path_factory.mktemp("shared") / "one", a=A, b=B)
-    assert run(project).code == 0
+def finished(made_once, tmp_path_factory) -> Project:
+    """Folder one, with datasets a and b; what tests put in the place of A is embedded, so that they need not wait for it."""
+
+    def make(folder: Path) -> Project:
+        project = Project.with_tiny_model(folder / "one", a=A, b=[*B, *C, *reversed_sequences(A)])
+        assert run(project).code == 0
+        return project
+
+    project = made_once("shared", make).copy(tmp_path_factory.mktemp("shared") / "one")
     project.keep()
     return project
 
@@ -45,33 +51,28 @@ def one(finished):
     return finished.reset()
 
 
-@pytest.mark.parametrize("same_size", [False, True], ids=["other-size", "same-size"])
-def test_another_file_of_that_name_in_a_second_folder_is_refused(one, tmp_path, same_size):
-    two = second_folder(one, tmp_path / "two", a=reversed_sequences(A) if same_size else C[:3])
-    os.utime(two.folder / "in/a.fasta", (1e9, 1e9))
-    for _ in range(2):  # a refusal leaves nothing that the next run takes for good
+def test_another_file_of_that_name_in_a_second_folder_is_refused(one, tmp_path):
+    """Of another size, and of the same one; also where the same was refused before."""
+    two = second_folder(one, tmp_path / "two")
+    for sequences in (C[:3], reversed_sequences(A), reversed_sequences(A)):
+        two.write_fasta("a", sequences)
+        os.utime(two.folder / "in/a.fasta", (1e9, 1e9))
         ended = run(two)
         assert ended.code == 1
         assert ended.rules["plan"] == ended.rules["embed"] == 0
         (line,) = set(ended.errors)
         for words in (str(one.folder / "in/a.fasta"), str(two.folder / "in/a.fasta"), "inputs: {", "rm -r "):
             assert words in line
-    assert served(one, "a") == of_file(one.folder / "in/a.fasta")
+        assert served(one, "a") == of_file(one.folder / "in/a.fasta")
     subprocess.run(line[line.index("rm -r ") :], shell=True, check=True, cwd=two.folder)
-    assert run(two).code == 0
+    assert two.make("a").code == 0
     assert served(one, "a") == of_file(two.folder / "in/a.fasta")
 
 
-def test_another_name_for_the_second_folders_file_is_accepted(one, tmp_path):
-    two = second_folder(one, tmp_path / "two", a=C)
-    two.configure(inputs={"other": "in/a.fasta"}, model="tiny.pt")
-    assert run(two).code == 0
-    assert served(one, "a") == of_file(one.folder / "in/a.fasta")
-    assert served(one, "other") == of_file(two.folder / "in/a.fasta")
-
-
 def test_the_same_content_under_another_path_is_accepted_and_embeds_nothing(one, tmp_path):
-    two = second_folder(one, tmp_path / "two", a=A, b=B)
+    two = second_folder(one, tmp_path / "two")
+    for name in "ab":
+        shutil.copy(one.folder / f"in/{name}.fasta", two.folder / "in")
     shards = one.shards()
     ended = run(two)
     assert ended.code == 0, ended.output
@@ -91,7 +92,7 @@ def replaced_by_copy_p(one):
 
 def replaced_by_checkout(one):
     """A file of the same size and another, older time."""
-    (one.folder / "in/a.fasta").write_text(fasta_text("a", reversed_sequences(A)))
+    (one.folder / "in/a.fasta").write_text(fasta_text("a", A))
     os.utime(one.folder / "in/a.fasta", (1.1e9, 1.1e9))
 
 
@@ -103,21 +104,22 @@ def retargeted(one):
 
 
 @pytest.mark.parametrize("notes", ["kept", "lost"])
-@pytest.mark.parametrize("replace", [replaced_by_copy_p, replaced_by_checkout, retargeted])
-def test_an_older_file_in_an_inputs_place_is_read(one, replace, notes):
-    replace(one)
-    if notes == "lost":
-        shutil.rmtree(one.folder / ".snakemake")
-    before = sorted(one.store.rglob("*"))
-    look = run(one, "--dry-run")
-    assert look.rules["ingest"] == 1
-    assert sorted(one.store.rglob("*")) == before
-    ended = run(one)
-    assert ended.code == 0, ended.output
-    assert ended.rules["ingest"] == 1
-    assert served(one, "a") == of_file(one.folder / "in/a.fasta")
-    assert served(one, "b") == of_file(one.folder / "in/b.fasta")
-    assert run(one).rules == NOTHING
+def test_older_files_in_an_inputs_place_are_read(one, notes):
+    """One after the other."""
+    for replace in (replaced_by_copy_p, replaced_by_checkout, retargeted):
+        replace(one)
+        if notes == "lost":
+            shutil.rmtree(one.folder / ".snakemake")
+        before = sorted(one.store.rglob("*"))
+        look = run(one, "--dry-run")
+        assert look.rules["ingest"] == 1
+        assert sorted(one.store.rglob("*")) == before
+        ended = one.make("a", "b")
+        assert ended.code == 0, ended.output
+        assert ended.rules["ingest"] == 1
+        assert served(one, "a") == of_file(one.folder / "in/a.fasta")
+        assert served(one, "b") == of_file(one.folder / "in/b.fasta")
+        assert one.make("a", "b").rules == NOTHING
 
 
 def test_a_compressed_file_of_other_content_in_a_files_place(one):
@@ -128,14 +130,14 @@ def test_a_compressed_file_of_other_content_in_a_files_place(one):
     assert (ended.code, ended.rules) == (1, NOTHING)
     assert "a.fasta.gz" in ended.errors[0]
     subprocess.run(ended.errors[0][ended.errors[0].index("rm -r ") :], shell=True, check=True, cwd=one.folder)
-    assert run(one).code == 0
+    assert one.make("a").code == 0
     assert served(one, "a") == of_file(one.folder / "in/a.fasta.gz")
 
 
 def test_the_same_content_under_two_names(one):
     shutil.copy(one.folder / "in/a.fasta", one.folder / "in/twin.fasta")
     shards = one.shards()
-    assert run(one).code == 0
+    assert one.make("a", "b", "twin").code == 0
     assert one.shards() == shards
     assert served(one, "a") == served(one, "twin") == of_file(one.folder / "in/a.fasta")
 
@@ -143,14 +145,16 @@ def test_the_same_content_under_two_names(one):
 def test_a_policy_that_changed_while_the_notes_are_lost_is_applied(one):
     shutil.rmtree(one.folder / ".snakemake")
     one.configure(inputs=["in/*.fasta"], model="tiny.pt", long_sequences={"policy": "skip", "max_residues": 30})
-    ended = run(one)
+    ended = one.make("a")
     assert ended.rules["ingest"] == 2
     manifest = read_json(one.store / "datasets/a/manifest.json")
     assert manifest["rejected"] == sum(len(sequence) > 30 for sequence in A)
 
 
 def test_two_folders_one_after_the_other_leave_each_others_datasets(one, tmp_path):
-    two = second_folder(one, tmp_path / "two", c=[*A[:2], *C])
+    """Also where the second folder's file has the name of one in the first, and is named otherwise."""
+    two = second_folder(one, tmp_path / "two", a=[*A[:2], *D])
+    two.configure(inputs={"c": "in/a.fasta"}, model="tiny.pt")
     files = {path: path.stat().st_mtime_ns for path in (one.store / "datasets").rglob("*")}
     assert run(two).code == 0
     assert files.items() <= {path: path.stat().st_mtime_ns for path in (one.store / "datasets").rglob("*")}.items()
@@ -160,8 +164,12 @@ def test_two_folders_one_after_the_other_leave_each_others_datasets(one, tmp_pat
         assert ended.code == 0, ended.output
         assert one.shards() == shards
         assert {ended.rules[rule] for rule in ("ingest", "embed", "assemble")} == {0}
-        for name, folder in (("a", one), ("b", one), ("c", two)):
-            assert served(one, name) == of_file(folder.folder / f"in/{name}.fasta")
+        for name, fasta in (
+            ("a", one.folder / "in/a.fasta"),
+            ("b", one.folder / "in/b.fasta"),
+            ("c", two.folder / "in/a.fasta"),
+        ):
+            assert served(one, name) == of_file(fasta)
     assert main_verify(one) == 0
 
 
@@ -174,22 +182,22 @@ def test_what_another_folder_made_meanwhile_is_made_again(one, tmp_path, change)
     """Snakemake's notes in folder one say that the tables are as they were when it assembled the dataset."""
     two = second_folder(one, tmp_path / "two")
     inputs = {"inputs": [str(one.folder / "in" / "*.fasta")], "model": "tiny.pt"}
-    one.configure(**inputs)
-    assert run(one).code == 0
     fasta = one.folder / "in" / "a.fasta"
     if change == "content":
         one.write_fasta("a", reversed_sequences(A))
         two.configure(**inputs)
     else:
         two.configure(**inputs, long_sequences={"policy": "skip", "max_residues": 20})
-    assert run(two).code == 0
+    assert two.make("a", "b").code == 0
     if change == "content":
         assert served(one, "a") == of_file(fasta)
         one.write_fasta("a", A)
-    again = run(one)
+    else:
+        assert served(one, "a").items() < of_file(fasta).items()
+    again = one.make("a", "b")
     assert again.code == 0, again.output
     assert served(one, "a") == of_file(fasta)
-    assert run(one).rules == NOTHING
+    assert one.make("a", "b").rules == NOTHING
 
 
 def test_a_forecast_reads_no_table_again_that_a_run_at_work_needs(one, tmp_path):
@@ -215,7 +223,7 @@ def test_a_run_without_snakemakes_lock_beside_that_of_a_killed_run(one):
     with run_lock(one.store, this_run()):
         refused = run(one, "--nolock")
     assert (refused.code, refused.rules) == (1, NOTHING)
-    ended = run(one, "--nolock")
+    ended = run(one, "--nolock", "results/tiny/datasets/a/manifest.json")
     assert ended.code == 0, ended.output
     assert served(one, "a") == of_file(one.folder / "in/a.fasta")
     assert not left.exists()
@@ -229,32 +237,33 @@ def test_a_dataset_is_there_until_its_successor_is(one, tmp_path):
     for part in ("workflow", "scripts", "envs"):
         shutil.copytree(one.checkout / part, broken.checkout / part)
     (broken.checkout / "scripts/assemble.py").write_text("raise SystemExit(1)")
-    ended = run(broken)
+    ended = broken.make("a")
     assert (ended.code, ended.rules["assemble"]) == (1, 1)
     assert served(one, "a") == before
-    assert run(one).code == 0
+    assert one.make("a").code == 0
     assert served(one, "a") == of_file(one.folder / "in/a.fasta") != before
 
 
 def test_two_runs_at_once_are_one_run_and_one_line(one, tmp_path):
     two = second_folder(one, tmp_path / "two", c=C)
-    one.write_fasta("slow", random_sequences(400, seed=9, longest=900))
-    first = one.start()
+    one.write_fasta("d", D)
+    first = one.start("results/tiny/datasets/d/manifest.json")
     try:
-        wait_for(lambda: (one.store / "run.lock").exists() and read_lock(one) == first.pid)
-        for project in (two, one):
-            ended = run(project)
-            assert (ended.code, ended.rules) == (1, NOTHING)
-            (line,) = set(ended.errors)
-            for words in (f"process {first.pid}", str(one.folder), "at work in this store"):
-                assert words in line
-        look = run(two, "--dry-run")
-        assert (look.code, look.rules["embed"]) == (0, 0)
+        wait_for(lambda: read_lock(one) == first.pid)
+        with held(first):
+            for project in (two, one):
+                ended = run(project)
+                assert (ended.code, ended.rules) == (1, NOTHING)
+                (line,) = set(ended.errors)
+                for words in (f"process {first.pid}", str(one.folder), "at work in this store"):
+                    assert words in line
+            look = run(two, "--dry-run")
+            assert (look.code, look.rules["ingest"]) == (0, 1)
         assert first.wait(timeout=600) == 0, (one.folder / "snakemake.out").read_text()
     finally:
         first.kill()
-    assert run(two).code == 0
-    for name, project in (("slow", one), ("a", one), ("c", two)):
+    assert two.make("c").code == 0
+    for name, project in (("d", one), ("a", one), ("c", two)):
         assert served(one, name) == of_file(project.folder / f"in/{name}.fasta")
 
 
@@ -263,11 +272,11 @@ def read_lock(project: Project) -> int | None:
 
 
 def test_the_lock_dies_with_its_process(one):
-    one.write_fasta("slow", random_sequences(400, seed=9, longest=900))
+    one.write_fasta("d", D)
     first = one.start()
     wait_for(lambda: read_lock(one) == first.pid)
     first.send_signal(signal.SIGKILL)
     first.wait()
     wait_for(lambda: read_lock(one) is None)
     assert run(one, "--unlock").code == 0
-    assert run(one).code == 0
+    assert one.make("d").code == 0
