@@ -75,8 +75,6 @@ def other(tmp_path):
     ("installed", "arguments"),
     [
         ("copy", []),
-        pytest.param("editable", [], marks=pytest.mark.slow),
-        ("copy", ["--software-deployment-method", "conda"]),
         pytest.param("editable", ["--software-deployment-method", "conda"], marks=pytest.mark.slow),
     ],
     ids=str,

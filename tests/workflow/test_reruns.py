@@ -3,10 +3,11 @@
 import os
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import yaml
-from project import ROOT, Project, random_sequences
+from project import ROOT, Project, Run, random_sequences
 
 A = random_sequences(6, seed=1)
 B = [*A[:2], *random_sequences(2, seed=2)]  # half of it is in A
@@ -15,15 +16,25 @@ NOTHING: Counter = Counter()
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(made_once, tmp_path_factory):
     """A finished run on a.fasta and b.fasta, made by a checkout of its own."""
+
+    def copy_checkout(folder: Path) -> Path:
+        for part in ("workflow", "scripts", "envs"):
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        return folder
+
+    def make(folder: Path) -> tuple[Project, Run]:
+        project = Project.with_tiny_model(folder / "project", a=A, b=B)
+        project.checkout = copy_checkout(folder / "checkout")
+        run = project.snakemake()
+        assert run.code == 0, run.output
+        return project, run
+
+    made, run = made_once("reruns", make)
     folder = tmp_path_factory.mktemp("reruns")
-    project = Project.with_tiny_model(folder / "project", a=A, b=B)
-    for part in ("workflow", "scripts", "envs"):
-        shutil.copytree(ROOT / part, folder / "checkout" / part, ignore=shutil.ignore_patterns("__pycache__"))
-    project.checkout = folder / "checkout"
-    run = project.snakemake()
-    assert run.code == 0, run.output
+    project = made.copy(folder / "project")
+    project.checkout = copy_checkout(folder / "checkout")
     project.keep()
     return project, run
 
