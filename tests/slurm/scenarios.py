@@ -31,7 +31,8 @@ FORECAST_MINUTES = 0.0634 / 60  # of all sequences
 LATE_SECONDS = 4.0
 # How a job ends without a word of its own, where there is no retry.
 LAST_ENDS = ("memory", "walltime", "kill", "cancel")
-TOO_LITTLE_MB = 400
+TOO_LITTLE_MB = 400  # of a job's processes, each with the pages that it shares
+TOO_LITTLE_GROUP_MB = 300  # of a control group, which counts a page once
 Shards = dict[str, tuple[int, int]]
 
 
@@ -211,10 +212,10 @@ def last_ends(cluster: Cluster, project: ClusterProject) -> LastEnds:
     """Jobs that exceed their memory and their time, that get a SIGKILL, and that are cancelled; none is tried again."""
     names = dict(zip(LAST_ENDS, project.jobs_with_a_middle(), strict=False))
     change_plan(project, names["memory"], mem_mb=TOO_LITTLE_MB)
-    gates = {end: Gate(project, job) for end, job in names.items() if end != "memory"}
+    gates = {end: Gate(project, job) for end, job in names.items()}
     submission = project.submit(*job_records(names.values()), "--retries", "0", "--keep-going")
-    for end, gate in gates.items():
-        gate.wait()
+    for end in names.keys() - {"memory"}:  # whose job may be killed on its way to the gate
+        gates[end].wait()
         (job,) = submission.slurm_jobs(f"rule_embed/{names[end]}")
         match end:
             case "walltime":
@@ -222,7 +223,7 @@ def last_ends(cluster: Cluster, project: ClusterProject) -> LastEnds:
             case "cancel":
                 cluster.run("scancel", job)
             case "kill":
-                gate.kill()
+                gates[end].kill()
     run = submission.wait()
     for gate in gates.values():
         gate.open()
@@ -245,7 +246,7 @@ class ByGroup:
 def by_group(project: ClusterProject) -> ByGroup:
     """A job that exceeds its memory where control groups enforce it; then with the option that the last lines name."""
     name = project.jobs_with_a_middle()[0]
-    change_plan(project, name, mem_mb=TOO_LITTLE_MB)
+    change_plan(project, name, mem_mb=TOO_LITTLE_GROUP_MB)
     run = project.submit(*job_records([name]), "--retries", "0").wait()
     first = LastEnds(project, run, {"memory": name})
     advised = re.search(r"--set-resources (\S+)", first.lines["memory"])[1]
@@ -269,7 +270,7 @@ class Disturber:
     def __init__(self, cluster: Cluster, project: ClusterProject, folder: Path):
         self.cluster, self.project = cluster, project
         self.names = dict(zip(FAULTS, project.jobs_with_a_middle(), strict=False))
-        self.gates = {fault: Gate(project, job) for fault, job in self.names.items() if fault != "memory"}
+        self.gates = {fault: Gate(project, job) for fault, job in self.names.items()}
         self.before: dict[str, Shards] = {}
         self.forgotten = folder / "forgotten"
         self.forgotten.write_text("none")
@@ -323,6 +324,12 @@ class Disturber:
         self.cluster.wait_for_state(job, "TIMEOUT")
         self.gates["walltime"].open()
 
+    def memory(self) -> None:
+        """SLURM samples it each second: the job is held at its gate, or ends before it gets there."""
+        wait_until(lambda: self.numbers("memory"), "the job that gets too little memory is submitted")
+        self.cluster.wait_for_state(self.numbers("memory")[0], "FAILED")
+        self.gates["memory"].open()
+
     def preemption_and_node_failure(self) -> None:
         """The same job, twice put back into the queue."""
         self.wait_for_job_records(*(fault for fault in FAULTS if fault != "node"))
@@ -346,12 +353,13 @@ class Disturber:
 def faults(cluster: Cluster, project: ClusterProject, folder: Path, others: list[Future]) -> Faults:
     """One run whose jobs are terminated, killed, cancelled, requeued, preempted, too slow, too large, forgotten, and lost."""
     disturber = Disturber(cluster, project, folder)
-    with ThreadPoolExecutor(1) as pool:
-        walltime = pool.submit(disturber.walltime)
+    with ThreadPoolExecutor(2) as pool:
+        beside = [pool.submit(disturber.walltime), pool.submit(disturber.memory)]
         disturber.signals()
         disturber.requeue()
         disturber.unknown_state()
-        walltime.result()
+        for fault in beside:
+            fault.result()
     for other in others:
         other.exception()  # the node is theirs too, and a controller that is started again may take a GPU in use for two
     disturber.controller_restart()

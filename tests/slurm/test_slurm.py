@@ -191,7 +191,7 @@ def test_the_last_lines_name_each_job_once(last_ends):
 def test_a_job_that_a_control_group_kills_is_named_and_the_advice_of_the_last_line_lets_it_finish(by_group):
     assert by_group.first.run.code != 0
     assert re.search(r'killed for memory \(\S+: "Detected 1 oom[-_]kill event', by_group.first.lines["memory"])
-    assert by_group.advised == "embed:mem_mb=800"
+    assert by_group.advised == "embed:mem_mb=600"
     assert by_group.second.code == 0, by_group.second.output
 
 
