@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lengthwise.esm2 import checkpoint
-from lengthwise.esm2.shapes import ModelConfig
 
 
 class _StreamedLayer(nn.Module):
@@ -72,27 +71,6 @@ def reference_rows(
         layer: [rows[i, : len(sequence) + 2].double().cpu().numpy() for i, sequence in enumerate(sequences)]
         for layer, rows in hidden.items()
     }
-
-
-def reference_bytes(config: ModelConfig, itemsize: int, sequences: int, longest: int) -> int:
-    """Memory of `reference_rows`, in bytes.
-
-    One layer's weights, the embedding, three matrices of attention scores (before softmax, after it, and what it needs) and about
-    24 activations of the width.
-
-    Parameters
-    ----------
-    config
-        The model's shape.
-    itemsize
-        Bytes of a number of the type.
-    sequences, longest
-        Number of sequences, and residues of the longest.
-    """
-    d, length = config.embed_dim, longest + 2
-    weights = 12 * d * d + config.vocabulary_size * d
-    scores = 3 * config.attention_heads * sequences * length**2
-    return itemsize * (weights + scores + 24 * sequences * length * d)
 
 
 def _with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

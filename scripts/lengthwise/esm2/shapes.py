@@ -100,6 +100,23 @@ class ModelConfig:
         kept = KEPT * log(min(max(batches, 1), KEPT_TO))
         return computed + int(kept * cores * min(batch_tokens, 2 * AUTO_BATCH_TOKENS["cpu"]) * products)
 
+    def reference_bytes(self, itemsize: int, sequences: int, longest: int) -> int:
+        """Memory of fair-esm's pass over a padded batch, one layer's weights at a time (`lengthwise.esm2.reference`).
+
+        A layer's weights and the embedding; three matrices of attention scores (before softmax, after it, and its input); 24
+        activations of the width.
+
+        Parameters
+        ----------
+        itemsize
+            Bytes of a number of the type.
+        sequences, longest
+            Number of sequences, and residues of the longest.
+        """
+        d, tokens = self.embed_dim, longest + 2
+        weights = 12 * d * d + self.vocabulary_size * d
+        return itemsize * (weights + sequences * tokens * (3 * self.attention_heads * tokens + 24 * d))
+
     def resident_bytes_alone(self, itemsize: int, tokens: int, stored_bytes: int = 0) -> int:
         """Resident memory of the first batch, before the allocator keeps any."""
         return int(RESIDENT_SHARE * self.bytes_per_token(itemsize, stored_bytes) * tokens)

@@ -23,6 +23,7 @@ from lengthwise.esm2.devices import is_out_of_memory
 from lengthwise.esm2.engine import Engine
 from lengthwise.jobs import comparison
 from lengthwise.jobs.parity_sample import choose_sample
+from lengthwise.plan.process import PARITY_SECONDS, PARITY_SHARE
 from lengthwise.store.paths import QUARANTINE_ENDING, shard_path
 from lengthwise.system.files import fsync_folder, read_json, write_json, writing
 from lengthwise.system.machine import host_available
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from lengthwise.plan.work_orders import PlannedShard
 
 log = logging.getLogger("lengthwise")
-# The comparison takes at most this share of the job's time, or this many seconds if that is more.
-SHARE_OF_JOB, MIN_SECONDS = 0.02, 10.0
 # Above this share of a channel's spread a type is too coarse for the model.
 COARSE = 0.05
 
@@ -128,7 +127,7 @@ class Parity:
             There is a miss, and the policy is `fail`.
         """
         began = perf_counter()
-        seconds = max(MIN_SECONDS, SHARE_OF_JOB * job_seconds)
+        seconds = max(PARITY_SECONDS, PARITY_SHARE * job_seconds)
         sample = choose_sample(
             self.store, self.settings, engine.device.type, shards, seconds, _free_bytes(engine.device)
         )

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lengthwise.esm2.reference import reference_bytes
 from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.esm2.status import Status
 from lengthwise.store.paths import shard_path
@@ -106,7 +105,7 @@ def _lack(settings: dict, device: str, truth: str, lengths: np.ndarray, seconds:
     shape, longest, n = shape_of(settings), int(lengths.max()), len(lengths)
     if n * (longest + 2) > max(MAX_TOKENS, longest + 2):
         return f"more than {MAX_TOKENS:,} tokens"
-    needed_bytes = reference_bytes(shape, ITEMSIZE[truth], n, longest)
+    needed_bytes = shape.reference_bytes(ITEMSIZE[truth], n, longest)
     if needed_bytes > free_bytes:
         return f"fair-esm needs {needed_bytes / 1e9:.1f} GB in {truth}, and {free_bytes / 1e9:.1f} GB were free on the device"
     needed = comparison_seconds(shape, device, settings["precision"], truth, lengths)

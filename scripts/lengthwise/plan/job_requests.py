@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MOST_AT_ONCE
-from lengthwise.plan.process import PROCESS_BYTES, START_SECONDS
+from lengthwise.plan.process import PARITY_SECONDS, PARITY_SHARE, PROCESS_BYTES, START_SECONDS
 from lengthwise.store.settings import shape_of
 from lengthwise.system.machine import READ_BYTES_PER_SECOND
 
@@ -18,6 +18,8 @@ DISK_MARGIN = 1.05
 SEQUENCE_BYTES = 300
 # Batches whose results are on the host at once beside those in computation: waiting for the writer, and being written.
 BATCHES_WAITING = 4
+# Sequences of the parity receipt, and residues of the longest, that memory is asked for; with less free it takes fewer.
+PARITY_SAMPLE = (4, 250)
 
 
 def job_requests(jobs: pd.DataFrame, settings: dict, checkpoint_bytes: int) -> pd.DataFrame:
@@ -36,7 +38,8 @@ def job_requests(jobs: pd.DataFrame, settings: dict, checkpoint_bytes: int) -> p
     -------
     The columns mem_mb, disk_mb and runtime_minutes (integers, rounded up), with the index of `jobs`.
     """
-    seconds = START_SECONDS + checkpoint_bytes / READ_BYTES_PER_SECOND + RUNTIME_MARGIN * jobs["forecast_seconds"]
+    seconds = START_SECONDS + checkpoint_bytes / READ_BYTES_PER_SECOND + PARITY_SECONDS
+    seconds += RUNTIME_MARGIN * (1 + PARITY_SHARE) * jobs["forecast_seconds"]
     columns = {
         "mem_mb": _host_memory_bytes(jobs, settings, checkpoint_bytes) / 1e6,
         "disk_mb": DISK_MARGIN * jobs["forecast_bytes"] / 1e6,
@@ -61,4 +64,6 @@ def _host_memory_bytes(jobs: pd.DataFrame, settings: dict, checkpoint_bytes: int
         total += shape.parameters * itemsize
         total += shape.resident_bytes(itemsize, AUTO_BATCH_TOKENS[device], batches_at_once)
         total += shape.resident_bytes_alone(itemsize, 1) * jobs["longest"]
+        # The parity receipt: a layer of fair-esm in float64, and this engine in float32.
+        total += shape.reference_bytes(8, *PARITY_SAMPLE) + (shape.parameters * 4 if itemsize == 2 else 0)
     return total

@@ -317,8 +317,8 @@ def test_with_the_truth_in_float32_a_wrong_engine_is_found(new, refused, monkeyp
 
 
 def test_what_would_take_more_than_its_share_is_not_compared(new, comparisons, monkeypatch):
-    monkeypatch.setattr(parity, "MIN_SECONDS", 1e-9)
-    monkeypatch.setattr(parity, "SHARE_OF_JOB", 1e-9)
+    monkeypatch.setattr(parity, "PARITY_SECONDS", 1e-9)
+    monkeypatch.setattr(parity, "PARITY_SHARE", 1e-9)
     store, (job,) = new()
     assert "fair-esm would take" in store.embed(job)["parity"]["skipped"]
     assert comparisons == []
