@@ -35,6 +35,7 @@ from lengthwise.store.settings import require as require_settings
 from lengthwise.store.settings import shape_of
 from lengthwise.store.shard import Shard, is_complete
 from lengthwise.store.weights import require_unchanged
+from lengthwise.system.cache import private_cache
 from lengthwise.system.files import facts, write_json, writing
 from lengthwise.system.versions import git_commit
 
@@ -208,13 +209,25 @@ def _contents(store: Path, shards: list[PlannedShard], made: set[str]) -> dict:
 
 def _load(store: Path, settings: dict, checkpoint: Path, device: torch.device, lengths: np.ndarray) -> Engine:
     """Load the model; compile it if sequences of these lengths take long enough."""
-    # The store's other jobs reuse the compiled kernels.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(store.resolve() / "compiled"))
     seconds = float(forecast_seconds(lengths, shape_of(settings), settings["device"]).sum())
     output = Output(tuple(settings["layers"]), tuple(settings["outputs"]), settings["storage_dtype"])
-    engine = Engine(checkpoint, device, settings["precision"], output, compile=seconds > MIN_COMPILED_SECONDS)
+    compiles = device.type == "cuda" and seconds > MIN_COMPILED_SECONDS and _has_compile_cache()
+    engine = Engine(checkpoint, device, settings["precision"], output, compile=compiles)
     require_unchanged(store, settings["weights_sha256"])  # it may have been replaced while it was read
     return engine
+
+
+def _has_compile_cache() -> bool:
+    """Whether torch may keep compiled code where nobody else can replace it; not in the store, which others may write to."""
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = private_cache("compiled")
+        if folder is None:
+            log.warning(
+                "the layers run uncompiled: no cache folder of this user's own; set XDG_CACHE_HOME or TMPDIR to one"
+            )
+            return False
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    return True
 
 
 def versions() -> dict[str, str | None]:

@@ -53,7 +53,7 @@ def leftovers(store: Path) -> list[Path]:
     for folder, folders, files in os.walk(store):
         hidden = [name for name in (*folders, *files) if name.startswith(".") and name.endswith(_LEFTOVER_ENDINGS)]
         found += [Path(folder, name) for name in hidden]
-        folders[:] = set(folders) - {*hidden, "compiled"}  # torch manages compiled/ itself
+        folders[:] = set(folders) - set(hidden)
     return sorted(found)
 
 

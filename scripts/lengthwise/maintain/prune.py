@@ -21,7 +21,7 @@ def prune(store: Path, delete: bool = False) -> dict[Path, int]:
 
     A dataset is in use while its folder in ``datasets/`` exists or the plan has it. A job in use keeps all its files. Unused
     are shards, metrics, work orders and job records of other jobs; tables of inputs that were removed; leftovers of killed
-    processes; and quarantined files.
+    processes; quarantined files; and GPU code that earlier versions kept in ``compiled/``.
 
     Parameters
     ----------
@@ -53,14 +53,15 @@ def _unused(store: Path) -> list[Path]:
     """Job records come first: a job without one counts as not made, so a deletion can stop anywhere."""
     jobs, shards, datasets = _used(store)
     inputs = [folder for folder in sorted(store.glob("inputs/*")) if folder.name not in datasets]
+    folders = [*inputs, *store.glob("compiled")]
     others = (*store.rglob(f"*{QUARANTINE_ENDING}"), *leftovers(store))
     return [
         *_not_in(jobs, store.glob("jobs/*.json")),
         *_not_in(shards, store.glob("shards/*/*.safetensors")),
         *_not_in(shards, store.glob("metrics/**/*.parquet")),
         *_not_in(jobs, store.glob("plan/jobs/*.parquet")),
-        *inputs,
-        *(path for path in others if not {*inputs} & {*path.parents}),
+        *folders,
+        *(path for path in others if not {*folders} & {*path.parents}),
     ]
 
 

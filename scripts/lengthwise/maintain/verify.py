@@ -56,7 +56,7 @@ class CheckResult:
 def verify(store: Path, quick: bool = False) -> Iterator[CheckResult]:
     """Check everything that a store has and that its datasets or its plan use, see `lengthwise.maintain.verify_files`.
 
-    Not checked are logs, heartbeats, forecasts, compiled kernels, the run lock, and what `prune` calls unused.
+    Not checked are logs, heartbeats, forecasts, the run lock, and what `prune` calls unused.
 
     Parameters
     ----------

@@ -154,7 +154,7 @@ def test_finished_shards_of_a_job_that_no_plan_has_are_unused(store, random_prot
 
 def test_leftovers_are_unused_in_every_folder_and_other_hidden_files_stay(store):
     left = {"shards/ab/.abcd.safetensors.0123abcd.tmp", "datasets/a/.index.parquet.99.tmp", "plan/.spill"}
-    for name in (*left, "inputs/a/.nfs0001", "compiled/.x.tmp"):
+    for name in (*left, "inputs/a/.nfs0001"):
         path = store.path / name
         path.parent.mkdir(exist_ok=True)
         path.mkdir() if name.endswith("spill") else path.write_bytes(b"12345")
@@ -163,7 +163,13 @@ def test_leftovers_are_unused_in_every_folder_and_other_hidden_files_stay(store)
     assert found == dict.fromkeys(left, 5) | {"plan/.spill": 7}
     assert unused(store, delete=True) == left
     assert (store.path / "inputs/a/.nfs0001").exists()
-    assert (store.path / "compiled/.x.tmp").exists()
+
+
+def test_gpu_code_of_earlier_versions_is_unused(store):
+    (store.path / "compiled" / "ab").mkdir(parents=True)
+    (store.path / "compiled" / "ab" / ".x.tmp").write_bytes(b"12345")
+    assert unused(store, delete=True) == {"compiled"}
+    assert is_good(store)
 
 
 def test_quarantined_files_are_unused(store):
