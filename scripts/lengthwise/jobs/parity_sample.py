@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lengthwise.plan.work_orders import PlannedShard
 
 # Of one sequence (ESM-2's training length), and of the padded batch.
-MAX_RESIDUES, MAX_TOKENS = 1022, 2_000
+MAX_RESIDUES, MAX_TOKENS = 1022, 1_000
 # Their places among the job's sequences, which are sorted by length, in the order in which they are taken.
 QUANTILES = (0, 0.5, 0.25, 0.75, 1)
 # With fewer residues a channel has no spread to speak of.
