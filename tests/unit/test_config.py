@@ -304,6 +304,14 @@ def test_a_scalar_is_a_list_of_one(key):
     assert config.validate({"inputs": ["in.fasta"], key: str(scalar)}, SCHEMA_PATH)[key] == [scalar]
 
 
+def test_a_bare_off_which_yaml_reads_as_false_is_off(refused):
+    for text in ("parity: off", 'parity: "off"', "parity: false"):
+        assert validate(**yaml.safe_load(text))["parity"] == "off"
+    assert (validate()["parity"], validate(parity="warn")["parity"]) == ("fail", "warn")
+    with refused("parity: 'on' is not one of ['fail', 'warn', 'off']"):
+        validate(parity="on")
+
+
 def test_a_wrong_scalar_is_explained_like_a_wrong_item(refused):
     for value in ("last", ["last"]):
         with refused("config: layers: 'last' is not of type 'integer' (Which hidden layers to store"):
