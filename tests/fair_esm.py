@@ -1,0 +1,57 @@
+"""This engine's arrays against fair-esm in float64, by the limits of the parity receipt."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoints
+from lengthwise.esm2.accuracy import Reference, Verdict, judge
+from lengthwise.esm2.devices import DTYPES
+from lengthwise.esm2.reference import reference_rows
+
+CPU = torch.device("cpu")
+
+
+def references(
+    path: Path, sequences: Sequence[bytes], layers: Sequence[int], precisions: Iterable[str] = DTYPES
+) -> dict[str, dict[int, Reference]]:
+    """{precision: {layer: the truth, and fair-esm's own error in that type}}"""
+    truth = reference_rows(path, CPU, torch.float64, sequences, layers)
+    found = {}
+    for precision in precisions:
+        rows = reference_rows(path, CPU, DTYPES[precision], sequences, layers)
+        found[precision] = {layer: Reference.of(truth[layer], rows[layer], 1.0) for layer in layers}
+    return found
+
+
+def verdicts(
+    arrays: dict[str, np.ndarray], reference: dict[int, Reference], precision: str, stored: str = "float32"
+) -> dict[str, Verdict]:
+    """{tensor: verdict}"""
+    found = {}
+    for name, rows in arrays.items():
+        output, layer = name.split("_")
+        own = reference[int(layer)]
+        found[name] = judge(rows, own.right(output), own, precision, stored)
+    return found
+
+
+def share_of_limit(*given, **options) -> float:
+    """Of the tensor that is nearest to its limit, or furthest beyond."""
+    return max(verdict.share_of_limit for verdict in verdicts(*given, **options).values())
+
+
+def assert_right(
+    arrays: dict[str, np.ndarray], reference: dict[int, Reference], precision: str, kind: str = "flat"
+) -> None:
+    """The receipt passes, and the typical channel of the residues with a margin of 2.
+
+    Errors on sharp attention are heavy-tailed: a token whose attention flips decides a channel, or the few rows of `bos`. Over 10
+    seeds of each kind the residues' typical channel took at most 0.45 of its limit (q,k x 8: 0.51), anything else 0.86.
+    """
+    for name, verdict in verdicts(arrays, reference, precision).items():
+        typical = verdict.channel is None and name.startswith("layer_")
+        margin = 0.5 if typical and kind not in checkpoints.CHAOTIC else 1
+        assert verdict.share_of_limit <= margin, f"{name} in {precision}: {verdict}"
