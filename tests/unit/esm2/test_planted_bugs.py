@@ -89,6 +89,8 @@ BUGS: dict[str, Callable] = {
     "a neighbour's row": give_a_neighbours_rows,
 }
 NO_BUG_IN_FLOAT32 = {"rounded softmax"}
+# Next to channels of 30,000 float32's own rounding is as large; on every other kind it is caught.
+WITHIN_ROUNDING = {("massive 30,000", "no key bias")}
 # Whatever the rounding: rows of another model or another residue are about a spread away.
 CAUGHT_IN_EVERY_TYPE = {"angles x -1.7", "sign of rotate-half", "swapped layers", "a neighbour's row"}
 # On flat attention fair-esm's rounding hides less.
@@ -139,7 +141,7 @@ def test_a_planted_bug_is_caught(case, bug, monkeypatch):
     }
     for precision, rows in bugged.items():  # the same engine and batch give equal bits, and the bug others
         assert any(not np.array_equal(rows[name], right) for name, right in case.unbugged[precision].items())
-    if bug not in NO_BUG_IN_FLOAT32:
+    if bug not in NO_BUG_IN_FLOAT32 and (case.kind, bug) not in WITHIN_ROUNDING:
         assert shares["float32"] > 1
     for precision in HALF:
         if bug in CAUGHT_IN_EVERY_TYPE or (case.kind == "flat" and bug in CAUGHT_ON_FLAT[precision]):
