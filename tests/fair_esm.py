@@ -46,12 +46,10 @@ def share_of_limit(*given, **options) -> float:
 def assert_right(
     arrays: dict[str, np.ndarray], reference: dict[int, Reference], precision: str, kind: str = "flat"
 ) -> None:
-    """The receipt passes, and the typical channel of the residues with a margin of 2.
+    """The receipt passes, with a margin that a whole distribution of checkpoints needs.
 
-    Errors on sharp attention are heavy-tailed: a token whose attention flips decides a channel, or the few rows of `bos`. Over 10
-    seeds of each kind the residues' typical channel took at most 0.45 of its limit (q,k x 8: 0.51), anything else 0.86.
+    Errors on sharp attention are heavy-tailed: a token whose attention flips decides a channel, or the few rows of `bos`.
     """
+    margin = 1.0 if kind in checkpoints.CHAOTIC else 0.6
     for name, verdict in verdicts(arrays, reference, precision).items():
-        typical = verdict.channel is None and name.startswith("layer_")
-        margin = 0.5 if typical and kind not in checkpoints.CHAOTIC else 1
         assert verdict.share_of_limit <= margin, f"{name} in {precision}: {verdict}"

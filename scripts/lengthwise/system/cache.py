@@ -24,7 +24,6 @@ def private_cache(name: str) -> Path | None:
 
 
 def _candidates() -> Iterator[Path]:
-    if base := os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"):
-        yield Path(base, "lengthwise")
-    if base := os.environ.get("TMPDIR"):
-        yield Path(base, f"lengthwise-{os.getuid()}")  # TMPDIR may be one for all users
+    yield Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lengthwise")
+    if folder := os.environ.get("TMPDIR"):
+        yield Path(folder, f"lengthwise-{os.getuid()}")  # TMPDIR may be one for all users

@@ -369,6 +369,17 @@ def test_a_twin_in_float32_that_does_not_fit_leaves_the_stored_rows_compared(new
     assert receipt["stored"]["share_of_limit"] < 0.6
 
 
+def test_rows_that_no_type_so_coarse_can_tell_from_wrong_ones_are_not_compared(new, monkeypatch, caplog):
+    monkeypatch.setattr(comparison, "SATURATED", 1e-4)
+    caplog.set_level("INFO")
+    store, (job,) = new(precision="bfloat16")
+    receipt = store.embed(job)["parity"]
+    assert receipt["stored"] is None
+    assert receipt["engine"]["share_of_limit"] < 0.6
+    assert "fair-esm in bfloat16 moves a channel by" in receipt["not_compared"]["stored rows"]
+    assert "not compared: stored rows, because" in caplog.text
+
+
 def test_a_type_that_is_too_coarse_for_the_model_is_warned_of(new, monkeypatch, caplog):
     monkeypatch.setattr(parity, "COARSE", 1e-4)
     store, (job,) = new(precision="bfloat16")
