@@ -34,7 +34,7 @@ def full(small_store, random_proteins, tmp_path_factory):
             export(folder, kind)
     scaling = store.path / "report" / "scaling.tsv"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "LENGTHS", (50, 100))
+        patch.setitem(measure.LENGTHS, "cpu", (50, 100))
         measure.scaling(store.config["model"], "cpu", "float32", scaling, seconds=2.0)
     manifests = {name: folder / "manifest.json" for name, folder in folders.items()}
     summarize(store.path, store.jobs_tsv, manifests, scaling, scaling.parent)
