@@ -442,6 +442,8 @@ def test_captions_answer_their_questions_with_measurements(store):
     assert (
         "cop" not in text[text.index("What does half precision save?") : text.index("Details")]
     )  # a CPU copies nothing
+    assert "The lines are fits" in text
+    assert "Too few lengths" not in text
     assert pd.read_csv(store.folder / "report" / "scaling.tsv", sep="\t")["copy_out_ms"].isna().all()
 
 
@@ -455,6 +457,7 @@ def test_a_fit_of_scattered_points_is_not_stated(store, monkeypatch):
     )
     _, page = store.job({"s0": batches_of("s0", 4)}).dataset("a").summarize()
     assert re.search("time, Lengthwise, float32 +not determined", Page(page).text)
+    assert ("Too few lengths were measured to fit a line." in page) != ("The lines are fits" in page)
     assert not re.search("left out|6 d - 2", page)
     assert labels.count("Lengthwise, fit") == 1  # the fit of memory, which does not scatter
 
