@@ -5,11 +5,15 @@ import ctypes
 import os
 import random
 import shutil
+import signal
 import warnings
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+# A shell's background jobs ignore SIGINT, and so would runs that tests interrupt.
+with suppress(ValueError):  # not in the main thread
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Workers and the runs that they start share the cores, where threads that spin while they wait take time from the others. Read
 # once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
