@@ -369,11 +369,11 @@ def test_long_proteins_match_fair_esm_in_the_8m_shape(tmp_path, length):
         pytest.skip(f"fair-esm needs {needed / 1e9:.1f} GB for {length:,} residues")
     path, (sequence,) = tmp_path / "8M.pt", random_sequences([length])
     checkpoints.write(path, MODELS["esm2_t6_8M_UR50D"], "massive 3,000")
-    truth, in_bfloat16 = (
-        reference_rows(path, CPU, dtype, [sequence], [6])[6] for dtype in (torch.float32, torch.bfloat16)
-    )
+    truth = reference_rows(path, CPU, torch.float32, [sequence], [6])[6]
     share = 1e-5  # of the spread, about fair-esm's own error in float32: 3e-6 at 1,000 residues, against float64
-    for precision, theirs in (("float32", None), ("bfloat16", in_bfloat16)):
+    # Freed memory is kept, so a second type would need half as much again.
+    for precision in ("float32", "bfloat16") if length < 2_000 else ("float32",):
+        theirs = reference_rows(path, CPU, torch.bfloat16, [sequence], [6])[6] if precision == "bfloat16" else None
         reference = Reference.of(truth, theirs, share)
         ours = embed(path, [sequence], [6], precision).arrays["layer_6"]
         assert share_of_limit({"layer_6": ours}, {6: reference}, precision) <= 1
