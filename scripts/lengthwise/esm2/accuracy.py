@@ -42,6 +42,7 @@ class Reference:
         """Measure fair-esm's error; where there are no (finite) rows of it, it is taken for a share of the spread."""
         tokens = np.concatenate(truth)  # [T, D]
         spread = np.concatenate([rows[1:-1] for rows in truth]).std(0)  # [D]
+        spread[spread <= ROUNDING["float32"][0] * rms(tokens)] = 0  # equal residues at layer 0
         error = lacking_share * spread
         if fair_esm is not None and np.isfinite(rows := np.concatenate(fair_esm)).all():
             error = rms(rows - tokens)
@@ -96,8 +97,9 @@ def judge(rows: np.ndarray, right: np.ndarray, reference: Reference, computed: s
     typical_limit = min(typical_limit, MOST) + reference.share(rounding)
     limits = WORST * (1 + sqrt(2 * log(width) / n)) * reference.error + rounding  # [D]
     channel = int(np.argmax(error / limits))
-    if typical / typical_limit >= error[channel] / limits[channel]:
-        return Verdict(typical / typical_limit, None, typical, typical_limit)
+    typical_share = typical / typical_limit if typical_limit else 0.0
+    if typical_share >= error[channel] / limits[channel]:
+        return Verdict(typical_share, None, typical, typical_limit)
     spread = max(float(reference.spread[channel]), np.finfo(float).tiny)
     share = float(error[channel] / limits[channel])
     return Verdict(share, channel, float(error[channel]) / spread, float(limits[channel]) / spread)

@@ -144,6 +144,8 @@ class Parity:
         if not had_twin:
             engine.twin = None
         _free_bytes(engine.device)
+        if "skipped" not in receipt and not receipt["engine"] and not receipt["stored"]:
+            receipt = {"skipped": "; ".join(f"{what}: {why}" for what, why in receipt["not_compared"].items())}
         if "skipped" in receipt:
             self._skip(receipt["skipped"])
             return
@@ -151,19 +153,19 @@ class Parity:
         self._judge(receipt, sorted({path.stem for path in sample.shards}), made)
 
     def bring_back(self, shards: Iterable[str]) -> None:
-        """Take shards out of quarantine that a miss put there, where the policy accepts it."""
-        if self.policy == "fail":
+        """Take shards out of quarantine that a miss on this device put there, where the policy accepts it."""
+        receipt = self.read()
+        if self.policy == "fail" or not receipt or not receipt.get("quarantined"):
             return
-        missed: set[str] = set()
-        for path in (self.store / "parity").glob("*.json"):
-            with suppress(LengthwiseError):
-                missed.update(read_json(path, "parity")["parity"].get("quarantined", ()))
+        missed = set(receipt["quarantined"])
         for shard in missed.intersection(shards):
             path = shard_path(self.store, shard)
             if _quarantined(path).exists() and not path.exists():
                 with writing(path):
                     _quarantined(path).rename(path)
                 log.warning("%s is back from quarantine (parity: %s)", path, self.policy)
+            missed.remove(shard)  # or a copy that is damaged later would come back
+        self._write(receipt | {"quarantined": sorted(missed)})
 
     def _skip(self, reason: str) -> None:
         self.skipped = reason
