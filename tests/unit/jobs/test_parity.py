@@ -421,3 +421,18 @@ def test_the_float32_twin_is_loaded_once_a_job_and_not_kept_for_the_receipt_alon
     assert store.work_order(job)["shard"].nunique() > 2
     store.embed(job, parity="off")
     assert loaded == ["bfloat16", "float32"]
+
+
+def test_one_homopolymer_whose_rows_are_all_alike_is_compared(new):
+    store, (job,) = new({"a": "A" * 30}, layers=[0], outputs=["residue", "mean", "bos"])
+    receipt = store.embed(job)["parity"]
+    assert receipt["engine"]["share_of_limit"] <= 1
+    assert receipt["stored"]["share_of_limit"] <= 1
+
+
+def test_a_shard_comes_back_once(new, refused, wrong_frequencies):
+    store, (job,) = new()
+    with refused("times the limit"):
+        store.embed(job)
+    store.embed(job, parity="warn")
+    assert receipts(store)[0]["quarantined"] == []
