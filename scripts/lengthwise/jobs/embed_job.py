@@ -101,13 +101,13 @@ def embed_job(
     checkpoint = require_unchanged(store, settings["weights_sha256"])
     job, started = work_order.stem, datetime.now(UTC)
     maker = {"device": device_name(torch_device), "versions": versions()}
-    gate = Parity(store, settings, maker, parity)
-    gate.require_no_miss()
-    shards, pending = _read_shards(store, work_order, settings["fingerprint"], gate)
+    receipt = Parity(store, settings, maker, parity)
+    receipt.require_no_miss()
+    shards, pending = _read_shards(store, work_order, settings["fingerprint"], receipt)
     progress = Progress(job, sum(int(shard.lengths.sum()) for shard in pending))
     with Heartbeat(store, job, device_name(torch_device), progress.state):  # until the job record is there
         made = _Made(set(), None, 0.0, None)
-        if pending or gate.is_due:
+        if pending or receipt.is_due:
             made = _make(
                 store,
                 settings,
@@ -119,9 +119,9 @@ def embed_job(
                 batch_tokens,
                 deadline,
                 work_order,
-                gate,
+                receipt,
             )
-        gate.require_no_miss(made.shards)
+        receipt.require_no_miss(made.shards)
         record = {
             "job": job,
             **_contents(store, shards, made.shards),
@@ -130,7 +130,7 @@ def embed_job(
             "precision": settings["precision"],
             "batch_tokens": made.batch_tokens,
             "threads": torch.get_num_threads(),
-            "parity": gate.result(),
+            "parity": receipt.result(),
             "started": started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "load_seconds": round(made.load_seconds, 3),
@@ -143,12 +143,12 @@ def embed_job(
 
 
 def _read_shards(
-    store: Path, work_order: Path, fingerprint: str, gate: Parity
+    store: Path, work_order: Path, fingerprint: str, receipt: Parity
 ) -> tuple[list[PlannedShard], list[PlannedShard]]:
     """All shards of a work order, and those that do not exist yet, with the sequences that they are to hold."""
     try:
         shards = list(read_work_order(work_order, fingerprint))
-        gate.bring_back(shard.name for shard in shards)
+        receipt.bring_back(shard.name for shard in shards)
         pending = [s for s in shards if not is_complete(shard_path(store, s.name), s.digests, fingerprint)]
         add_sequences(store, pending)
     except DamagedError as error:
@@ -171,7 +171,7 @@ def _make(
     batch_tokens: int | str,
     deadline: float,
     work_order: Path,
-    gate: Parity,
+    receipt: Parity,
 ) -> _Made:
     """Load the model, make the pending shards, and take the parity receipt where it is due."""
     began = time.perf_counter()
@@ -182,12 +182,12 @@ def _make(
     progress.start()
     with ShardPipeline(store, settings, engine, progress, deadline, work_order) as pipeline:
         made: set[str] = set()
-        if gate.is_due:  # of the shortest sequences, because the comparison takes a share of the job's time
+        if receipt.is_due:  # of the shortest sequences, because the comparison takes a share of the job's time
             first, pending = pending[:1], pending[1:]
             made = pipeline.make(first, tokens, later=len(pending))
             began = time.perf_counter()
             seconds = progress.seconds * progress.total / max(progress.done, 1)
-            gate.compare(engine, first or shards, made, seconds)
+            receipt.compare(engine, first or shards, made, seconds)
             progress.exclude(time.perf_counter() - began)
         # Longest sequences first, so that one that does not fit shows at once.
         made |= pipeline.make(pending[::-1], tokens)

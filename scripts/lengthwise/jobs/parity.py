@@ -24,7 +24,7 @@ from lengthwise.esm2.engine import Engine
 from lengthwise.jobs import comparison
 from lengthwise.jobs.parity_sample import choose_sample
 from lengthwise.plan.process import PARITY_SECONDS, PARITY_SHARE
-from lengthwise.store.paths import QUARANTINE_ENDING, shard_path
+from lengthwise.store.paths import quarantined, shard_path
 from lengthwise.system.files import fsync_folder, read_json, write_json, writing
 from lengthwise.system.machine import host_available
 
@@ -160,9 +160,9 @@ class Parity:
         missed = set(receipt["quarantined"])
         for shard in missed.intersection(shards):
             path = shard_path(self.store, shard)
-            if _quarantined(path).exists() and not path.exists():
+            if quarantined(path).exists() and not path.exists():
                 with writing(path):
-                    _quarantined(path).rename(path)
+                    quarantined(path).rename(path)
                 log.warning("%s is back from quarantine (parity: %s)", path, self.policy)
             missed.remove(shard)  # or a copy that is damaged later would come back
         self._write(receipt | {"quarantined": sorted(missed)})
@@ -204,7 +204,7 @@ class Parity:
         for shard in shards:
             path = shard_path(self.store, shard)
             with suppress(FileNotFoundError), writing(path):
-                path.rename(_quarantined(path))
+                path.rename(quarantined(path))
                 fsync_folder(path.parent)
                 moved.append(shard)
         return moved
@@ -212,7 +212,7 @@ class Parity:
     def _where(self, moved: list[str]) -> str:
         if not moved:
             return ""
-        first, more = _quarantined(shard_path(self.store, moved[0])), len(moved) - 1
+        first, more = quarantined(shard_path(self.store, moved[0])), len(moved) - 1
         return f"; in quarantine: {first}{f' and {more} more' if more else ''}"
 
 
@@ -264,10 +264,6 @@ def moves_in_words(receipt: dict, precision: str) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2g} %"
-
-
-def _quarantined(path: Path) -> Path:
-    return path.with_name(path.name + QUARANTINE_ENDING)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.store.paths import QUARANTINE_ENDING
+from lengthwise.store.paths import quarantined
 from lengthwise.system.files import fsync_folder
 
 # Causes in the file itself (None: its content). Others, such as a missing permission, say nothing about the file.
@@ -28,7 +28,7 @@ def quarantine(problems: list[Problem]) -> list[Path]:
     """Rename the files of the problems, so that the next run makes them again; returns their new paths."""
     moved = []
     for path in sorted({problem.path for problem in problems if problem.path and problem.path.exists()}):
-        moved.append(path.with_name(path.name + QUARANTINE_ENDING))
+        moved.append(quarantined(path))
         os.replace(path, moved[-1])
         fsync_folder(path.parent)
     return moved

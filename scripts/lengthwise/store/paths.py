@@ -9,6 +9,11 @@ _COMPRESSION_ENDING = re.compile(r"\.(gz|bgz|zst)$", re.IGNORECASE)
 _FASTA_ENDING = re.compile(r"\.(fasta|fas|fa|faa|fsa|mpfa|pep|seq)$", re.IGNORECASE)
 
 
+def quarantined(path: Path) -> Path:
+    """Where a file lies in quarantine."""
+    return path.with_name(path.name + QUARANTINE_ENDING)
+
+
 def store_name(model: str) -> str:
     """The name of a model's store: the model's name, or the file stem of a checkpoint given by path."""
     return dataset_name(Path(model).stem) if model.endswith(".pt") else model

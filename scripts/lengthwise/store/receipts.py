@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.store.paths import QUARANTINE_ENDING
+from lengthwise.store.paths import quarantined
 from lengthwise.system.files import damaged_files, facts, read_json, write_json
 
 RECEIPT = "receipt.json"
@@ -43,7 +43,7 @@ def read_receipt(folder: Path) -> dict | None:
     try:
         return read_json(path, "files")
     except FileNotFoundError:
-        if path.with_name(RECEIPT + QUARANTINE_ENDING).exists():
+        if quarantined(path).exists():
             raise LengthwiseError(f"{path}: is in quarantine; run snakemake: it is made again") from None
         return None
 
