@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, overload
 if TYPE_CHECKING:
     import numpy as np
 
+# Residues of the longest proteins that ESM-2 was trained on (Lin et al. 2023, doi:10.1126/science.ade2574).
+TRAINED_RESIDUES = 1022
 # Tokens per batch where `batch_tokens` is auto. On a CPU larger batches cost memory and gain no speed.
 AUTO_BATCH_TOKENS = {"cpu": 2_048, "cuda": 32_768}
 # Share of a GPU's free memory that a batch may take; the rest is for what the formula leaves out and for other processes.

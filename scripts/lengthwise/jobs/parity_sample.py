@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lengthwise.esm2.shapes import ModelConfig
+from lengthwise.esm2.shapes import TRAINED_RESIDUES, ModelConfig
 from lengthwise.esm2.status import Status
 from lengthwise.store.paths import shard_path
 from lengthwise.store.settings import shape_of
@@ -16,8 +16,8 @@ from lengthwise.system.text import count
 if TYPE_CHECKING:
     from lengthwise.plan.work_orders import PlannedShard
 
-# Of one sequence (ESM-2's training length), and of the padded batch.
-MAX_RESIDUES, MAX_TOKENS = 1022, 1_000
+# Of the padded batch.
+MAX_TOKENS = 1_000
 # Their places among the job's sequences, which are sorted by length, in the order in which they are taken.
 QUANTILES = (0, 0.5, 0.25, 0.75, 1)
 # With fewer residues a channel has no spread to speak of.
@@ -63,9 +63,9 @@ def choose_sample(
     lengths = np.concatenate([shard.lengths for shard in shards])
     starts = np.cumsum([0, *(len(shard.lengths) for shard in shards)])
     known = np.array([sequence != b"" for shard in shards for sequence in shard.sequences])
-    fit = np.flatnonzero((status == Status.GOOD) & (lengths <= MAX_RESIDUES) & known)
+    fit = np.flatnonzero((status == Status.GOOD) & (lengths <= TRAINED_RESIDUES) & known)
     if not len(fit):
-        return f"the job has no sequence of at most {MAX_RESIDUES:,} residues with finite rows"
+        return f"the job has no sequence of at most {TRAINED_RESIDUES:,} residues with finite rows"
     candidates = dict.fromkeys(fit[int(quantile * (len(fit) - 1))] for quantile in QUANTILES)
     lack = None
     for truth in ("float64", "float32"):

@@ -13,9 +13,9 @@ import pandas as pd
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.costs import result_bytes_per_token
-from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MEMORY_MARGIN, MOST_AT_ONCE, ModelConfig
+from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MEMORY_MARGIN, MOST_AT_ONCE, TRAINED_RESIDUES, ModelConfig
 from lengthwise.plan.cuts import Sizes, cut_work
-from lengthwise.plan.forecast_text import TRAINED, text
+from lengthwise.plan.forecast_text import text
 from lengthwise.plan.throughput import CARDS, Rate, card_precision, rates
 from lengthwise.store.layout import layout
 from lengthwise.store.settings import shape_of
@@ -164,7 +164,7 @@ def _dataset(name: str, folder: Path, lengths: pd.DataFrame) -> dict:
     if len(length):
         middle = int(length[np.searchsorted(np.cumsum(n), n.sum() / 2)])
         row |= {"shortest": int(length[0]), "median": middle, "longest": int(length[-1])}
-    row["beyond_trained"] = int(n[length > TRAINED].sum())
+    row["beyond_trained"] = int(n[length > TRAINED_RESIDUES].sum())
     return row
 
 

@@ -2,10 +2,9 @@
 
 import textwrap
 
+from lengthwise.esm2.shapes import TRAINED_RESIDUES
 from lengthwise.system.text import count, duration, size
 
-# Residues of the longest sequences that ESM-2 was trained on.
-TRAINED = 1022
 DATASETS_SHOWN = 20
 
 
@@ -74,7 +73,9 @@ def _dataset_lines(row: dict) -> list[str]:
         first = f"{row['shortest']:,} to " if row["shortest"] != row["longest"] else ""
         lines.append(f"{first}{count(row['longest'], 'residue')}, median {row['median']:,}")
     if row["beyond_trained"]:
-        lines.append(f"{row['beyond_trained']:,} longer than the {TRAINED:,} residues that ESM-2 was trained on")
+        lines.append(
+            f"{row['beyond_trained']:,} longer than the {TRAINED_RESIDUES:,} residues that ESM-2 was trained on"
+        )
     return lines
 
 

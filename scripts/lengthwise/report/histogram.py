@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from lengthwise.esm2.shapes import TRAINED_RESIDUES
 from lengthwise.report.figures import styled
-from lengthwise.report.proteins import TRAINED
 from lengthwise.report.svg import BLUE, CARD, PURPLE, VERMILION, Plot
 from lengthwise.system.text import count
 
@@ -23,10 +23,10 @@ def histogram(lengths: pd.DataFrame) -> Plot | str:
     if not len(lengths):
         return "No record has a residue, so there is no histogram of lengths."
     plot = Plot("Length (residues)", "Records", size=(4.4, 3.5))
-    rejected, beyond = lengths["status"] == "rejected", lengths["length_from"] > TRAINED
+    rejected, beyond = lengths["status"] == "rejected", lengths["length_from"] > TRAINED_RESIDUES
     parts = {
-        f"embedded, up to {TRAINED:,}": (~rejected & ~beyond, BLUE),
-        f"embedded, beyond {TRAINED:,}": (~rejected & beyond, PURPLE),
+        f"embedded, up to {TRAINED_RESIDUES:,}": (~rejected & ~beyond, BLUE),
+        f"embedded, beyond {TRAINED_RESIDUES:,}": (~rejected & beyond, PURPLE),
         "rejected": (rejected, VERMILION),
     }
     heights = pd.Series(0, index=np.sort(lengths["length_from"].unique()))

@@ -7,13 +7,13 @@ import duckdb
 import numpy as np
 import pandas as pd
 
+from lengthwise.esm2.shapes import TRAINED_RESIDUES
 from lengthwise.system.database import out_of_core
 from lengthwise.system.files import scratch_folder
 
-TRAINED = 1022  # residues of the longest proteins that ESM-2 was trained on
 MAX_AT_ONCE = 10_000_000  # sequences of a pass over the digests, which take about 50 bytes each
 # Four bins an octave. One begins right after the training length, so that none is on both sides of it.
-BOUNDS = np.unique(np.rint((TRAINED + 1) * 2.0 ** (np.arange(-40, 84) / 4)).astype(int))
+BOUNDS = np.unique(np.rint((TRAINED_RESIDUES + 1) * 2.0 ** (np.arange(-40, 84) / 4)).astype(int))
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def count_proteins(manifests: dict[str, Path], spill: Path, memory_bytes: int = 
             " ASOF JOIN bins ON counted.length >= bins.length_from GROUP BY ALL ORDER BY dataset, status, length_from"
         ).df()
         by_dataset = database.execute(
-            f"SELECT dataset, coalesce(sum(records) FILTER (length > {TRAINED}), 0)::BIGINT AS beyond_training,"
+            f"SELECT dataset, coalesce(sum(records) FILTER (length > {TRAINED_RESIDUES}), 0)::BIGINT AS beyond_training,"
             " max(length)::BIGINT AS longest FROM counted WHERE status = 'accepted' GROUP BY dataset"
         ).df()
     return Proteins(

@@ -11,18 +11,19 @@ from markupsafe import Markup
 
 from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
+from lengthwise.esm2.shapes import TRAINED_RESIDUES
 from lengthwise.plan.planner import read_jobs
 from lengthwise.report import figures, tables
 from lengthwise.report.histogram import histogram
 from lengthwise.report.pca import Projection, project
-from lengthwise.report.proteins import TRAINED, Proteins, count_proteins
+from lengthwise.report.proteins import Proteins, count_proteins
 from lengthwise.report.study.facts import study_facts, why_skipped
 from lengthwise.report.study.fits import Fit, as_table, fit_all
 from lengthwise.report.study.schema import SCALING, no_study, read_scaling
 from lengthwise.report.svg import Plot, save
 from lengthwise.report.words import REASONS, measures_in_words
 from lengthwise.store.metrics import find_undamaged, read_encoded
-from lengthwise.store.paths import QUARANTINE_ENDING, job_record_path
+from lengthwise.store.paths import job_record_path, quarantined
 from lengthwise.store.receipts import write_receipt
 from lengthwise.store.settings import require, shape_of
 from lengthwise.system.files import atomic, read_json, writing
@@ -102,7 +103,7 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
     page = _template().render(
         facts=facts,
         settings=settings,
-        trained=TRAINED,
+        trained=TRAINED_RESIDUES,
         ledger=ledger[:SHOWN],
         proteins=proteins,
         by_dataset=proteins.by_dataset.head(SHOWN).to_dict("index"),
@@ -137,7 +138,7 @@ def _measured_study(scaling: Path) -> pd.DataFrame:
         return read_scaling(scaling)
     except LengthwiseError as error:
         with writing(scaling):
-            scaling.rename(scaling.with_name(scaling.name + QUARANTINE_ENDING))
+            scaling.rename(quarantined(scaling))
         raise LengthwiseError(f"{error}; it is in quarantine: run snakemake again, which measures it again") from error
 
 
