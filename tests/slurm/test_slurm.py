@@ -68,13 +68,11 @@ def test_the_profiles_examples_are_what_a_site_gets(whole):
     assert all("gpu:a100:1" in tres for tres in whole.jobs[of_model]["TresPerJob"])
 
 
-def test_two_jobs_embed_at_once_on_different_devices_beside_rules_of_the_cpu(whole):
+def test_two_jobs_embed_at_once_on_different_devices(whole):
     jobs = whole.jobs.assign(**{name: pd.to_datetime(whole.jobs[name]) for name in ("StartTime", "EndTime")})
     embed = [job | {"gpu": gpu_of(whole.project, job)} for job in jobs[jobs["rule"] == "embed"].to_dict("records")]
     at_once = [(a, b) for a, b in combinations(embed, 2) if overlap(a, b)]
     assert {frozenset((a["gpu"], b["gpu"])) for a, b in at_once} == {frozenset("01")}
-    on_gpu = jobs["rule"].isin(GPU_RULES)
-    assert any(overlap(a, b) for a in jobs[on_gpu].to_dict("records") for b in jobs[~on_gpu].to_dict("records"))
 
 
 def overlap(a, b) -> bool:
@@ -190,7 +188,7 @@ def test_the_last_lines_name_each_job_once(last_ends):
 
 def test_a_job_that_a_control_group_kills_is_named_and_the_advice_of_the_last_line_lets_it_finish(by_group):
     assert by_group.first.run.code != 0
-    assert re.search(r'killed for memory \(\S+: "Detected 1 oom[-_]kill event', by_group.first.lines["memory"])
+    assert re.search(r'killed for memory \(\S+: "Detected \d+ oom[-_]kill event', by_group.first.lines["memory"])
     assert by_group.advised == "embed:mem_mb=600"
     assert by_group.second.code == 0, by_group.second.output
 
