@@ -21,7 +21,7 @@ from lengthwise.esm2.meters import driver_version
 from lengthwise.esm2.outputs import Output
 from lengthwise.esm2.status import Status
 from lengthwise.jobs.heartbeat import Heartbeat
-from lengthwise.jobs.parity import Parity
+from lengthwise.jobs.parity import Parity, ParityError
 from lengthwise.jobs.pipeline import Progress, ShardPipeline
 from lengthwise.plan.work_orders import (
     DamagedError,
@@ -102,43 +102,46 @@ def embed_job(
     job, started = work_order.stem, datetime.now(UTC)
     maker = {"device": device_name(torch_device), "versions": versions()}
     receipt = Parity(store, settings, maker, parity)
-    receipt.require_no_miss()
     shards, pending = _read_shards(store, work_order, settings["fingerprint"], receipt)
     progress = Progress(job, sum(int(shard.lengths.sum()) for shard in pending))
-    with Heartbeat(store, job, device_name(torch_device), progress.state):  # until the job record is there
-        made = _Made(set(), None, 0.0, None)
-        if pending or receipt.is_due:
-            made = _make(
-                store,
-                settings,
-                checkpoint,
-                torch_device,
-                shards,
-                pending,
-                progress,
-                batch_tokens,
-                deadline,
-                work_order,
-                receipt,
-            )
-        receipt.require_no_miss(made.shards)
-        record = {
-            "job": job,
-            **_contents(store, shards, made.shards),
-            "made_residues": progress.done,
-            **maker,
-            "precision": settings["precision"],
-            "batch_tokens": made.batch_tokens,
-            "threads": torch.get_num_threads(),
-            "parity": receipt.result(),
-            "started": started.isoformat(timespec="seconds"),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "load_seconds": round(made.load_seconds, 3),
-            "loaded_bytes": made.loaded_bytes,
-            "embed_seconds": round(progress.seconds, 3),
-        }
-        require_planned(work_order)  # or the shards would be in two job records
-        write_json(job_record, record)
+    try:
+        with Heartbeat(store, job, device_name(torch_device), progress.state):  # until the job record is there
+            receipt.require_no_miss()
+            made = _Made(set(), None, 0.0, None)
+            if pending or receipt.is_due:
+                made = _make(
+                    store,
+                    settings,
+                    checkpoint,
+                    torch_device,
+                    shards,
+                    pending,
+                    progress,
+                    batch_tokens,
+                    deadline,
+                    work_order,
+                    receipt,
+                )
+            receipt.require_no_miss()
+            record = {
+                "job": job,
+                **_contents(store, shards, made.shards),
+                "made_residues": progress.done,
+                **maker,
+                "precision": settings["precision"],
+                "batch_tokens": made.batch_tokens,
+                "threads": torch.get_num_threads(),
+                "parity": receipt.result(),
+                "started": started.isoformat(timespec="seconds"),
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+                "load_seconds": round(made.load_seconds, 3),
+                "loaded_bytes": made.loaded_bytes,
+                "embed_seconds": round(progress.seconds, 3),
+            }
+            require_planned(work_order)  # or the shards would be in two job records
+            write_json(job_record, record)
+    except ParityError as miss:  # those of an earlier process too, which was killed before it compared
+        raise ParityError(f"{miss}{receipt.quarantine_missed(shard.name for shard in shards)}") from miss
     return record
 
 
@@ -180,7 +183,7 @@ def _make(
     tokens = engine.auto_batch_tokens() if isinstance(batch_tokens, str) else batch_tokens
     load_seconds = time.perf_counter() - began
     progress.start()
-    with ShardPipeline(store, settings, engine, progress, deadline, work_order) as pipeline:
+    with ShardPipeline(store, settings, engine, progress, deadline, work_order, receipt.require_no_miss) as pipeline:
         made: set[str] = set()
         if receipt.is_due:  # of the shortest sequences, because the comparison takes a share of the job's time
             first, pending = pending[:1], pending[1:]

@@ -16,6 +16,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from lengthwise.errors import LengthwiseError
@@ -24,7 +26,7 @@ from lengthwise.esm2.engine import Engine
 from lengthwise.jobs import comparison
 from lengthwise.jobs.parity_sample import choose_sample
 from lengthwise.plan.process import PARITY_SECONDS, PARITY_SHARE
-from lengthwise.store.paths import quarantined, shard_path
+from lengthwise.store.paths import find_metrics, quarantined, shard_path
 from lengthwise.system.files import fsync_folder, read_json, write_json, writing
 from lengthwise.system.machine import host_available
 
@@ -50,8 +52,7 @@ class Parity:
     maker
         The device's name and the versions; each combination has a receipt of its own.
     policy
-        fail: a miss quarantines this process's shards and ends the job. warn: it is recorded and warned of. off: nothing is
-        compared.
+        fail: a miss ends the job. warn: it is recorded and warned of. off: nothing is compared.
     """
 
     def __init__(self, store: Path, settings: dict, maker: dict, policy: str):
@@ -60,6 +61,7 @@ class Parity:
         key = hashlib.sha256(json.dumps(maker, sort_keys=True).encode()).hexdigest()[:8]
         self.path = store / "parity" / f"{name}-{key}.json"
         self.skipped = "parity: off" if policy == "off" else ""  # why nothing was compared
+        self._warned = False
 
     @property
     def is_due(self) -> bool:
@@ -78,13 +80,8 @@ class Parity:
         receipt = None if self.policy == "off" else self.read()
         return receipt or {"skipped": self.skipped}
 
-    def require_no_miss(self, made: Collection[str] = ()) -> None:
-        """Stop, or warn, where any job has recorded a miss.
-
-        Parameters
-        ----------
-        made
-            The shards that this process has made; they are quarantined.
+    def require_no_miss(self) -> None:
+        """Stop, or warn once, where any job has recorded a miss.
 
         Raises
         ------
@@ -94,16 +91,13 @@ class Parity:
         receipt = self.read()
         if self.policy == "off" or not receipt or "miss" not in receipt:
             return
-        if self.policy == "warn":
+        if self.policy == "fail":
+            raise ParityError(
+                f"{receipt['miss']}; recorded in {self.path}; {_WAY_OUT}, or remove that file to compare again"
+            )
+        if not self._warned:
+            self._warned = True
             log.warning("parity: %s (%s)", receipt["miss"], self.path)
-            return
-        moved = self._quarantine(made)
-        if moved:
-            self._write(receipt | {"quarantined": sorted({*receipt.get("quarantined", ()), *moved})})
-        raise ParityError(
-            f"{receipt['miss']}; an earlier job recorded it in {self.path}{self._where(moved)}; {_WAY_OUT}, or remove "
-            "that file to compare again"
-        )
 
     def compare(self, engine: Engine, shards: "list[PlannedShard]", made: Collection[str], job_seconds: float) -> None:
         """Take the receipt, once the job's first shard is there.
@@ -152,20 +146,28 @@ class Parity:
         receipt["seconds"] = round(perf_counter() - began, 3)
         self._judge(receipt, sorted({path.stem for path in sample.shards}), made)
 
+    def quarantine_missed(self, shards: Iterable[str]) -> str:
+        """Quarantine those shards that were made on this device, if a miss is recorded; nothing reads them then.
+
+        Returns
+        -------
+        What was moved, to end an error with.
+        """
+        if "miss" not in (self.read() or {}):
+            return ""
+        return self._quarantine(shard for shard in shards if self._may_have_made(shard))
+
     def bring_back(self, shards: Iterable[str]) -> None:
         """Take shards out of quarantine that a miss on this device put there, where the policy accepts it."""
-        receipt = self.read()
-        if self.policy == "fail" or not receipt or not receipt.get("quarantined"):
+        if self.policy == "fail":
             return
-        missed = set(receipt["quarantined"])
-        for shard in missed.intersection(shards):
+        for shard in shards:
             path = shard_path(self.store, shard)
-            if quarantined(path).exists() and not path.exists():
+            there = quarantined(path, self.path.stem)
+            if there.exists() and not path.exists():
                 with writing(path):
-                    quarantined(path).rename(path)
+                    there.rename(path)
                 log.warning("%s is back from quarantine (parity: %s)", path, self.policy)
-            missed.remove(shard)  # or a copy that is damaged later would come back
-        self._write(receipt | {"quarantined": sorted(missed)})
 
     def _skip(self, reason: str) -> None:
         self.skipped = reason
@@ -176,7 +178,7 @@ class Parity:
         _log(receipt, self.settings["precision"])
         earlier = self.read()
         if earlier and "miss" in earlier:  # of another job, meanwhile
-            self.require_no_miss(made)
+            self.require_no_miss()
             return
         missed = [part for part in ("engine", "stored") if receipt[part] and not receipt[part]["share_of_limit"] <= 1]
         if not missed:
@@ -184,36 +186,33 @@ class Parity:
             return
         receipt["miss"] = _miss_in_words(missed[0], receipt, self.settings["precision"])
         made_elsewhere = missed == ["stored"] and set(compared).isdisjoint(made)
-        if self.policy == "warn":
-            log.warning("parity: %s", receipt["miss"])
-            self._write(receipt)
-        elif made_elsewhere:  # which says nothing of this device
-            moved = self._quarantine(compared)
-            raise ParityError(f"{receipt['miss']}{self._where(moved)}; run again, which makes them again")
-        else:
-            moved = self._quarantine(made)
-            self._write(receipt | {"quarantined": sorted(moved)})
-            raise ParityError(f"{receipt['miss']}{self._where(moved)}; other jobs there stop too; {_WAY_OUT}")
+        if made_elsewhere and self.policy == "fail":  # which says nothing of this device
+            raise ParityError(f"{receipt['miss']}; run again, which makes them again{self._quarantine(compared)}")
+        self._write(receipt)
+        self.require_no_miss()
 
     def _write(self, receipt: dict) -> None:
         write_json(self.path, {**self.maker, "parity": receipt})
 
-    def _quarantine(self, shards: Iterable[str]) -> list[str]:
-        """Rename shards, so that nothing reads them; returns the names of those that were there."""
+    def _may_have_made(self, shard: str) -> bool:
+        """Whether metrics do not say that another device made a shard."""
+        path = find_metrics(self.store, shard)
+        with suppress(OSError, pa.ArrowException):
+            return path is None or self.maker["device"] in pq.read_table(path, columns=["device"])["device"].to_pylist()
+        return True
+
+    def _quarantine(self, shards: Iterable[str]) -> str:
+        """Rename shards; returns what was moved, in words."""
         moved = []
         for shard in shards:
             path = shard_path(self.store, shard)
-            with suppress(FileNotFoundError), writing(path):
-                path.rename(quarantined(path))
-                fsync_folder(path.parent)
-                moved.append(shard)
-        return moved
-
-    def _where(self, moved: list[str]) -> str:
-        if not moved:
-            return ""
-        first, more = quarantined(shard_path(self.store, moved[0])), len(moved) - 1
-        return f"; in quarantine: {first}{f' and {more} more' if more else ''}"
+            if path.exists():
+                with writing(path):
+                    path.rename(quarantined(path, self.path.stem))
+                    fsync_folder(path.parent)
+                moved.append(quarantined(path, self.path.stem))
+        more = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
+        return f"; in quarantine: {moved[0]}{more}" if moved else ""
 
 
 _WAY_OUT = "use another device or other versions, or set parity: warn to go on with these rows"

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -122,6 +122,8 @@ class ShardPipeline:
     work_order
         No shard is opened once this file is gone: a later plan has given its sequences to other jobs. None where the shards
         are of no plan.
+    check
+        Called before a shard is opened; raises where the job must stop.
     """
 
     def __init__(
@@ -132,9 +134,10 @@ class ShardPipeline:
         progress: Progress,
         deadline: float = math.inf,
         work_order: Path | None = None,
+        check: Callable[[], None] | None = None,
     ):
         self.store, self.settings, self.engine = store, settings, engine
-        self.progress, self.deadline, self.work_order = progress, deadline, work_order
+        self.progress, self.deadline, self.work_order, self.check = progress, deadline, work_order, check
         self.open: deque[_OpenShard] = deque()  # opened, and not yet handed to the writer for commit
         self.opened_residues = 0  # of all shards opened so far
         self.writes: deque[Future] = deque()  # of the writer thread, in order
@@ -201,6 +204,8 @@ class ShardPipeline:
         while remaining and self._fits_deadline(shard := remaining[0]):
             if self.work_order:
                 require_planned(self.work_order)
+            if self.check:
+                self.check()
             try:
                 writer = ShardWriter(
                     self.store, shard.name, shard.digests, shard.lengths, self.settings, wait=not self.open

@@ -9,9 +9,9 @@ _COMPRESSION_ENDING = re.compile(r"\.(gz|bgz|zst)$", re.IGNORECASE)
 _FASTA_ENDING = re.compile(r"\.(fasta|fas|fa|faa|fsa|mpfa|pep|seq)$", re.IGNORECASE)
 
 
-def quarantined(path: Path) -> Path:
-    """Where a file lies in quarantine."""
-    return path.with_name(path.name + QUARANTINE_ENDING)
+def quarantined(path: Path, why: str = "") -> Path:
+    """Where a file lies in quarantine; `why` is a part of its name there."""
+    return path.with_name(f"{path.name}{f'.{why}' if why else ''}{QUARANTINE_ENDING}")
 
 
 def store_name(model: str) -> str:

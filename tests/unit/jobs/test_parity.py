@@ -10,9 +10,10 @@ from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.outputs import Output
 from lengthwise.esm2.status import Status
 from lengthwise.ingest.digests import digest_name
-from lengthwise.jobs import comparison, embed_job, parity, parity_sample
+from lengthwise.jobs import comparison, embed_job, parity, parity_sample, pipeline
 from lengthwise.maintain.prune import prune
-from lengthwise.store.paths import QUARANTINE_ENDING, job_record_path
+from lengthwise.store import paths
+from lengthwise.store.paths import QUARANTINE_ENDING, job_record_path, shard_path
 from lengthwise.store.shard import Shard
 from lengthwise.store.shard_writer import ShardWriter
 from lengthwise.system.files import read_json, write_json
@@ -55,7 +56,7 @@ def wrong_frequencies(monkeypatch):
 
 def quarantined(store) -> list[str]:
     return sorted(
-        path.stem.removesuffix(".safetensors") for path in (store.path / "shards").rglob(f"*{QUARANTINE_ENDING}")
+        path.name.partition(".safetensors")[0] for path in (store.path / "shards").rglob(f"*{QUARANTINE_ENDING}")
     )
 
 
@@ -144,11 +145,9 @@ def test_a_miss_stops_the_job_after_its_first_shard_and_the_stores_other_jobs_at
     assert not job_record_path(store.path, job).exists()
     assert store.shard_files() == []
     assert len(quarantined(store)) == 1
-    (receipt,) = receipts(store)
-    assert receipt["quarantined"] == quarantined(store)
     wrong_frequencies.setattr(embed_job, "Engine", lambda *_, **__: pytest.fail("a model was loaded"))
     for again in (job, other):
-        with refused("an earlier job recorded it", "parity: warn", "remove that file"):
+        with refused("recorded in", "parity: warn", "remove that file"):
             store.embed(again)
     assert [path for path in prune(store.path) if path.name.endswith(QUARANTINE_ENDING)]
 
@@ -184,21 +183,57 @@ def test_parity_off_compares_nothing(new, comparisons):
     assert not (store.path / "parity").exists()
 
 
-def test_a_miss_that_another_job_records_meanwhile_stops_this_one_at_its_end(new, refused, monkeypatch):
+def test_a_miss_that_another_job_records_meanwhile_stops_this_one_before_its_next_shard(new, refused, monkeypatch):
     store, (job, other, *_) = new(job_seconds=4e-4)
     store.embed(other)
+    planned = sorted(store.work_order(job)["shard"].unique())
+    assert len(planned) > 1
     (path,) = (store.path / "parity").iterdir()
-    commit = ShardWriter.commit
+    opened, init = [], ShardWriter.__init__
 
-    def commit_beside_a_miss(self):
-        commit(self)
+    def opened_before_a_miss(self, store, shard, *rest, **options):
+        init(self, store, shard, *rest, **options)
+        opened.append(shard)
         write_json(path, read_json(path) | {"parity": read_json(path)["parity"] | {"miss": "layer_2 is wrong"}})
 
-    monkeypatch.setattr(ShardWriter, "commit", commit_beside_a_miss)
-    with refused("layer_2 is wrong", "in quarantine"):
+    monkeypatch.setattr(ShardWriter, "__init__", opened_before_a_miss)
+    with refused("layer_2 is wrong", "recorded in"):
         store.embed(job)
+    assert len(opened) == 1
     assert not job_record_path(store.path, job).exists()
-    assert quarantined(store) == receipts(store)[0]["quarantined"] == sorted(store.work_order(job)["shard"].unique())
+    assert set(store.shard_files()) == {shard_path(store.path, s) for s in store.work_order(other)["shard"].unique()}
+
+
+def test_shards_of_a_wrong_engine_whose_process_was_killed_before_it_compared_are_not_left(
+    new, refused, wrong_frequencies, monkeypatch
+):
+    store, (job, other, *_) = new(job_seconds=4e-4)
+    with monkeypatch.context() as patch:
+        patch.setattr(parity.Parity, "compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.embed(job)
+    (left,) = store.shard_files()
+    with refused("times the limit"):
+        store.embed(other)
+    with refused("times the limit", "in quarantine: ", left.name):
+        store.embed(job)
+    assert store.shard_files() == []
+    assert left.name.removesuffix(".safetensors") in quarantined(store)
+
+
+def test_a_miss_leaves_the_shards_of_another_device(new, refused, wrong_frequencies, monkeypatch):
+    store, (job, other, *_) = new(job_seconds=4e-4)
+    with monkeypatch.context() as patch:
+        patch.setattr(parity.Parity, "compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(pipeline, "device_name", lambda _: "another")
+        with pytest.raises(KeyboardInterrupt):
+            store.embed(job)
+    before = store.shard_files()
+    assert len(before) == 1
+    for each in (other, job):
+        with refused("times the limit"):
+            store.embed(each)
+    assert store.shard_files() == before
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
@@ -434,5 +469,9 @@ def test_a_shard_comes_back_once(new, refused, wrong_frequencies):
     store, (job,) = new()
     with refused("times the limit"):
         store.embed(job)
+    (shard,) = quarantined(store)
     store.embed(job, parity="warn")
-    assert receipts(store)[0]["quarantined"] == []
+    path = shard_path(store.path, shard)
+    path.rename(paths.quarantined(path))  # as verify does
+    job_record_path(store.path, job).unlink()
+    assert shard in store.embed(job, parity="warn")["made"]
