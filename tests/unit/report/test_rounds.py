@@ -127,3 +127,12 @@ def test_a_length_that_had_no_memory_is_tried_again():
     point.first = lambda: SKIPPED_MEMORY if next(tries) == 0 else OK
     machine.measure([machine.point(LENGTHWISE, 50), point], 60.0)
     assert (point.status, len(point.seconds)) == (OK, ALIKE)
+
+
+def test_a_length_that_had_no_memory_is_not_tried_again_without_the_time_for_it():
+    machine = Machine()
+    short, point, tries = machine.point(LENGTHWISE, 50), machine.point(LENGTHWISE, 8_000), itertools.count()
+    point.first = lambda: SKIPPED_MEMORY if next(tries) == 0 else pytest.fail("it was begun")
+    point.status = SKIPPED_MEMORY
+    machine.measure([short, point], 0.5)  # the long one takes more than one second
+    assert point.status == SKIPPED_MEMORY

@@ -255,6 +255,17 @@ def test_without_memory_for_both_engines_the_study_is_skipped_and_a_later_one_me
     assert why_skipped(read_scaling(tmp_path / "scaling.tsv")) == ""
 
 
+def test_gradients_that_memory_does_not_hold_leave_the_other_precisions(weights, tmp_path, monkeypatch):
+    needed = measure._needed_bytes
+    monkeypatch.setattr(
+        measure, "_needed_bytes", lambda config, stage: 1e18 if stage.gradients else needed(config, stage)
+    )
+    monkeypatch.setattr(measure, "onednn_serves", lambda dtype: dtype != torch.float16)
+    rows = measure.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=5.0)
+    assert set(rows.loc[rows["gradients"], "status"]) == {measure.SKIPPED_MEMORY}
+    assert measure.OK in set(rows.loc[rows["precision"] == "bfloat16", "status"])
+
+
 def test_what_a_scheduler_gave_is_a_limit_too(weights, tmp_path):
     rows = measure.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=20.0, memory_bytes=1e6)
     assert set(rows["status"]) == {measure.SKIPPED_MEMORY}

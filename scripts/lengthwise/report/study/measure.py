@@ -156,15 +156,12 @@ def scaling(
     left = seconds
     stages = _stages(place, precision)
     shares_left = sum(stage.share for stage in stages)
-    skipped = False
     for stage in stages:
         began = time.perf_counter()
         what = f"{stage.precision}, {'with' if stage.gradients else 'without'} gradients"
         needed, free = _needed_bytes(config, stage), probe.free_bytes()
-        # What the store's own precision has no memory for is not begun in another.
-        skipped = skipped or (free is not None and needed > MEMORY_MARGIN * free)
-        if skipped:
-            log.info("%s: skipped, takes %.1f GB of the %.1f GB that are free", what, needed / 1e9, (free or 0) / 1e9)
+        if free is not None and needed > MEMORY_MARGIN * free:
+            log.info("%s: skipped, takes %.1f GB of the %.1f GB that are free", what, needed / 1e9, free / 1e9)
             measured = _points(stage, None, config, probe)
             for each in measured:
                 each.point.status = SKIPPED_MEMORY

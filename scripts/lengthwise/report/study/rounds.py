@@ -69,7 +69,7 @@ def measure_in_rounds(points: Sequence[Point], seconds: float, clock: Callable[[
                     point.status = why
                 continue
             else:
-                fresh = [p for p in same_length[point.settles_with] if p.status == SKIPPED_TIME]
+                fresh = [p for p in same_length[point.settles_with] if not p.seconds and p.status != OUT_OF_MEMORY]
                 unknown = min(per_operation.values(), default=0.0)
                 once = sum(per_operation.get(p.series, unknown) * p.operations for p in fresh)
                 if left <= 0 or once * (FIRST_PASS + MIN_REPEATS) + _owed_seconds(points) > left:
