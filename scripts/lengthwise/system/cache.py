@@ -19,7 +19,8 @@ def private_cache(name: str) -> Path | None:
             found = folder.stat()
             if found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 (folder / name).mkdir(mode=0o700, exist_ok=True)
-                return folder / name
+                if os.access(folder / name, os.W_OK):  # homes are read-only on some clusters' nodes
+                    return folder / name
     return None
 
 

@@ -35,6 +35,13 @@ def test_a_folder_that_others_may_write_to_is_not_taken(home, monkeypatch, tmp_p
     assert private_cache("compiled") is None
 
 
+def test_a_home_that_is_read_only_here_is_not_taken(monkeypatch, tmp_path):
+    found = private_cache("compiled")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != found)
+    assert private_cache("compiled") == tmp_path / f"lengthwise-{os.getuid()}" / "compiled"
+
+
 def test_a_folder_of_another_user_is_not_taken(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     assert private_cache("compiled")
