@@ -137,6 +137,7 @@ COLUMNS = {
         "memory_measure": "allocated (GPU memory) or resident (of the process); empty if not measured",
         "device": "what computed",
         "device_bytes": "all memory of the device",
+        "threads": "CPU threads of a pass: those asked for, or as many as cores were idle",
         "needed_bytes": "where status is skipped_memory: what the point takes, or both engines where none was loaded",
         "free_bytes": "where status is skipped_memory: what was free",
         "status": "ok, skipped_time, skipped_memory (would not have fitted) or out_of_memory",

@@ -15,6 +15,13 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def idle_cores(seconds: float = 0.5) -> float:
+    """Return how many of the cores that this process may use were idle while this call waited; parts of a core count."""
+    shares = psutil.cpu_percent(seconds, percpu=True)
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(shares))
+    return sum(1 - shares[core] / 100 for core in cores if core < len(shares))
+
+
 def host_total() -> int:
     """Return the bytes of the machine's memory, or the limit of a control group around this process if that is lower."""
     return min([psutil.virtual_memory().total, *(limit for limit, _ in memory_limits())])

@@ -70,11 +70,13 @@ def test_on_a_busy_machine_engines_and_lengths_are_ordered_as_on_a_quiet_one(see
         assert (engine == LENGTHWISE) == (seconds < 1.15 * expected[LENGTHWISE, kind, length])
 
 
-def test_engines_take_turns_and_lengths_ascend_within_a_round():
+def test_engines_take_turns_lengths_ascend_within_a_round_and_each_round_begins_one():
     machine = Machine()
-    machine.measure(machine.points(), 60.0)
-    one_round = [(engine, *point) for point in dict.fromkeys(p[1:] for p in machine.passes) for engine in TIMES_AS_LONG]
-    assert machine.passes == one_round * ALIKE
+    machine.measure([point for point in machine.points() if point.series[1] == "single"], 60.0)
+    rounds = [LENGTHS[max(0, number - ALIKE) : number] for number in range(1, len(LENGTHS) + ALIKE)]
+    assert [(engine, length) for engine, _, length in machine.passes] == [
+        (engine, length) for lengths in rounds for length in lengths for engine in TIMES_AS_LONG
+    ]
 
 
 def test_slow_passes_of_the_first_round_end_no_series():

@@ -266,6 +266,18 @@ def test_gradients_that_memory_does_not_hold_leave_the_other_precisions(weights,
     assert measure.OK in set(rows.loc[rows["precision"] == "bfloat16", "status"])
 
 
+@pytest.mark.parametrize(("idle", "threads"), [(0.2, 1), (1.7, 2), (64.0, 3)])
+def test_a_pass_has_no_more_threads_than_cores_are_idle(weights, tmp_path, monkeypatch, idle, threads):
+    monkeypatch.setattr(measure, "idle_cores", lambda: idle)
+    monkeypatch.setattr(measure, "set_threads", torch.set_num_threads)  # however few cores this machine has
+    before = torch.get_num_threads()
+    try:
+        rows = measure.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", threads=3, seconds=0.5)
+    finally:
+        torch.set_num_threads(before)
+    assert set(rows["threads"]) == {threads}
+
+
 def test_what_a_scheduler_gave_is_a_limit_too(weights, tmp_path):
     rows = measure.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=20.0, memory_bytes=1e6)
     assert set(rows["status"]) == {measure.SKIPPED_MEMORY}

@@ -15,6 +15,7 @@ from lengthwise.report.study.fits import (
 from lengthwise.report.study.schema import FAIR_ESM, LENGTHWISE, OK, SERIES, SKIPPED_MEMORY, SKIPPED_TIME
 from lengthwise.report.words import measures_in_words
 from lengthwise.store.settings import shape_of
+from lengthwise.system.text import count
 
 STATUS_WORDS = {
     "skipped_time": "no time left",
@@ -41,6 +42,7 @@ def study_facts(study: pd.DataFrame, found: list[Fit], settings: dict) -> dict:
     return {
         "device": "no device" if row is None else row["device"],
         "device_bytes": device_bytes and figures.bytes_text(device_bytes),
+        "threads": "all cores" if row is None or pd.isna(row["threads"]) else count(int(row["threads"]), "core"),
         "measures": measures_in_words(sized),
         "ratios": _ratios(sized[sized["precision"] == precision]),
         "precisions": _precisions(study),

@@ -40,7 +40,7 @@ from lengthwise.report.study.schema import (
 )
 from lengthwise.store.receipts import add_to_receipt
 from lengthwise.system.files import atomic
-from lengthwise.system.machine import host_available, host_total
+from lengthwise.system.machine import host_available, host_total, idle_cores
 
 log = logging.getLogger("lengthwise")
 # Fewer on a CPU, whose study is short.
@@ -129,7 +129,8 @@ def scaling(
     table
         The TSV to write; the receipt in its folder gets its checksum.
     threads
-        CPU threads for torch: here a batch runs on all of them, while production gives each core a batch of its own.
+        Most CPU threads for torch; on a CPU no more than cores are idle, because a pass waits for its slowest thread. A batch
+        runs on all of them, while production gives each core a batch of its own.
     seconds
         Time for all passes together.
     loading_counts
@@ -147,11 +148,12 @@ def scaling(
     LengthwiseError
         No such device or checkpoint.
     """
-    set_threads(threads)
     place = resolve_device(device)
+    set_threads(threads if place.type == "cuda" else min(threads, max(1, round(idle_cores()))))
     config, *_ = checkpoint.read(weights)
     probe = Probe(place, memory_bytes)
     fixed = {"device": device_name(place), "device_bytes": probe.device_bytes(), "memory_measure": probe.memory_measure}
+    fixed["threads"] = torch.get_num_threads()
     rows: list[dict] = []
     left = seconds
     stages = _stages(place, precision)

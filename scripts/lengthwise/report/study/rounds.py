@@ -1,7 +1,8 @@
 """Rounds over the points of the study: the order of the passes, and how many fit into the time.
 
 Another process slows a machine down for moments that last longer than a pass. So each round visits every point, those of
-the two engines at one length one after the other, and the shortest pass of a point is its result.
+the two engines at one length one after the other, and the shortest pass of a point is its result. A round begins one longer
+length of each series: the short passes, which suffer most, are repeated while the long ones are made.
 """
 
 import time
@@ -55,6 +56,7 @@ def measure_in_rounds(points: Sequence[Point], seconds: float, clock: Callable[[
     while worked:
         worked = False
         stopped: dict[Hashable, str] = {}  # series that go no further in this round, and why
+        begun: set[Hashable] = set()  # series that began a length in this round
         per_operation: dict[Hashable, float] = {}
         for point in points:
             left = ends - clock()
@@ -68,6 +70,8 @@ def measure_in_rounds(points: Sequence[Point], seconds: float, clock: Callable[[
                 if why == SKIPPED_MEMORY:
                     point.status = why
                 continue
+            elif point.series in begun:
+                continue
             else:
                 fresh = [p for p in same_length[point.settles_with] if not p.seconds and p.status != OUT_OF_MEMORY]
                 unknown = min(per_operation.values(), default=0.0)
@@ -75,6 +79,7 @@ def measure_in_rounds(points: Sequence[Point], seconds: float, clock: Callable[[
                 if left <= 0 or once * (FIRST_PASS + MIN_REPEATS) + _owed_seconds(points) > left:
                     stopped[point.series] = SKIPPED_TIME
                     continue
+                begun.add(point.series)
                 point.status = point.first()
                 if point.status != OK:
                     stopped[point.series] = point.status

@@ -39,6 +39,7 @@ COLUMNS = {
     "memory_measure": "string",
     "device": "string",
     "device_bytes": "Int64",
+    "threads": "Int64",
     "needed_bytes": "Int64",
     "free_bytes": "Int64",
     "status": "string",
