@@ -1,4 +1,4 @@
-"""A store of many jobs, in slow tests as many as a plan may have: what a run that has nothing to do costs."""
+"""A store of many jobs, by hand (huge) as many as a plan may have: what a run that has nothing to do costs."""
 
 import functools
 import os
@@ -16,7 +16,7 @@ from lengthwise.store.paths import job_record_path, work_order_path
 from lengthwise.system.files import read_json, write_json
 
 
-@pytest.fixture(scope="module", params=[MAX_JOBS // 10, pytest.param(MAX_JOBS, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[MAX_JOBS // 10, pytest.param(MAX_JOBS, marks=pytest.mark.huge)])
 def jobs(request) -> int:
     return request.param
 
@@ -73,7 +73,6 @@ def large(planned, jobs, tmp_path_factory):
     return project
 
 
-@pytest.mark.slow
 def test_nothing_to_do_takes_under_a_minute(large, jobs):
     for arguments in ([], ["--dry-run"]):
         started = time.monotonic()
