@@ -29,6 +29,8 @@ PAGE = ROOT / "workflow" / "profiles" / "README.md"
 FAULTS = ("term", "kill", "cancel", "requeue", "walltime", "memory", "unknown", "controller", "node")
 FORECAST_MINUTES = 0.0634 / 60  # of all sequences
 LATE_SECONDS = 4.0
+# SLURM 22.05's controller crashed where a job began half a second after its node had come back, and not where it was two seconds.
+RETURN_SECONDS = 5.0
 # How a job ends without a word of its own, where there is no retry.
 LAST_ENDS = ("memory", "walltime", "kill", "cancel")
 TOO_LITTLE_MB = 400  # of a job's processes, each with the pages that it shares
@@ -340,6 +342,7 @@ class Disturber:
         self.cluster.kill_node()
         wait_until(lambda: "down" in self.cluster.run("sinfo", "--noheader", "--format=%T"), "the node is down")
         self.cluster.start()
+        time.sleep(RETURN_SECONDS)
         self.cluster.begin_now(job)
         self.gates["node"].wait()
         self.gates["node"].open()
