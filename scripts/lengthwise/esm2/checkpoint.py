@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.esm2.model import ESM2, Linear
+from lengthwise.esm2.model import ESM2, Layer, Linear
 from lengthwise.esm2.rotary import paired_rows
 from lengthwise.esm2.shapes import MODELS, ModelConfig
 
@@ -78,36 +78,64 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype, pack: bool 
         Whether a CPU packs the weights for oneDNN, which is faster and supports no gradients.
     """
     config, state, _ = read(path)
+    model = load_ends(path, device)
+    for index in range(config.num_layers):  # one at a time, so that the host never holds two copies of the model
+        model.layers[index] = _layer_of(state, config, index, device, dtype, pack)
+    return model
+
+
+def load_ends(path: Path, device: torch.device) -> ESM2:
+    """Load what lies before and behind the layers; these have no weights yet."""
+    config, state, _ = read(path)
     with torch.device("meta"):
         model = ESM2(config)
-
-    def copy_of(name: str, to: torch.dtype = torch.float32) -> torch.Tensor:
-        # Always copied: a tensor mapped to the file would change with the file.
-        return state[name].to(device, to, copy=True)
-
     frequencies = [state[f"layers.{index}.self_attn.rot_emb.inv_freq"].float() for index in range(config.num_layers)]
     if any(not torch.equal(frequencies[0], other) for other in frequencies):
         raise LengthwiseError(f"{path}: its layers hold different rotary frequencies, which no ESM-2 has")
-    outer = {name: copy_of(name) for name in state if name.startswith(("embed_tokens.", "emb_layer_norm_after."))}
-    outer["inv_freq"] = copy_of("layers.0.self_attn.rot_emb.inv_freq")
-    model.load_state_dict(outer, assign=True, strict=False)
-    pairs = paired_rows(config)
-    for index, layer in enumerate(model.layers):  # one at a time, so that the host never holds two copies of the model
-        prefix, fused = f"layers.{index}.", {}
-        for kind in ("weight", "bias"):
-            parts = [state[f"{prefix}self_attn.{part}_proj.{kind}"] for part in "qkv"]
-            parts[:2] = [part[pairs] for part in parts[:2]]
-            fused[f"qkv.{kind}"] = torch.cat([part.to(device, dtype) for part in parts])
-            fused[f"out_proj.{kind}"] = copy_of(f"{prefix}self_attn.out_proj.{kind}", dtype)
-            for name in ("fc1", "fc2"):
-                fused[f"{name}.{kind}"] = copy_of(f"{prefix}{name}.{kind}", dtype)
-            for name in ("self_attn_layer_norm", "final_layer_norm"):
-                fused[f"{name}.{kind}"] = copy_of(f"{prefix}{name}.{kind}")
-        layer.load_state_dict(fused, assign=True)
-        for module in layer.modules():
-            if pack and isinstance(module, Linear):
-                module.pack()
+    outer = [name for name in state if name.startswith(("embed_tokens.", "emb_layer_norm_after."))]
+    ends = {name: _copy_of(state[name], device) for name in outer}
+    ends["inv_freq"] = _copy_of(frequencies[0], device)
+    model.load_state_dict(ends, assign=True, strict=False)
     return model.eval().requires_grad_(False)
+
+
+def load_layer(path: Path, index: int, device: torch.device, dtype: torch.dtype, pack: bool = True) -> Layer:
+    """Load the weights of one layer, as `load_model` does. The file is closed again, so none of it stays mapped."""
+    config, state, _ = read(path)
+    return _layer_of(state, config, index, device, dtype, pack)
+
+
+def _layer_of(
+    state: dict[str, torch.Tensor],
+    config: ModelConfig,
+    index: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    pack: bool,
+) -> Layer:
+    with torch.device("meta"):
+        layer = Layer(config)
+    pairs, prefix, fused = paired_rows(config), f"layers.{index}.", {}
+    for kind in ("weight", "bias"):
+        parts = [state[f"{prefix}self_attn.{part}_proj.{kind}"] for part in "qkv"]
+        parts[:2] = [part[pairs] for part in parts[:2]]
+        fused[f"qkv.{kind}"] = torch.cat([part.to(device, dtype) for part in parts])
+        fused[f"out_proj.{kind}"] = _copy_of(state[f"{prefix}self_attn.out_proj.{kind}"], device, dtype)
+        for name in ("fc1", "fc2"):
+            fused[f"{name}.{kind}"] = _copy_of(state[f"{prefix}{name}.{kind}"], device, dtype)
+        for name in ("self_attn_layer_norm", "final_layer_norm"):
+            fused[f"{name}.{kind}"] = _copy_of(state[f"{prefix}{name}.{kind}"], device)
+    layer.load_state_dict(fused, assign=True)
+    del fused  # packing replaces weights one by one
+    for module in layer.modules():
+        if pack and isinstance(module, Linear):
+            module.pack()
+    return layer.eval().requires_grad_(False)
+
+
+def _copy_of(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    # Always copied: a tensor mapped to the file would change with the file.
+    return tensor.to(device, dtype, copy=True)
 
 
 def write_random(path: Path, config: ModelConfig, seed: int = 0) -> None:

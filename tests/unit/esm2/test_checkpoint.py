@@ -314,6 +314,22 @@ def test_a_model_is_loaded_whole_and_for_inference(tiny_checkpoint):
     assert len(model.layers) == TINY.num_layers
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_one_by_one_are_those_of_the_model_and_leave_nothing_mapped(tmp_path, tiny_checkpoint, dtype):
+    path = tmp_path / "own_name.pt"
+    path.write_bytes(tiny_checkpoint.read_bytes())
+    cpu, rows = torch.device("cpu"), torch.randn(7, TINY.embed_dim)
+    whole, ends = checkpoint.load_model(path, cpu, dtype), checkpoint.load_ends(path, cpu)
+    loaded = {name for name, tensor in ends.state_dict().items() if not tensor.is_meta}
+    assert loaded == {name for name in whole.state_dict() if not name.startswith("layers.")}
+    for index, layer in enumerate(whole.layers):
+        alone = checkpoint.load_layer(path, index, cpu, dtype)
+        assert "own_name" not in pathlib.Path("/proc/self/maps").read_text()
+        assert all(torch.equal(tensor, layer.state_dict()[name]) for name, tensor in alone.state_dict().items())
+        for part in ("qkv", "out_proj", "fc1"):
+            assert torch.equal(getattr(alone, part)(rows), getattr(layer, part)(rows))
+
+
 @pytest.mark.parametrize("place", range(0, 600, 23))
 def test_a_flipped_byte_in_the_pickle_is_refused_or_harmless(tmp_path, tiny_checkpoint, place):
     data = bytearray(tiny_checkpoint.read_bytes())
