@@ -32,16 +32,16 @@ def cut_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[tuple[int, i
     (start, stop)
         Bounds of a batch among the sequences.
     """
-    start, tokens, batch_bits = 0, 0, None
-    for i, length in enumerate(lengths):
-        bits = int(length).bit_length()
-        sequence_tokens = int(length) + 2
-        if i > start and (tokens + sequence_tokens > batch_tokens or bits != batch_bits):
-            yield start, i
-            start, tokens = i, 0
-        tokens, batch_bits = tokens + sequence_tokens, bits
-    if len(lengths):
-        yield start, len(lengths)
+    tokens_up_to = np.cumsum(lengths + 2, dtype=np.int64)  # [N] of each sequence and all before it
+    bit_lengths = np.frexp(lengths)[1]  # [N]
+    changes = np.flatnonzero(bit_lengths[1:] != bit_lengths[:-1]) + 1
+    start, tokens_before = 0, 0
+    for end in [*changes.tolist(), len(lengths)]:
+        while start < end:
+            fitting = int(np.searchsorted(tokens_up_to, tokens_before + batch_tokens, side="right"))
+            stop = min(max(fitting, start + 1), end)
+            yield start, stop
+            start, tokens_before = stop, int(tokens_up_to[stop - 1])
 
 
 def prefetch(

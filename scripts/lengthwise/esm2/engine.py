@@ -246,8 +246,8 @@ class Engine:
     def _prepare(self, sequences: list[bytes]) -> _Batch:
         """Tokenise a batch; runs on a thread while the device computes."""
         pin = self.device.type == "cuda"
-        tokens = torch.from_numpy(np.concatenate([tokenize(sequence) for sequence in sequences]))  # [T]
-        packing = Packing.of((len(sequence) + 2 for sequence in sequences), pin)
+        tokens = torch.from_numpy(tokenize(*sequences))  # [T]
+        packing = Packing.of([len(sequence) + 2 for sequence in sequences], pin)
         return _Batch(sequences, tokens.pin_memory() if pin else tokens, packing)
 
     def _start(self, batch: _Batch) -> _StartedBatch:

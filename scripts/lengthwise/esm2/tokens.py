@@ -8,32 +8,37 @@ BOS, PAD, EOS, UNK = 0, 1, 2, 3
 RESIDUES = b"LAGVSERTIDPKQNFYMHWCXBUZO"
 VOCABULARY_SIZE = 33
 STANDARD = b"ACDEFGHIKLMNPQRSTVWY"
-_TOKEN_OF_BYTE = np.full(256, 255, dtype=np.uint8)
-_TOKEN_OF_BYTE[np.frombuffer(RESIDUES, dtype=np.uint8)] = np.arange(4, 4 + len(RESIDUES), dtype=np.uint8)
+_FIRST_RESIDUE, _NO_TOKEN = 4, 255
+_BOS, _EOS = bytes([BOS]), bytes([EOS])  # as bytes between sequences: no residues, and tokens of themselves
+_TOKEN_OF_BYTE = bytes(
+    {BOS: BOS, EOS: EOS, **{residue: _FIRST_RESIDUE + i for i, residue in enumerate(RESIDUES)}}.get(byte, _NO_TOKEN)
+    for byte in range(256)
+)
 
 
-def tokenize(sequence: bytes) -> np.ndarray:
-    """The tokens of one sequence, BOS and EOS included.
+def tokenize(*sequences: bytes) -> np.ndarray:
+    """The tokens of sequences end to end, BOS and EOS of each included.
 
     Parameters
     ----------
-    sequence
-        L residues, normalised.
+    sequences
+        Residues, normalised; L of them in each.
 
     Returns
     -------
-    uint8 array of L + 2 tokens: exactly one per residue, never a special in between.
+    uint8 array of L + 2 tokens for each sequence: exactly one per residue, never a special in between.
 
     Raises
     ------
     ValueError
-        A byte is not a residue: the sequence was not normalised.
+        A byte is not a residue: a sequence was not normalised.
     """
-    tokens = np.empty(len(sequence) + 2, dtype=np.uint8)
-    tokens[0], tokens[-1] = BOS, EOS
-    tokens[1:-1] = _TOKEN_OF_BYTE[np.frombuffer(sequence, dtype=np.uint8)]
-    if tokens.max() == 255:
-        raise ValueError(f"not residues: {sequence.translate(None, RESIDUES)[:20]!r}")
+    joined = bytearray(_BOS + (_EOS + _BOS).join(sequences) + _EOS)
+    tokens = np.frombuffer(joined.translate(_TOKEN_OF_BYTE), dtype=np.uint8)
+    n_specials = np.count_nonzero(tokens < _FIRST_RESIDUE)
+    if tokens.max() == _NO_TOKEN or n_specials > 2 * len(sequences):
+        not_residues = filter(None, (sequence.translate(None, RESIDUES) for sequence in sequences))
+        raise ValueError(f"not residues: {next(not_residues)[:20]!r}")
     return tokens
 
 

@@ -141,6 +141,8 @@ def test_packing_positions_restart_at_each_sequence():
     assert packing.residues.tolist() == [1, 4, 5, 6, 9, 10]
     assert packing.bounds.tolist() == [0, 3, 8, 12]
     assert packing.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert {tensor.dtype for tensor in packing.tensors()} == {torch.int32}
+    assert packing.max_length == 5
 
 
 def test_flops_are_those_that_torch_counts_in_fair_esm(any_head):

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 
 import numpy as np
 import pytest
@@ -44,6 +45,12 @@ def test_a_sequence_has_the_tokens_of_fair_esm_one_per_residue_and_two_more(leng
     assert tokens.tolist() == esm_tokens(sequence)
 
 
+def test_sequences_end_to_end_have_the_tokens_of_each():
+    sequences = ["MKV", LETTERS, "W", "MKV"]
+    expected = [token for sequence in sequences for token in esm_tokens(sequence)]
+    assert tokens_module.tokenize(*(sequence.encode() for sequence in sequences)).tolist() == expected
+
+
 def test_is_tokens_knows_every_byte_as_fair_esm_does():
     letters = {token for token in ESM.standard_toks if token.isalpha()}
     assert {chr(byte) for byte in range(256) if tokens_module.is_tokens(b"MK" + bytes([byte]) + b"V")} == letters
@@ -54,6 +61,16 @@ def test_is_tokens_knows_every_byte_as_fair_esm_does():
 def test_what_was_not_normalised_has_no_tokens(raw):
     with pytest.raises(ValueError, match="not residues"):
         tokens_module.tokenize(raw)
+
+
+@pytest.mark.parametrize("byte", sorted(set(range(256)) - set(tokens_module.RESIDUES)))
+def test_a_byte_that_is_no_residue_is_named_whatever_sequence_of_a_batch_has_it(byte):
+    """Those with the number of a special too."""
+    sequences, bad = [b"W", b"MK", b"V"], bytes([byte])
+    for i in range(3):
+        batch = [*sequences[:i], b"M" + bad + b"K" + bad, *sequences[i:], b"MK--"]
+        with pytest.raises(ValueError, match=f"^{re.escape(f'not residues: {bad + bad!r}')}$"):
+            tokens_module.tokenize(*batch)
 
 
 @pytest.mark.parametrize(

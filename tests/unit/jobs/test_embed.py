@@ -552,6 +552,9 @@ def test_batches_cover_every_sequence_once_within_the_budget_and_one_bin(seed):
         batch = lengths[start:stop]
         assert (batch + 2).sum() <= budget or len(batch) == 1
         assert np.floor(np.log2(batch[0])) == np.floor(np.log2(batch[-1]))
+        longer = lengths[start : stop + 1]  # with the next sequence, if there is one
+        is_full = (longer + 2).sum() > budget or np.floor(np.log2(batch[0])) != np.floor(np.log2(longer[-1]))
+        assert is_full or stop == len(lengths)
 
 
 def test_no_sequences_make_no_batch():
