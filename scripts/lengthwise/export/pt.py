@@ -7,8 +7,8 @@ import re
 from collections.abc import Set
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
 
 from lengthwise.export.source import Source
 
@@ -37,7 +37,7 @@ def write_pt(source: Source, folder: Path, names: list[str]) -> int:
             name = file_name(protein.id, ambiguous)
             content = buffer.getvalue()
             (folder / name).write_bytes(content)
-            rows.writerow([protein.id, name, len(content), f"{google_crc32c.value(content):08x}"])
+            rows.writerow([protein.id, name, len(content), f"{crc32c(content):08x}"])
     return n
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import google_crc32c
+from crc32c import crc32c
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.maintain.quarantine import Problem, problems_of, repairable_path
@@ -112,7 +112,7 @@ def _compare_protein(path: Path, row: dict[str, str], quick: bool) -> None:
     try:
         size_bytes = path.stat().st_size
         same = str(size_bytes) == row["bytes"]
-        same = same and (quick or f"{google_crc32c.value(path.read_bytes()):08x}" == row["crc32c"])
+        same = same and (quick or f"{crc32c(path.read_bytes()):08x}" == row["crc32c"])
     except FileNotFoundError as error:
         raise LengthwiseError(f"{path}: is missing; run snakemake again with pt in 'exports'") from error
     if not same:

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.status import Status
@@ -114,11 +114,11 @@ class Shard:
 
     def is_intact(self, number: int) -> bool:
         """Whether everything stored of a sequence, as the map shows it, matches its checksum."""
-        crc = google_crc32c.value(self["digests"][number].tobytes() + self["status"][number].tobytes())
+        crc = crc32c(self["digests"][number].tobytes() + self["status"][number].tobytes())
         start, stop = self["offsets"][number : number + 2].tolist()
         for name in self.data_names:
             rows = self[name][start:stop] if name.startswith("layer_") else self[name][number : number + 1]
-            crc = google_crc32c.extend(crc, rows)
+            crc = crc32c(rows.data, crc)
         return crc == self["crc32c"].item(number)
 
     @property
@@ -149,7 +149,7 @@ class Shard:
             # Drop cached pages, so that the check reads the disk.
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         offsets, digests, status = self.read("offsets"), self.read("digests"), self.read("status")
-        crc = [google_crc32c.value(digests[i].tobytes() + status[i].tobytes()) for i in range(len(status))]
+        crc = [crc32c(digests[i].tobytes() + status[i].tobytes()) for i in range(len(status))]
         for name in self.data_names:
             bounds = offsets if name.startswith("layer_") else np.arange(len(offsets))
             row_bytes = self.tensors[name].nbytes // self.tensors[name].shape[0]
@@ -157,9 +157,8 @@ class Shard:
             parts = [(bounds[start], bounds[stop]) for start, stop in itertools.pairwise(cuts)]
             for (start, stop), rows in zip(itertools.pairwise(cuts), self._read_parts(name, parts), strict=True):
                 for i in range(start, stop):
-                    crc[i] = google_crc32c.extend(
-                        crc[i], rows[bounds[i] - bounds[start] : bounds[i + 1] - bounds[start]]
-                    )
+                    own = rows[bounds[i] - bounds[start] : bounds[i + 1] - bounds[start]]
+                    crc[i] = crc32c(own.data, crc[i])
         return np.flatnonzero(np.array(crc, np.uint32) != self.read("crc32c")).tolist()
 
     def _read_parts(self, name: str, parts: list[tuple[int, int]]) -> Iterator[np.ndarray]:

@@ -75,7 +75,7 @@ def test_engine_and_benchmark_need_torch_numpy_safetensors_and_fair_esm_only():
         "filelock",
         "jsonschema",
         "yaml",
-        "google_crc32c",
+        "crc32c",
         "jinja2",
     ]
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import lengthwise.__main__, lengthwise.benchmark.command"

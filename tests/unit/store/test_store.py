@@ -11,12 +11,13 @@ import threading
 import time
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 from safetensors import safe_open
 
 from lengthwise.store import shard_writer
-from lengthwise.store.layout import shard_name
+from lengthwise.store.layout import DATA_PREFIXES, shard_name
 from lengthwise.store.paths import find_metrics, metrics_path, shard_path
 from lengthwise.store.shard import Shard
 from lengthwise.store.shard_writer import ShardWriter
@@ -110,6 +111,44 @@ def test_the_stock_library_reads_every_row_that_was_written(tmp_path, random_row
     assert tensors["status"].tolist() == [0, 1, 2, 0, 1]
     assert metadata["fingerprint"] == "f" * 64
     assert Shard(writer.path).damaged() == []
+
+
+def test_a_checksum_is_googles_of_digest_status_and_all_that_is_stored_of_a_sequence(made):
+    """As every version has written them."""
+    tensors, _ = stock(made[0])
+    names = [name for name in Shard(made[0]).tensors if name.startswith(DATA_PREFIXES)]
+    offsets = tensors["offsets"]
+    for i, checksum in enumerate(tensors["crc32c"].tolist()):
+        content = tensors["digests"][i].tobytes() + tensors["status"][i].tobytes()
+        for name in names:
+            rows = slice(offsets[i], offsets[i + 1]) if name.startswith("layer_") else i
+            content += tensors[name][rows].tobytes()
+        assert checksum == google_crc32c.value(content)
+
+
+@pytest.mark.parametrize("length", [30, 300])
+def test_checksums_leave_the_interpreters_lock_to_other_threads(tmp_path, monkeypatch, length):
+    """A thread that has waited for the GPU would get the lock 5 ms late, which is longer than a small model's batch takes."""
+    monkeypatch.setattr(shard_writer, "_write_at", lambda *_: None)  # disks are written to without the lock
+    monkeypatch.setattr(shard_writer, "FLUSH_BYTES", np.inf)
+    lengths = np.full(30_000 // length, length)
+    arrays = {"layer_0": np.zeros((lengths.sum(), 320), np.float16)}
+    good, stopped, late_seconds = np.zeros(len(lengths), np.uint8), threading.Event(), []
+    with writer_of(tmp_path, settings(layers=[0], outputs=["residue"], embed_dim=320), lengths=lengths) as writer:
+
+        def write() -> None:
+            while not stopped.is_set():
+                writer.write(0, arrays, lengths.tolist(), good)
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        for _ in range(200):
+            began = time.perf_counter()
+            time.sleep(1e-4)
+            late_seconds.append(time.perf_counter() - began)
+        stopped.set()
+        thread.join()
+    assert np.quantile(late_seconds, 0.75) < 0.002
 
 
 def test_our_own_reader_and_the_stock_library_agree(made):
