@@ -44,9 +44,9 @@ class Packing:
     def of(cls, lengths: Sequence[int], pin: bool = False) -> "Packing":
         """Pack sequences of these lengths in tokens, on the host; `pin` uses pinned memory, for asynchronous copies to a GPU."""
         # In numpy: a GPU waits for the host where batches are small, and torch takes six times as long.
-        bounds = np.zeros(len(lengths) + 1, np.int32)  # [N + 1]
-        np.cumsum(lengths, out=bounds[1:])
-        positions = np.arange(bounds[-1], dtype=np.int32) - np.repeat(bounds[:-1], lengths)  # [T]
+        counts = np.array(lengths)  # [N]
+        bounds = np.append(0, counts.cumsum()).astype(np.int32)  # [N + 1]
+        positions = np.arange(bounds[-1], dtype=np.int32) - np.repeat(bounds[:-1], counts)  # [T]
         is_residue = np.ones(len(positions), bool)  # [T]
         is_residue[bounds[:-1]] = is_residue[bounds[1:] - 1] = False
         residues = np.flatnonzero(is_residue).astype(np.int32)  # [R]

@@ -138,6 +138,7 @@ class ShardPipeline:
     ):
         self.store, self.settings, self.engine = store, settings, engine
         self.progress, self.deadline, self.work_order, self.check = progress, deadline, work_order, check
+        self.device = device_name(engine.device)  # once: on a CPU it reads a file
         self.open: deque[_OpenShard] = deque()  # opened, and not yet handed to the writer for commit
         self.opened_residues = 0  # of all shards opened so far
         self.writes: deque[Future] = deque()  # of the writer thread, in order
@@ -245,6 +246,7 @@ class ShardPipeline:
                 "wall_ms": wall_ms,
                 "gpu_busy": min(1.0, result.device_ms / wall_ms) if engine.device.type == "cuda" else None,
                 "wait_write_ms": wait_write_ms,
+                "device": self.device,
             }
         )
 
@@ -308,6 +310,5 @@ def _batch_metrics(engine: Engine, lengths: np.ndarray, result: BatchResult) -> 
         "peak_reserved_bytes": result.peak_reserved_bytes,
         "peak_rss_bytes": result.peak_rss_bytes,
         "oom_splits": result.oom_splits,
-        "device": device_name(engine.device),
         "precision": engine.precision,
     }
