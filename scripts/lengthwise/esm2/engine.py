@@ -43,6 +43,7 @@ class BatchResult:
     arrays: dict[str, np.ndarray]  # layer_<n> [R, D] in the storage type; mean_<n>, bos_<n> [N, D] float32
     status: np.ndarray  # [N] uint8, values of Status; rows of sequences that are not GOOD are NaN
     device_ms: float  # forward pass and pooling, by the device's own clock
+    wait_launch_ms: float | None  # of these, the most that a GPU may have waited for the host's launches; None on a CPU
     wait_read_ms: float  # the engine's wait until the batch was tokenised
     peak_allocated_bytes: int | None
     peak_reserved_bytes: int | None
@@ -321,10 +322,12 @@ class Engine:
         for one in passes:
             one.settle()
             fill_bad_with_nan(one.arrays, one.status, one.packing)
+        timers = [one.timer for one in passes if one.timer]
         return BatchResult(
             arrays={name: _joined([one.arrays[name] for one in passes]) for name in passes[0].arrays},
             status=_joined([one.status for one in passes]),
-            device_ms=sum(one.timer.elapsed_ms() for one in passes if one.timer),
+            device_ms=sum(timer.elapsed_ms() for timer in timers),
+            wait_launch_ms=sum(timer.wait_launch_ms() for timer in timers) if self.device.type == "cuda" else None,
             wait_read_ms=waited_ms,
             peak_allocated_bytes=_largest(one.peaks.allocated for one in passes),
             peak_reserved_bytes=_largest(one.peaks.reserved for one in passes),
@@ -356,25 +359,33 @@ class Engine:
 
 
 class _Timer:
-    """Milliseconds between its creation and `stop`, by the device's own clock."""
+    """Times a pass between its creation and `stop`, by the device's own clock and by the host's."""
 
     def __init__(self, device: torch.device) -> None:
-        self.events: list[torch.cuda.Event] = []
-        self.seconds: list[float] = []
-        self.on_gpu = device.type == "cuda"
-        self.stop()
+        self.seconds = [time.perf_counter()]
+        self.events = [_recorded_event()] if device.type == "cuda" else []
 
     def stop(self) -> None:
-        if self.on_gpu:
-            self.events.append(torch.cuda.Event(enable_timing=True))
-            self.events[-1].record()
-        else:
-            self.seconds.append(time.perf_counter())
+        if self.events:
+            self.events.append(_recorded_event())
+            self.began_meanwhile = self.events[0].query()
+        self.seconds.append(time.perf_counter())
 
     def elapsed_ms(self) -> float:
-        if self.on_gpu:
-            return self.events[0].elapsed_time(self.events[-1])
-        return (self.seconds[-1] - self.seconds[0]) * 1000
+        return self.events[0].elapsed_time(self.events[1]) if self.events else self._host_ms()
+
+    def wait_launch_ms(self) -> float:
+        """The most that the GPU may have waited for launches: none if it began after the last of them."""
+        return min(self.elapsed_ms(), self._host_ms()) if self.began_meanwhile else 0.0
+
+    def _host_ms(self) -> float:
+        return (self.seconds[1] - self.seconds[0]) * 1000
+
+
+def _recorded_event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _joined(parts: list[Tensor]) -> np.ndarray:

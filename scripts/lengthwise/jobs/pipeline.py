@@ -244,7 +244,7 @@ class ShardPipeline:
                 "batch": len(current.rows),
                 **_batch_metrics(engine, lengths, result),
                 "wall_ms": wall_ms,
-                "gpu_busy": min(1.0, result.device_ms / wall_ms) if engine.device.type == "cuda" else None,
+                "gpu_busy": _gpu_busy(result, wall_ms),
                 "wait_write_ms": wait_write_ms,
                 "device": self.device,
             }
@@ -294,6 +294,12 @@ def _share_wall_time(rows: list[dict], cores: int) -> None:
         row["wall_ms"] = wall_ms * own_ms / sum(core_ms) if any(core_ms) else wall_ms / len(rows)
 
 
+def _gpu_busy(result: BatchResult, wall_ms: float) -> float | None:
+    if result.wait_launch_ms is None:
+        return None
+    return min(1.0, (result.device_ms - result.wait_launch_ms) / wall_ms)
+
+
 def _batch_metrics(engine: Engine, lengths: np.ndarray, result: BatchResult) -> dict:
     """The columns of a metrics row that do not depend on the job."""
     residues = int(lengths.sum())
@@ -305,6 +311,7 @@ def _batch_metrics(engine: Engine, lengths: np.ndarray, result: BatchResult) -> 
         "mean_length": float(lengths.mean()),
         "max_length": int(lengths.max()),
         "device_ms": result.device_ms,
+        "wait_launch_ms": result.wait_launch_ms,
         "wait_read_ms": result.wait_read_ms,
         "peak_allocated_bytes": result.peak_allocated_bytes,
         "peak_reserved_bytes": result.peak_reserved_bytes,

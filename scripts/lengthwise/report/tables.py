@@ -31,7 +31,10 @@ COLUMNS = {
         "max_length": "residues of its longest sequence",
         "wall_ms": "milliseconds of the job since its previous batch; on a CPU, which computes several at once, its share",
         "device_ms": "milliseconds of the forward pass and pooling, by the device's clock; on a CPU, by one core's",
-        "gpu_busy": "device_ms as a share of wall_ms, at most 1; empty on a CPU",
+        "gpu_busy": "share of wall_ms in which the GPU surely computed, device_ms without wait_launch_ms, at most 1; of batches"
+        " without wait_launch_ms device_ms as a share; empty on a CPU",
+        "wait_launch_ms": "the part of device_ms in which the GPU may have waited for the host to launch its work, at the most;"
+        " empty on a CPU, and for batches of earlier versions",
         "wait_read_ms": "milliseconds that the engine waited for the batch to be tokenised",
         "wait_write_ms": "milliseconds that the engine waited for earlier batches to be written",
         "peak_allocated_bytes": "the most GPU memory that was allocated, weights with it; empty on a CPU",
@@ -71,7 +74,7 @@ COLUMNS = {
         "load_seconds": "reading the weights",
         "embed_seconds": "everything after that, writing included",
         "residues_per_second": "residues of the shards that it made, over embed_seconds; empty if it made none",
-        "computing": "share of the batches' time in which the device computed (on a CPU: of all its cores' time)",
+        "computing": "share of the batches' time in which the device surely computed (on a CPU: of all its cores' time)",
         "wait_read": "share in which the device idled while the host waited for sequences to be tokenised",
         "wait_write": "share in which the device idled while the host waited for the disk",
         "other": "the rest: copies not overlapped with computing, kernel launches, and idle CPU cores",
@@ -214,7 +217,8 @@ def batches(metrics: pa.Table, job_records: list[dict]) -> pd.DataFrame:
     batch_threads = (threads // threads.clip(upper=MOST_AT_ONCE)).where(
         table["n_tokens"] <= AUTO_BATCH_TOKENS["cpu"], threads
     )
-    table["busy_ms"] = table["device_ms"] * (batch_threads / threads).where(table["gpu_busy"].isna(), 1)
+    computing_ms = table["device_ms"] - table["wait_launch_ms"].fillna(0)
+    table["busy_ms"] = computing_ms * (batch_threads / threads).where(table["gpu_busy"].isna(), 1)
     return table
 
 

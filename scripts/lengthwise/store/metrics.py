@@ -18,7 +18,9 @@ log = logging.getLogger("lengthwise")
 # wall_ms: host time since the job's previous batch finished. On a CPU, where several batches run at once, the batch's share of
 #   it. The rows of a job add up to its time without the model's load.
 # device_ms: time of the forward pass and pooling by the device's clock; on a CPU by the core's.
-# gpu_busy: device_ms / wall_ms, at most 1.
+# wait_launch_ms: the part of device_ms in which a GPU may have waited for the host to launch its work, at the most: 0 where all
+#   was launched before the GPU began. Earlier versions did not measure it.
+# gpu_busy: (device_ms - wait_launch_ms) / wall_ms, at most 1: what the GPU surely computed; of earlier versions with those waits.
 # wait_read_ms, wait_write_ms: waiting for the batch's tokens; waiting for earlier batches to be written.
 # A value that a device does not have is null.
 METRICS = pa.schema(
@@ -35,6 +37,7 @@ METRICS = pa.schema(
         ("wall_ms", pa.float64()),
         ("device_ms", pa.float64()),
         ("gpu_busy", pa.float64()),
+        ("wait_launch_ms", pa.float64()),
         ("wait_read_ms", pa.float64()),
         ("wait_write_ms", pa.float64()),
         ("peak_allocated_bytes", pa.int64()),

@@ -22,8 +22,8 @@ from lengthwise.system.files import facts, read_json
 FLOAT32_TOLERANCE = 2e-5
 # DESIGN.md, summarize.
 COLUMNS = """
-    job shard batch n_sequences n_residues n_tokens min_length mean_length max_length wall_ms device_ms
-    gpu_busy wait_read_ms wait_write_ms peak_allocated_bytes peak_reserved_bytes peak_rss_bytes oom_splits device precision
+    job shard batch n_sequences n_residues n_tokens min_length mean_length max_length wall_ms device_ms gpu_busy wait_launch_ms
+    wait_read_ms wait_write_ms peak_allocated_bytes peak_reserved_bytes peak_rss_bytes oom_splits device precision
 """
 
 
@@ -143,7 +143,13 @@ def test_what_the_cpu_does_not_have_is_null_and_never_zero(new):
     store, job = new()
     store.embed(job)
     for row in metrics(store):
-        assert row["peak_allocated_bytes"] is row["peak_reserved_bytes"] is row["gpu_busy"] is None
+        assert (
+            row["peak_allocated_bytes"]
+            is row["peak_reserved_bytes"]
+            is row["gpu_busy"]
+            is row["wait_launch_ms"]
+            is None
+        )
         assert row["wait_read_ms"] >= 0 <= row["wait_write_ms"]
         assert row["peak_rss_bytes"] is None or row["peak_rss_bytes"] > 1 << 20
 

@@ -13,14 +13,14 @@ from lengthwise.esm2.checkpoint import write_random
 from lengthwise.esm2.engine import Engine, _Pass, _Timer
 from lengthwise.esm2.meters import Peaks
 from lengthwise.esm2.outputs import Output
-from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, ModelConfig
+from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.ingest.digests import digest
 from lengthwise.jobs.pipeline import Progress, ShardPipeline
 from lengthwise.plan.work_orders import PlannedShard
 from lengthwise.store import shard_writer
 
 WIDTH = 320  # that of 8M, whose batches are the shortest on a GPU
-BATCHES, ROUNDS = 20, 5
+BATCH_TOKENS, BATCHES, ROUNDS = 32_768, 20, 5
 
 
 class FreeDevice(Engine):
@@ -70,7 +70,7 @@ def test_a_batch_of_8m_costs_the_host_less_than_it_takes_a_gpu(tmp_path, seconds
     with four busy processes for its two cores up to 1.3 ms and 2.0 ms.
     """
     write_random(tmp_path / "wide.pt", ModelConfig(1, WIDTH, 20))
-    batch = AUTO_BATCH_TOKENS["cuda"] // (length + 2)
+    batch = BATCH_TOKENS // (length + 2)
     rng = np.random.default_rng(0)
     residues = rng.choice(np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", np.uint8), (BATCHES * batch, length))
     sequences = [row.tobytes() for row in residues]
@@ -88,7 +88,7 @@ def test_a_batch_of_8m_costs_the_host_less_than_it_takes_a_gpu(tmp_path, seconds
         shard = PlannedShard(f"{number:032x}", [digest(s) for s in sequences], lengths, sequences)
         with ShardPipeline(tmp_path, settings, engine, Progress("job", int(lengths.sum()))) as pipeline:
             before = time.process_time() - seconds_without_the_lock[0]
-            pipeline.make([shard], AUTO_BATCH_TOKENS["cuda"])
+            pipeline.make([shard], BATCH_TOKENS)
             host_ms.append((time.process_time() - seconds_without_the_lock[0] - before) * 1000 / BATCHES)
     print(f"{length} residues: {min(host_ms):.2f} ms of the host for a batch")
     assert min(host_ms) < max_ms

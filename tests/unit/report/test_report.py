@@ -482,6 +482,22 @@ def test_time_is_split_into_computing_waiting_and_the_rest(store):
     assert devices.loc[CPU, shares].tolist() == pytest.approx([0.8, 0.05, 0.0, 0.15])
 
 
+def test_a_gpu_that_waits_for_launches_does_not_count_as_computing(store):
+    """Batches of earlier versions do not have that wait, and their files no such column."""
+    rows = [
+        batch("s0", i, 300, GPU, wall_ms=100.0, device_ms=90.0, wait_launch_ms=60.0, gpu_busy=0.3) for i in range(4)
+    ]
+    store.job({"s0": rows, "s1": batches_of("s1", 4, GPU, wall_ms=100.0, device_ms=90.0, gpu_busy=0.9)})
+    earlier = metrics_path(store.folder, "s1")
+    pq.write_table(pq.read_table(earlier).drop_columns("wait_launch_ms"), earlier)
+    store.dataset("a").summarize()
+    devices = pd.read_csv(store.folder / "report" / "devices.tsv", sep="\t").set_index("device")
+    assert devices.loc[GPU, ["computing", "other"]].tolist() == pytest.approx([0.6, 0.4])
+    batches = pd.read_csv(store.folder / "report" / "metrics.tsv", sep="\t").set_index("shard")
+    assert batches.loc["s0", "wait_launch_ms"].tolist() == [60.0] * 4
+    assert batches.loc["s1", "wait_launch_ms"].isna().all()
+
+
 def test_a_cpu_that_computes_on_each_core_is_busy_when_all_of_them_are(store):
     rows = [batch("s0", i, 300, device_ms=90.0, wall_ms=50.0) for i in range(4)]
     store.job({"s0": rows}, threads=2).dataset("a").summarize()
