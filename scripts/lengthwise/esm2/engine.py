@@ -198,7 +198,8 @@ class Engine:
         """Tokens per batch where the config says `auto`.
 
         On a GPU the smaller of the count that keeps it busy and the count that fits into nine tenths of the free memory. The
-        second comes from `ModelConfig.bytes_per_token`, corrected by one measured pass.
+        second comes from a measured pass, whose size comes from `ModelConfig.bytes_per_token`. Compiled layers need about half of
+        that.
         """
         if self.device.type == "cpu":
             return AUTO_BATCH_TOKENS["cpu"]
@@ -206,11 +207,12 @@ class Engine:
         free_bytes = MEMORY_MARGIN * torch.cuda.mem_get_info(self.device)[0]
         tokens = fitting_tokens(free_bytes, self.bytes_per_token, AUTO_BATCH_TOKENS["cuda"])
         before_bytes = torch.cuda.memory_allocated(self.device)
-        length = min(300, tokens - 2)
-        batch = [b"A" * length] * (tokens // (length + 2))
+        # Padded attention takes most where one of a batch's lengths, which lie between two powers of two, is twice the others.
+        batch = [b"A" * 256] * ((tokens - 513) // 258) + [b"A" * 511]
         *_, result = self.embed([batch, batch])  # the second batch runs while the first one's results are copied
         if result.oom_splits:
             return max(1_024, tokens // 2)
+        tokens = sum(len(sequence) + 2 for sequence in batch)
         measured_bytes_per_token = ((result.peak_allocated_bytes or 0) - before_bytes) / tokens
         log.info(
             "%s tokens a batch need %.2f GB (%.2f by the formula) of the %.2f GB that are free",
@@ -219,7 +221,7 @@ class Engine:
             self.bytes_per_token * tokens / 1e9,
             free_bytes / 1e9,
         )
-        return fitting_tokens(free_bytes, measured_bytes_per_token, tokens)
+        return fitting_tokens(free_bytes, measured_bytes_per_token, AUTO_BATCH_TOKENS["cuda"])
 
     @property
     def bytes_per_token(self) -> int:
