@@ -87,6 +87,7 @@ class Copy:
     number: int
     to: Callable[[], Tensor | None]
     of: Tensor
+    was: Tensor  # its numbers when the copy was asked for
     source: Allocation | None  # on the device: a copy to the host
     done: bool = False
 
@@ -189,11 +190,10 @@ class Device:
             for copy in [copy for copy in self.copies if known(self.host, copy)]:
                 self.copies.remove(copy)
                 if copy.source is None:
-                    to = copy.to()
-                    if to is not None and not torch.equal(to.nan_to_num(), copy.of.nan_to_num()):
+                    if not torch.equal(copy.of.nan_to_num(), copy.was.nan_to_num()):
                         self._found("pinned memory changed before its copy was waited for", raises=True)
                 elif not copy.source.freed_early:
-                    copy.to().copy_(copy.of)
+                    copy.to().copy_(copy.was)
 
     def synchronize(self, device: object = None) -> None:
         with self.lock:
@@ -454,10 +454,9 @@ class Device:
             to.copy_(of)
             self.host_waits(stream.clock, "a blocking copy")
             return
-        if inwards:
-            self.copies.append(Copy(stream, number, view_of(to), of, None))
-        else:
-            self.copies.append(Copy(stream, number, lambda: to, of.clone(), self.allocations[key_of(of)]))
+        make_to = view_of(to) if inwards else lambda: to
+        source = None if inwards else self.allocations[key_of(of)]
+        self.copies.append(Copy(stream, number, make_to, host, of.clone(), source))
         poisoned(to)
 
     def _call__varlen_attn(self, func: Callable, on_device: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:

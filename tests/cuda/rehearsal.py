@@ -41,7 +41,7 @@ def pretended(card: Card | None = None) -> Iterator[Device]:
     device = Device(card)
     with device.installed():
         yield device
-    assert device.out_of_order == []
+    assert device.out_of_order == [], device.out_of_order
 
 
 @contextmanager
@@ -49,7 +49,8 @@ def the_host_waits_for_results_alone(device: Device, passes: int) -> Iterator[No
     """No synchronisation but one for each forward pass, whose copies end in an event."""
     before = device.waits.copy()
     yield
-    assert device.waits - before == {"Event.synchronize": passes}
+    waits = dict(device.waits - before)
+    assert waits == {"Event.synchronize": passes}, waits
 
 
 def embed(path: Path, precision: str, card: Card | None = None, compile: bool = False) -> list[BatchResult]:
@@ -60,8 +61,8 @@ def embed(path: Path, precision: str, card: Card | None = None, compile: bool = 
         with the_host_waits_for_results_alone(device, len(BATCHES)):
             results = list(engine.embed(BATCHES))
         assert device.live_bytes == before
-        assert all((result.status == Status.GOOD).all() for result in results)
-        return results
+    assert all((result.status == Status.GOOD).all() for result in results)
+    return results
 
 
 def rows(results: list[BatchResult]) -> dict[str, np.ndarray]:
