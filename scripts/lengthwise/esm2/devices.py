@@ -16,12 +16,31 @@ def resolve_device(device: str) -> torch.device:
     Raises
     ------
     LengthwiseError
-        `device` is cuda, and torch finds no GPU.
+        `device` is cuda, and torch finds no GPU, or was built without kernels for it.
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda":
+        _require_gpu()
+    return torch.device(device)
+
+
+def _require_gpu() -> None:
+    if not torch.cuda.is_available():
         build = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no GPU"
         raise LengthwiseError(f"device: cuda, but {build}; see the README on CUDA builds, or use device: cpu")
-    return torch.device(device)
+    capability, built_for = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+    if not any(_runs_on(capability, architecture) for architecture in built_for):
+        raise LengthwiseError(
+            f"device: cuda, but torch {torch.__version__} has no kernels for {torch.cuda.get_device_name()} "
+            f"(sm_{capability[0]}{capability[1]}), only for {', '.join(built_for)}; see the README on CUDA builds"
+        )
+
+
+def _runs_on(capability: tuple[int, int], architecture: str) -> bool:
+    """Whether code for an architecture runs on a GPU: sm_86 on 8.6 and 8.9, compute_86 (compiled at load) on all from 8.6 on."""
+    kind, _, number = architecture.partition("_")
+    major, minor = number.rstrip("af")[:-1], number.rstrip("af")[-1]  # sm_90a
+    least = int(major), int(minor)
+    return least <= capability and (kind == "compute" or least[0] == capability[0])
 
 
 def set_threads(threads: int) -> None:
@@ -42,5 +61,10 @@ def device_name(device: torch.device) -> str:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error means that memory ran out; torch raises plain RuntimeErrors for some of them."""
-    words = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    words = (
+        "can't allocate memory",
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUBLAS_STATUS_NOT_INITIALIZED",  # no memory for its workspace
+    )
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
