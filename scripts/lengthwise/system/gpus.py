@@ -9,7 +9,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
+from importlib.machinery import PathFinder
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from uuid import UUID
 
@@ -19,13 +20,16 @@ log = logging.getLogger("lengthwise")
 # Leases are shared by all users, so the folder must not depend on TMPDIR.
 FOLDER = Path("/tmp")
 SECONDS_BETWEEN_TRIES = 0.5
+# Torch reads the second where the first is not set.
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @contextmanager
 def leased(device: str) -> Iterator[None]:
     """Lease one visible GPU and hide the others from this process; wait while all are leased.
 
-    CUDA reads CUDA_VISIBLE_DEVICES once: enter this before anything in this process uses a GPU. A SLURM job with one GPU
+    CUDA reads CUDA_VISIBLE_DEVICES once, and torch its allocator's settings: enter this before anything in this process uses a
+    GPU. A SLURM job with one GPU
     leases nothing. The processes of a SLURM job with several GPUs share them by leases, as on a workstation.
 
     Parameters
@@ -38,6 +42,8 @@ def leased(device: str) -> Iterator[None]:
     LengthwiseError
         A lock file cannot be created or opened.
     """
+    if device == "cuda" and not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"  # batches of many sizes leave no unusable gaps
     uuids = [] if device != "cuda" or _slurm_gave_one_gpu() else visible_uuids()
     if not uuids:
         yield  # a missing GPU is reported where the model is loaded
@@ -184,9 +190,17 @@ def refuse_missing_gpu() -> None:
 
 
 def _cpu_build() -> str | None:
-    """Version of the installed torch if it is a CPU build, else None."""
-    installed = version("torch")
-    return installed if installed.endswith("+cpu") else None
+    """Version of the installed torch if it is a CPU build, else None. Not every CPU build has +cpu in its version.
+
+    Torch's own file says so; torch itself takes seconds to import.
+    """
+    torch = find_spec("torch")
+    spec = torch and PathFinder.find_spec("version", torch.submodule_search_locations)
+    assert spec
+    assert spec.loader
+    torch_version = module_from_spec(spec)
+    spec.loader.exec_module(torch_version)
+    return None if torch_version.cuda else torch_version.__version__
 
 
 if __name__ == "__main__":
