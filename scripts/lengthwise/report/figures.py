@@ -238,7 +238,9 @@ def copies(study: pd.DataFrame) -> Plot | str:
             _line(plot, here, "share", f"{words}, {precision}", color, style, "o")
     _scale_lengths(plot.axes, study["length"])
     plot.axes.set_yscale("log")
+    plot.axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     plot.axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    plot.axes.yaxis.set_minor_formatter(NullFormatter())
     plot.legend(columns=2)
     return plot
 
