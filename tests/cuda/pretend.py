@@ -336,7 +336,7 @@ class Device:
         self._note_host_reads(name, func, args, kwargs, on_device)
         in_place = name.endswith("_") and not name.endswith("__") and name not in WRITE_NOTHING
         in_place = in_place or name == "__setitem__" or name.startswith("__i") or "out" in kwargs
-        written = leaves(kwargs["out"]) if "out" in kwargs else [args[0]] if in_place else []
+        written = leaves(kwargs["out"]) if "out" in kwargs else tensors[:1] if in_place else []
         keys = {key_of(tensor) for tensor in on_device}
         if in_place:
             self._work(name, on_device, [tensor for tensor in written if self.holds(tensor)])
@@ -509,6 +509,24 @@ class Device:
 
     # --- in the place of CUDA
 
+    def _stream_class(self) -> type[Stream]:
+        pretended = self
+
+        class StreamOfDevice(Stream):
+            def __init__(self, device: object = None, priority: int = 0):
+                super().__init__(pretended, "a side stream")
+
+        return StreamOfDevice
+
+    def _event_class(self) -> type[Event]:
+        pretended = self
+
+        class EventOfDevice(Event):
+            def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False):
+                super().__init__(pretended, enable_timing)
+
+        return EventOfDevice
+
     @contextmanager
     def installed(self) -> Iterator["Device"]:
         card, major, minor = self.card, *self.card.capability
@@ -527,8 +545,8 @@ class Device:
             "current_device": lambda: 0,
             "is_initialized": lambda: is_there,
             "init": lambda: None,
-            "Stream": lambda device=None, priority=0: Stream(self, "a side stream"),
-            "Event": lambda enable_timing=False, blocking=False, interprocess=False: Event(self, enable_timing),
+            "Stream": self._stream_class(),
+            "Event": self._event_class(),
             "current_stream": self.current_stream,
             "default_stream": lambda device=None: self.default,
             "stream": self.on_stream,

@@ -2,7 +2,6 @@
 
 import os
 import select
-import shutil
 import signal
 import stat
 import subprocess
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import driver
+from driver import UUIDS
 from lengthwise.system import gpus as gpus_module
 from lengthwise.system.gpus import lease, leased
 
@@ -143,42 +144,16 @@ def test_users_share_the_devices_of_a_machine(sticky):
         assert os.waitpid(child, 0)[1] == 0
 
 
-DRIVER = r"""
-#include <stdlib.h>
-#include <string.h>
-/* Three GPUs whose 16 bytes are 1, 2 and 3; CUDA_VISIBLE_DEVICES picks by index or by the UUID's last digit. */
-static int seen[3], count = -1;
-int cuInit(unsigned flags) {
-    char *given = getenv("CUDA_VISIBLE_DEVICES"), copy[256], *item;
-    count = 0;
-    if (!given) { for (; count < 3; count++) seen[count] = count + 1; return 0; }
-    strncpy(copy, given, 255);
-    for (item = strtok(copy, ","); item; item = strtok(NULL, ","))
-        seen[count++] = strncmp(item, "GPU-", 4) ? atoi(item) + 1 : item[strlen(item) - 1] - '0';
-    return 0;
-}
-int cuDeviceGetCount(int *result) { *result = count; return count < 0; }
-int cuDeviceGetUuid_v2(char *uuid, int device) { memset(uuid, 0, 16); uuid[15] = seen[device]; return 0; }
-"""
-UUIDS = {i: f"GPU-00000000-0000-0000-0000-00000000000{i + 1}" for i in range(3)}
-
-
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory):
+def libcuda(tmp_path_factory):
     """A folder with a libcuda that reports three GPUs."""
-    folder = tmp_path_factory.mktemp("driver")
-    (folder / "cuda.c").write_text(DRIVER)
-    compiler = shutil.which("cc")
-    if not compiler:
-        pytest.skip("needs a C compiler, to make a driver without a GPU")
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "libcuda.so.1", folder / "cuda.c"], check=True)
-    return folder
+    return driver.build(tmp_path_factory.mktemp("driver"))
 
 
 @pytest.fixture
-def gpus(driver, tmp_path, monkeypatch):
+def gpus(libcuda, tmp_path, monkeypatch):
     """The test driver, no scheduler, and lock files in the test's own folder."""
-    monkeypatch.setenv("LD_LIBRARY_PATH", str(driver))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(libcuda))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setattr(gpus_module, "FOLDER", tmp_path)
