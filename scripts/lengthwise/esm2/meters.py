@@ -1,4 +1,4 @@
-"""Meters of a device: peak memory, clock, temperature."""
+"""Meters of a device: peak memory, clock, temperature. psutil is imported where a CPU is asked: a GPU machine may lack it."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 # Names of processor temperature sensors on Linux: Intel, AMD, others.
@@ -48,6 +47,8 @@ def _query_nvml(query: Callable[[Any], Any]) -> Any:
 
 
 def _cpu_clock() -> float | None:
+    import psutil
+
     try:
         clock = psutil.cpu_freq()
     except (OSError, NotImplementedError):  # this machine reports no clock
@@ -56,6 +57,8 @@ def _cpu_clock() -> float | None:
 
 
 def _cpu_temperature() -> float | None:
+    import psutil
+
     found = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
     return next((found[name][0].current for name in _CPU_SENSORS if name in found), None)
 
@@ -102,7 +105,11 @@ class MemoryMeter:
         """Bytes in use now, by the same measure as the peaks."""
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
-        return psutil.Process().memory_info().rss if self.resident else None
+        if not self.resident:
+            return None
+        import psutil
+
+        return psutil.Process().memory_info().rss
 
     def _update_running(self, change: Callable[[], object]) -> None:
         """Record the peak for all running measurements, change their list, and reset the peak."""

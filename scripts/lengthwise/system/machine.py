@@ -1,8 +1,6 @@
-"""What this process may expect of its machine."""
+"""What this process may expect of its machine. psutil is imported where it is used: the benchmark on a GPU works without."""
 
 import os
-
-import psutil
 
 from lengthwise.system.control_groups import memory_limits
 
@@ -24,6 +22,8 @@ def idle_cores(seconds: float = 0.5) -> float:
 
 def host_total() -> int:
     """Return the bytes of the machine's memory, or the limit of a control group around this process if that is lower."""
+    import psutil
+
     return min([psutil.virtual_memory().total, *(limit for limit, _ in memory_limits())])
 
 
@@ -32,4 +32,6 @@ def host_available() -> int:
 
     The least that the machine and each control group around this process leave.
     """
+    import psutil
+
     return max(0, min([psutil.virtual_memory().available, *(limit - used for limit, used in memory_limits())]))
