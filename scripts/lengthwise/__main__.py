@@ -1,6 +1,7 @@
 """Commands beside the workflow: `python -m lengthwise verify results/demo`, `python -m lengthwise benchmark`."""
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -54,11 +55,19 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--checkpoint", type=Path, help="a fair-esm .pt file with real weights, instead of --model")
     bench.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     bench.add_argument("--fasta", type=Path, help="real sequences; without it, random sequences of --length residues")
-    bench.add_argument("--length", type=int, default=300)
-    bench.add_argument("--residues", type=int, default=100_000, help="largest total number of residues")
+    length_help = "lengths of random sequences; at the first, every engine and precision is measured"
+    bench.add_argument("--length", type=int, nargs="+", default=[300], help=length_help)
+    residues_help = "most residues that an engine embeds at each length (default: 100,000, on a GPU 20,000,000)"
+    bench.add_argument("--residues", type=int, help=residues_help)
+    seconds_help = "most seconds of an engine at each length: it embeds fewer residues (default: no limit)"
+    bench.add_argument("--seconds", type=float, default=math.inf, help=seconds_help)
+    minutes_help = "most minutes of the whole run: what would begin later is left out (default: no limit)"
+    bench.add_argument("--minutes", type=float, default=math.inf, help=minutes_help)
     bench.add_argument("--rounds", type=int, default=5)
     bench.add_argument("--threads", type=int, default=os.cpu_count())
-    bench.add_argument("--out", type=Path, default=Path("benchmark"), help="folder for the table and the figure")
+    bench.add_argument(
+        "--out", type=Path, default=Path("benchmark"), help="folder for tables and figures; rows too, for a while"
+    )
     bench.set_defaults(run=_benchmark)
     return parser
 

@@ -2,41 +2,128 @@
 
 import argparse
 import itertools
+import logging
+import multiprocessing
+import os
+import sys
 import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from lengthwise.benchmark.measure import benchmark
+from lengthwise.benchmark.card import description
+from lengthwise.benchmark.cell import Row
+from lengthwise.benchmark.measure import OUT_OF_MEMORY, Benchmark, Limits
 from lengthwise.benchmark.sequences import random_sequences, read_fasta
-from lengthwise.benchmark.tables import markdown, write_figure, write_table
-from lengthwise.esm2.checkpoint import write_random
-from lengthwise.esm2.devices import device_name, resolve_device, set_threads
+from lengthwise.benchmark.tables import markdown, write_figure, write_markdown, write_table
+from lengthwise.benchmark.weights import write_weights
+from lengthwise.errors import LengthwiseError
+from lengthwise.esm2.devices import resolve_device, set_threads
 from lengthwise.esm2.shapes import MODELS
+from lengthwise.system.logging import error_line
+
+# Sequences must outlast the fastest engine's time on a GPU; on a CPU all of them are embedded.
+RESIDUES = {"cpu": 100_000, "cuda": 20_000_000}
 
 
-def run(given: argparse.Namespace) -> int:
-    """Print the table of each model, and write it as TSV with a figure to the folder `given.out`; returns the exit code."""
+@dataclass(frozen=True)
+class Request:
+    """The benchmark of one model, for a process of its own."""
+
+    name: str
+    checkpoint: Path | None  # None: random weights
+    device: torch.device
+    fasta: Path | None
+    lengths: tuple[int, ...]
+    residues: int
+    limits: Limits
+    threads: int
+    out: Path
+
+
+def run(given: argparse.Namespace, measure: Callable[[Request], tuple[list[Row], str]] | None = None) -> int:
+    """Measure the models one after the other and print their tables; returns the exit code.
+
+    Each has a process of its own: torch compiles the layers only so many times in one, and runs them uncompiled after that.
+    Whenever the run ends, what it measured is in the folder `given.out`, as TSV and Markdown.
+    """
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = resolve_device(auto if given.device == "auto" else given.device)
-    set_threads(given.threads)
-    sequences = read_fasta(given.fasta) if given.fasta else []
-    sequences = sequences or random_sequences(given.length, given.residues)
-    totals = itertools.accumulate(map(len, sequences))
-    sequences = [sequence for sequence, total in zip(sequences, totals, strict=True) if total <= given.residues]
+    deadline = time.time() + 60 * given.minutes
     given.out.mkdir(parents=True, exist_ok=True)
-    for model in ["the checkpoint"] if given.checkpoint else given.model:
-        with tempfile.TemporaryDirectory() as folder:
-            weights = given.checkpoint or Path(folder) / f"{model}.pt"
-            if given.checkpoint is None:
-                write_random(weights, MODELS[model])
-            rows = benchmark(weights, sequences, device, given.rounds)
-        name = weights.stem
-        title = (
-            f"{name} on {device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
-            f"{sum(map(len, sequences)):,} residues in {len(sequences):,} sequences"
+    failed = False
+    for name in [given.checkpoint.stem] if given.checkpoint else given.model:
+        request = Request(
+            name,
+            given.checkpoint,
+            device,
+            given.fasta,
+            tuple(given.length),
+            given.residues or RESIDUES[device.type],
+            Limits(given.rounds, given.seconds, deadline),
+            given.threads,
+            given.out,
         )
-        print(f"\n{title}\n\n{markdown(rows)}\n", flush=True)
-        write_table(rows, given.out / f"{name}.tsv")
-        write_figure(rows, title, given.out / f"{name}.png")
-    return 0
+        try:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
+                rows, title = pool.submit(measure or measure_model, request).result()
+        except (LengthwiseError, BrokenProcessPool) as error:
+            print(error_line(f"{name}: {error}"), file=sys.stderr, flush=True)
+            failed = True
+        else:
+            print(f"\n{title}\n\n{markdown(rows)}\n", flush=True)
+            failed |= any(row["status"] not in ("", OUT_OF_MEMORY) for row in rows)
+    return int(failed)
+
+
+def measure_model(request: Request) -> tuple[list[Row], str]:
+    """Measure one model, and write the table after each round; returns the rows and the table's title."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    set_threads(request.threads)
+    samples = _samples(request)
+    title = f"{request.name} on {description(request.device)}"
+
+    def write(rows: list[Row]) -> None:
+        write_table(rows, request.out / f"{request.name}.tsv")
+        write_markdown(rows, title, request.out / f"{request.name}.md")
+
+    with tempfile.TemporaryDirectory() as folder:
+        weights = request.checkpoint or Path(folder) / f"{request.name}.pt"
+        if request.checkpoint is None:
+            write_weights(weights, MODELS[request.name])
+        log = partial(print, flush=True)
+        rows = Benchmark(weights, samples, request.device, request.limits, request.out, write, log).run()
+    if rows:
+        write_figure(rows, title, request.out / f"{request.name}.png")
+    return rows, title
+
+
+def _samples(request: Request) -> dict[str, list[bytes]]:
+    if request.fasta is None:
+        return {str(length): random_sequences(length, request.residues) for length in request.lengths}
+    sequences = read_fasta(request.fasta)
+    totals = itertools.accumulate(map(len, sequences))
+    return {
+        request.fasta.stem: [
+            sequence for sequence, total in zip(sequences, totals, strict=True) if total <= request.residues
+        ]
+    }
+
+
+def _end_with_parent() -> None:
+    """End this process with the command, also when that was killed: it would keep the GPU."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

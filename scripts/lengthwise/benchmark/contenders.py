@@ -13,27 +13,48 @@ import numpy as np
 import torch
 
 from lengthwise.benchmark import peers
-from lengthwise.benchmark.peers import Embed, Rows
+from lengthwise.benchmark.peers import Embed, Part
 from lengthwise.esm2.batching import cut_batches
 from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.outputs import Output
 from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.ingest.digests import digest
 
+EXTRACT = "fair-esm extract.py"
+RESIDUE, MEAN, DISK = "Lengthwise", "Lengthwise, means alone", "Lengthwise, to disk"
 SHARD_BYTES = 1 << 30  # the config's default
+# Larger models run in half precision alone, the type of their published checkpoints.
+FLOAT32_PARAMETERS = 1e9
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model on the device, and the ways to run it by their names."""
+
+    ways: dict[str, Embed]
+    engine: Engine | None = None  # where it is this package's
+    batch_tokens: int | None = None  # of a batch of this package's engine
+
+    @property
+    def is_compiled(self) -> bool | None:
+        """Whether torch compiled the layers; None of other engines."""
+        if self.engine is None:
+            return None
+        return getattr(self.engine, "is_compiled", "project" in vars(self.engine.model.layers[0]))
 
 
 @dataclass(frozen=True)
 class Contender:
-    """An engine and a precision. `load` loads the model and returns its embedding function."""
+    """A model in one precision that is loaded once and runs in one way or several, a row of the table each."""
 
-    engine: str
+    names: tuple[str, ...]
     precision: str
-    load: Callable[[], Embed]
+    every_length: bool  # or the first alone
+    load: Callable[[], Loaded]
 
 
 def contenders_of(
-    weights: Path, config: ModelConfig, device: torch.device, log: Callable[[str], None]
+    weights: Path, config: ModelConfig, device: torch.device, rows_folder: Path, log: Callable[[str], None]
 ) -> Iterator[Contender]:
     """The contenders that can run on a device with the packages that are installed.
 
@@ -45,75 +66,96 @@ def contenders_of(
         Its shape.
     device
         Where to run.
+    rows_folder
+        Rows are written there, and removed.
     log
         Takes a line about a contender that is left out.
     """
     is_cuda = device.type == "cuda"
-    yield Contender("fair-esm extract.py", "float32", partial(peers.load_extract_loop, weights, device))
-    if importlib.util.find_spec("transformers"):
-        for precision in ("float16",) if is_cuda else ("float32", "bfloat16"):
-            load = partial(peers.load_transformers, weights, config, device, precision)
-            yield Contender("transformers", precision, load)
-        if importlib.util.find_spec("esm_cpp") and not is_cuda:
-            yield Contender("esm-cpp", "float32", partial(peers.load_esm_cpp, weights, config))
-    load_lengthwise = partial(_load_lengthwise, weights, config, device)
-    for precision in ("float32", "float16", "bfloat16") if is_cuda else ("float32", "bfloat16"):
-        yield Contender("Lengthwise", precision, partial(load_lengthwise, precision, "residue"))
     production = "float16" if is_cuda else "float32"
-    yield Contender("Lengthwise, means alone", production, partial(load_lengthwise, production, "mean"))
+    yield Contender((EXTRACT,), "float32", True, partial(_load_peer, EXTRACT, peers.load_extract_loop, weights, device))
+    if importlib.util.find_spec("transformers"):
+        for precision in (production,) if is_cuda else ("float32", "bfloat16"):
+            load = partial(_load_peer, "transformers", peers.load_transformers, weights, config, device, precision)
+            yield Contender(("transformers",), precision, precision == production, load)
+        if importlib.util.find_spec("esm_cpp") and not is_cuda:
+            load = partial(_load_peer, "esm-cpp", peers.load_esm_cpp, weights, config)
+            yield Contender(("esm-cpp",), "float32", True, load)
+    precisions = ["float16", "bfloat16"] if is_cuda else ["float32", "bfloat16"]
+    if is_cuda and config.parameters < FLOAT32_PARAMETERS:
+        precisions.append("float32")
+    names: tuple[str, ...] = (RESIDUE, MEAN, DISK)
     try:
-        import lengthwise.jobs.embed_job  # noqa: F401
+        import lengthwise.jobs.pipeline  # noqa: F401
     except ImportError as error:  # missing, or a pyarrow built for another numpy than the peers'
         log(f"left out, rows written to disk: {error}")
-    else:
-        load = partial(_load_lengthwise_to_disk, weights, config, device, production)
-        yield Contender("Lengthwise, to disk", production, load)
+        names = names[:2]
+    for precision in precisions:
+        chosen = names if precision == production else names[:1]
+        load = partial(_load_lengthwise, weights, config, device, precision, chosen, rows_folder)
+        yield Contender(chosen, precision, precision == production, load)
 
 
-def _engine(weights: Path, config: ModelConfig, device: torch.device, precision: str, kind: str) -> Engine:
-    output = Output((config.num_layers,), (kind,), "float32" if precision == "float32" else "float16")
-    return Engine(weights, device, precision, output, compile=True)
+def _load_peer(name: str, load: Callable[..., Embed], *given: object) -> Loaded:
+    """Load another engine."""
+    return Loaded({name: load(*given)})
 
 
-def _load_lengthwise(weights: Path, config: ModelConfig, device: torch.device, precision: str, kind: str) -> Embed:
-    engine = _engine(weights, config, device, precision, kind)
+def _load_lengthwise(
+    weights: Path, config: ModelConfig, device: torch.device, precision: str, names: tuple[str, ...], rows_folder: Path
+) -> Loaded:
+    """One engine for all ways: what differs is what becomes of the last layer's rows."""
+    storage = "float32" if precision == "float32" else "float16"
+    residue, mean = (Output((config.num_layers,), (kind,), storage) for kind in ("residue", "mean"))
+    engine = Engine(weights, device, precision, residue, compile=True)
     batch_tokens = engine.auto_batch_tokens()
-
-    def embed(sequences: list[bytes]) -> Rows:
-        lengths = np.array([len(sequence) for sequence in sequences])
-        bounds = list(cut_batches(lengths, batch_tokens))
-        results = engine.embed(sequences[start:stop] for start, stop in bounds)
-        rows: Rows = []
-        for (start, stop), result in zip(bounds, results, strict=True):
-            if kind == "mean":
-                rows += list(result.arrays[f"mean_{config.num_layers}"][:, None])  # [1, D] each
-            else:
-                rows += np.split(result.arrays[f"layer_{config.num_layers}"], np.cumsum(lengths[start : stop - 1]))
-        return rows
-
-    return embed
+    ways: dict[str, Embed] = {
+        RESIDUE: partial(_embed, engine, residue, batch_tokens),
+        MEAN: partial(_embed, engine, mean, batch_tokens),
+    }
+    if DISK in names:
+        ways[DISK] = _to_disk(engine, residue, batch_tokens, rows_folder)
+    return Loaded({name: ways[name] for name in names}, engine, batch_tokens)
 
 
-def _load_lengthwise_to_disk(weights: Path, config: ModelConfig, device: torch.device, precision: str) -> Embed:
-    """A job's own pipeline with shards in a temporary folder, written and synced; each call removes the previous shards."""
+def _embed(engine: Engine, output: Output, batch_tokens: int, sequences: list[bytes]) -> Iterator[Part]:
+    """Rows are dropped once they are on the host, as a job drops them once they are written: buffers are used again."""
+    lengths = np.array([len(sequence) for sequence in sequences])
+    bounds = list(cut_batches(lengths, batch_tokens))
+
+    def parts() -> Iterator[Part]:
+        engine.output = output
+        for result in engine.embed(sequences[start:stop] for start, stop in bounds):
+            yield Part(list(result.arrays.values()), result.peak_allocated_bytes)
+
+    return parts()
+
+
+def _to_disk(engine: Engine, output: Output, batch_tokens: int, rows_folder: Path) -> Embed:
+    """A job's own pipeline, with shards written and synced; each call removes those of the call before."""
     from lengthwise.jobs.pipeline import Progress, ShardPipeline
     from lengthwise.plan.work_orders import PlannedShard
-    from lengthwise.store.paths import shard_path
+    from lengthwise.store.metrics import read_metrics
+    from lengthwise.store.paths import metrics_path, shard_path
     from lengthwise.store.shard import Shard
 
-    engine = _engine(weights, config, device, precision, "residue")
-    batch_tokens, storage_dtype = engine.auto_batch_tokens(), engine.output.storage_dtype
-    layer, folder = config.num_layers, tempfile.TemporaryDirectory()
-    settings = {"layers": [layer], "outputs": ["residue"], "embed_dim": config.embed_dim, "fingerprint": ""}
-    settings["storage_dtype"] = storage_dtype
+    config = engine.model.config
+    folder = tempfile.TemporaryDirectory(prefix="rows-", dir=rows_folder)
+    settings = {
+        "layers": list(output.layers),
+        "outputs": list(output.outputs),
+        "embed_dim": config.embed_dim,
+        "storage_dtype": output.storage_dtype,
+        "fingerprint": "",
+    }
+    row_bytes = config.embed_dim * np.dtype(output.storage_dtype).itemsize
     calls = itertools.count()
 
-    def embed(sequences: list[bytes]) -> Rows:
+    def embed(sequences: list[bytes]) -> Iterator[Part]:
         call = next(calls)
         shutil.rmtree(Path(folder.name) / str(call - 1), ignore_errors=True)
         store = Path(folder.name) / str(call)
         lengths = np.array([len(sequence) for sequence in sequences], np.int32)
-        row_bytes = config.embed_dim * np.dtype(storage_dtype).itemsize
         shard_numbers = lengths.cumsum(dtype=np.int64) * row_bytes // SHARD_BYTES
         bounds = np.flatnonzero(np.diff(shard_numbers, prepend=-1, append=-1)).tolist()
         shards = [
@@ -125,9 +167,17 @@ def _load_lengthwise_to_disk(weights: Path, config: ModelConfig, device: torch.d
             )
             for start, stop in itertools.pairwise(bounds)
         ]
-        with ShardPipeline(store, settings, engine, Progress("benchmark", int(lengths.sum()))) as pipeline:
-            pipeline.make(shards[::-1], batch_tokens)
-        written = [Shard(shard_path(store, shard.name)) for shard in shards]
-        return [rows for shard in written for rows in np.split(shard[f"layer_{layer}"], shard["offsets"][1:-1])]
+
+        def parts() -> Iterator[Part]:
+            engine.output = output
+            with ShardPipeline(store, settings, engine, Progress("benchmark", int(lengths.sum()))) as pipeline:
+                pipeline.make(shards[::-1], batch_tokens)
+            metrics = read_metrics([metrics_path(store, shard.name) for shard in shards])
+            peaks = metrics["peak_allocated_bytes"].dropna()
+            written = [Shard(shard_path(store, shard.name)) for shard in shards]
+            rows = [shard[f"layer_{config.num_layers}"] for shard in written]
+            yield Part(rows, int(peaks.max()) if len(peaks) else None)
+
+        return parts()
 
     return embed

@@ -1,163 +1,209 @@
-"""The measurement: contenders take turns on parts of the same sequences, and their rows are compared with fair-esm's."""
+"""The measurement: contenders embed parts of the same sequences, and their rows are compared with fair-esm's.
 
-import statistics
+On a CPU all contenders are loaded and take turns, so that a slow moment of the machine does not fall on one alone. On a GPU one
+is loaded at a time: a large model leaves no room for a second.
+"""
+
+import gc
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lengthwise.benchmark.contenders import Contender, contenders_of
-from lengthwise.benchmark.peers import Embed, Rows, reference
+from lengthwise.benchmark.cell import Cell, Row, errors_of, most_tokens, stride_of
+from lengthwise.benchmark.contenders import EXTRACT, Contender, Loaded, contenders_of
+from lengthwise.benchmark.matmul import matmul_rate, synchronize
+from lengthwise.benchmark.peers import reference
+from lengthwise.errors import LengthwiseError
 from lengthwise.esm2 import checkpoint
-from lengthwise.esm2.devices import DTYPES
+from lengthwise.esm2.devices import DTYPES, is_out_of_memory
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, ModelConfig
 
-MATMUL_SECONDS = 0.3  # of matrix products in each round
 COMPARED_SEQUENCES = 24  # spread over the lengths
+OUT_OF_MEMORY = "out of memory"
 
 
-@dataclass
+@dataclass(frozen=True)
+class Limits:
+    """How much is measured."""
+
+    rounds: int = 5
+    seconds: float = math.inf  # of a contender's passes over one sample
+    deadline: float = math.inf  # in seconds of the epoch
+
+
+@dataclass(frozen=True)
 class _Run:
-    """A contender whose model is loaded, and its measurements so far."""
+    """A way to run a loaded contender."""
 
-    engine: str
-    precision: str
-    embed: Embed
-    load_seconds: float  # with the warm-up
-    loaded_bytes: int  # that it keeps on a GPU between its turns
-    errors: dict[str, float]
-    seconds: list[float] = field(default_factory=list)  # of each round
-    peak_bytes: int | None = None
+    name: str
+    contender: Contender
+    loaded: Loaded
+    facts: Row
 
 
-def benchmark(
-    weights: Path, sequences: list[bytes], device: torch.device, rounds: int = 5, log: Callable[[str], None] = print
-) -> list[dict]:
-    """Time every engine on the same sequences.
-
-    The sequences are dealt into `rounds` parts with the same distribution of lengths. In each round every engine embeds one
-    part, one engine after the other, so that a slow moment of the machine does not fall on one engine alone. Each round also
-    times plain matrix products in the shapes of the model's layers.
+class Benchmark:
+    """The measurement of one model; `rows` is the table so far.
 
     Parameters
     ----------
     weights
         A fair-esm checkpoint.
-    sequences
-        Normalised residues.
+    samples
+        Normalised residues, by the name of the sample. Of the first, every contender is measured, and its errors.
     device
         Where to run.
-    rounds
-        Number of rounds.
+    limits
+        How much is measured.
+    folder
+        Rows are written there for a while.
+    write
+        Takes the rows so far, after each round.
     log
         Takes lines of progress.
-
-    Returns
-    -------
-    A row for each engine and precision with the columns `lengthwise.benchmark.tables.COLUMNS`.
 
     Raises
     ------
     LengthwiseError
-        The checkpoint cannot be read, or an installed engine does not take its weights.
+        The checkpoint cannot be read.
     """
-    config = checkpoint.read(weights)[0]
-    sequences = sorted(sequences, key=len)
-    compared = sequences[:: max(1, len(sequences) // COMPARED_SEQUENCES)]
-    expected = reference(weights, compared, device)
-    runs = [_load(contender, compared, expected, device) for contender in contenders_of(weights, config, device, log)]
-    matmul_rates: dict[str, list[float]] = {run.precision: [] for run in runs}  # FLOP/s
-    for number in range(rounds):
-        for precision, rates in matmul_rates.items():
-            rates.append(_matmul_rate(config, device, DTYPES[precision]))
-        for run in runs:
-            _time_round(run, sequences[number::rounds], device)
-        times = ", ".join(f"{run.engine} {run.precision} {run.seconds[-1]:.2f} s" for run in runs)
-        log(f"round {number + 1} of {rounds}: {times}")
-    residues = sum(map(len, sequences))
-    flops = sum(config.flops(len(sequence)) for sequence in sequences)
-    extract = next(run for run in runs if run.engine == "fair-esm extract.py")
-    return [
-        {
-            "engine": run.engine,
-            "precision": run.precision,
-            "residues_per_second": residues / sum(run.seconds),
-            "times_extract": statistics.median(a / b for a, b in zip(extract.seconds, run.seconds, strict=True)),
-            "end_to_end_residues_per_second": residues / (sum(run.seconds) + run.load_seconds),
-            "share_of_matmul": flops / sum(run.seconds) / statistics.median(matmul_rates[run.precision]),
-            "peak_bytes": run.peak_bytes,
-            **run.errors,
-        }
-        for run in runs
-    ]
 
+    def __init__(
+        self,
+        weights: Path,
+        samples: Mapping[str, Sequence[bytes]],
+        device: torch.device,
+        limits: Limits,
+        folder: Path,
+        write: Callable[[list[Row]], None],
+        log: Callable[[str], None] = print,
+    ):
+        self.weights, self.device, self.limits = weights, device, limits
+        self.folder, self.write, self.log = folder, write, log
+        self.config: ModelConfig = checkpoint.read(weights)[0]
+        self.samples = {name: sorted(sequences, key=len) for name, sequences in samples.items()}
+        self.cells: list[Cell] = []
+        self.extract_rates: dict[str, list[float]] = {}  # by sample
 
-def _load(contender: Contender, compared: list[bytes], expected: Rows, device: torch.device) -> _Run:
-    before_bytes = _allocated_bytes(device)
-    began = time.perf_counter()
-    embed = contender.load()
-    rows = embed(compared)  # also the warm-up
-    _synchronize(device)
-    seconds, loaded_bytes = time.perf_counter() - began, _allocated_bytes(device) - before_bytes
-    return _Run(contender.engine, contender.precision, embed, seconds, loaded_bytes, _errors(rows, expected))
+    def run(self) -> list[Row]:
+        """Measure everything that the time suffices for; returns the rows."""
+        first = next(iter(self.samples.values()))
+        compared = first[:: max(1, len(first) // COMPARED_SEQUENCES)][:COMPARED_SEQUENCES]
+        expected: list[np.ndarray] = []
+        self._or_status("fair-esm's rows", lambda: expected.extend(reference(self.weights, compared, self.device)))
+        contenders = list(contenders_of(self.weights, self.config, self.device, self.folder, self.log))
+        for group in [[each] for each in contenders] if self.device.type == "cuda" else [contenders]:
+            self._measure_group(group, compared, expected)
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return self.rows
 
+    @property
+    def rows(self) -> list[Row]:
+        return [cell.row(self.extract_rates.get(cell.sample, [])) for cell in self.cells]
 
-def _time_round(run: _Run, sequences: list[bytes], device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    _synchronize(device)
-    before_bytes = _allocated_bytes(device)  # includes the weights of the other engines
-    began = time.perf_counter()
-    run.embed(sequences)
-    _synchronize(device)
-    run.seconds.append(time.perf_counter() - began)
-    if device.type == "cuda":
-        peak_bytes = torch.cuda.max_memory_allocated(device) - before_bytes + run.loaded_bytes
-        run.peak_bytes = max(run.peak_bytes or 0, peak_bytes)
+    def _measure_group(self, group: list[Contender], compared: list[bytes], expected: list[np.ndarray]) -> None:
+        """Load contenders, and let them take turns."""
+        runs = [run for contender in group for run in self._load(contender, compared, expected)]
+        for number, (sample, sequences) in enumerate(self.samples.items()):
+            chosen = [run for run in runs if number == 0 or run.contender.every_length]
+            pairs = [(run, Cell(run.facts, sample)) for run in chosen if self._has_time(f"{run.name}, {sample}")]
+            self.cells += [cell for _, cell in pairs]
+            strides = {cell: self._stride(run, cell, sequences) for run, cell in pairs}
+            for part in range(self.limits.rounds):
+                matmul_rates: dict[tuple[str, int], float] = {}
+                for run, cell in pairs:
+                    if not cell.status and sum(cell.seconds) <= self.limits.seconds:
+                        stride = strides[cell]
+                        some = sequences[part % min(stride, len(sequences)) :: stride]
+                        work = partial(self._pass, run, cell, some, matmul_rates)
+                        cell.status = self._or_status(f"{run.name}, {sample}", work)
+                        if run.name == EXTRACT:
+                            self.extract_rates[sample] = cell.rates
+                self.write(self.rows)
+                times = [
+                    f"{run.name} {run.contender.precision} {cell.seconds[part]:.2f} s"
+                    for run, cell in pairs
+                    if len(cell.seconds) > part
+                ]
+                self.log(f"{sample}, round {part + 1} of {self.limits.rounds}: {', '.join(times)}")
 
+    def _load(self, contender: Contender, compared: list[bytes], expected: list[np.ndarray]) -> list[_Run]:
+        """Load a contender and compare its rows, which warms it up too; no runs if that fails."""
+        what = f"{', '.join(contender.names)}, {contender.precision}"
+        runs: list[_Run] = []
 
-def _allocated_bytes(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@torch.inference_mode()
-def _matmul_rate(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of plain matrix products in the shapes of one layer."""
-    d, tokens = config.embed_dim, AUTO_BATCH_TOKENS[device.type]
-    shapes = [(d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)]
-    pairs = [
-        (torch.randn(tokens, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype))
-        for k, n in shapes
-    ]
-    flops = sum(2 * tokens * k * n for k, n in shapes)
-    passes, began = -1, 0.0  # pass 0 is the warm-up
-    while passes < 1 or time.perf_counter() - began < MATMUL_SECONDS:
-        for x, weight in pairs:
-            x @ weight.T
-        _synchronize(device)
-        passes += 1
-        if passes == 0:
+        def load() -> None:
             began = time.perf_counter()
-    return passes * flops / (time.perf_counter() - began)
+            loaded = contender.load()
+            synchronize(self.device)
+            for name, embed in loaded.ways.items():
+                facts: Row = {"engine": name, "precision": contender.precision, "compiled": loaded.is_compiled}
+                if loaded.engine is not None:
+                    facts["bytes_per_token"] = loaded.engine.bytes_per_token
+                rows = [array for part in embed(compared) for array in part.rows]
+                facts["load_seconds"] = time.perf_counter() - began
+                if expected:
+                    facts |= errors_of(rows, expected)
+                runs.append(_Run(name, contender, loaded, facts))
 
+        if not self._has_time(what):
+            return []
+        if status := self._or_status(what, load):
+            failed = contender.names[len(runs) :]
+            sample = next(iter(self.samples))
+            self.cells += [Cell({"engine": name, "precision": contender.precision}, sample, status) for name in failed]
+        return runs
 
-def _errors(rows: Rows, expected: Rows) -> dict[str, float]:
-    """Errors against fair-esm's rows, as shares of their root mean square, and the smallest cosine of a row."""
-    if any(len(row) != len(other) for row, other in zip(rows, expected, strict=True)):  # means, [1, D]
-        expected = [other.mean(0, keepdims=True) for other in expected]
-    ours, theirs = (np.concatenate(part).astype(np.float64) for part in (rows, expected))
-    rms = np.sqrt(np.mean(theirs**2))
-    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
-    return {
-        "max_error": float(np.abs(ours - theirs).max() / rms),
-        "rms_error": float(np.sqrt(np.mean((ours - theirs) ** 2)) / rms),
-        "min_cosine": float(((ours * theirs).sum(1) / norms).min()),
-    }
+    def _stride(self, run: _Run, cell: Cell, sequences: list[bytes]) -> int:
+        found = [self.limits.rounds]
+
+        def choose() -> None:
+            rounds, seconds = self.limits.rounds, self.limits.seconds
+            found[0] = stride_of(run.loaded, run.loaded.ways[run.name], sequences, self.device, rounds, seconds)
+
+        cell.status = self._or_status(f"{run.name}, {cell.sample}", choose)
+        return found[0]
+
+    def _pass(self, run: _Run, cell: Cell, part: list[bytes], matmul_rates: dict[tuple[str, int], float]) -> None:
+        """A timed pass, and the rate of products beside it, which contenders of one type and batch share in a round."""
+        batch_tokens = run.loaded.batch_tokens
+        tokens = most_tokens(part, batch_tokens or AUTO_BATCH_TOKENS[self.device.type])
+        if batch_tokens is not None:
+            cell.batch_tokens = max(cell.batch_tokens or 0, tokens)
+        key = run.contender.precision, tokens
+        if key not in matmul_rates:
+            matmul_rates[key] = matmul_rate(self.config, self.device, DTYPES[key[0]], tokens)
+        cell.measure(run.loaded.ways[run.name], part, self.config, self.device)
+        cell.matmul_rates.append(matmul_rates[key])
+
+    def _has_time(self, what: str) -> bool:
+        if time.time() < self.limits.deadline:
+            return True
+        self.log(f"no time left for {what}")
+        return False
+
+    def _or_status(self, what: str, work: Callable[[], object]) -> str:
+        """Do some of the work; what failed in a few words, so that the rest is measured all the same."""
+        try:
+            work()
+        except LengthwiseError:
+            raise
+        except Exception as error:
+            status = OUT_OF_MEMORY if is_out_of_memory(error) else f"{type(error).__name__}: {error}".splitlines()[0]
+            self.log(f"{what}: {status}")
+            if status != OUT_OF_MEMORY:
+                self.log(traceback.format_exc())
+        else:
+            return ""
+        gc.collect()  # outside of the handler, whose traceback keeps tensors alive
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return status

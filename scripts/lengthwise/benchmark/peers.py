@@ -1,9 +1,9 @@
 """The other engines: fair-esm, transformers and esm-cpp, each with the same weights."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +16,23 @@ from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, ModelConfig
 from lengthwise.esm2.tokens import PAD, tokenize
 
 EXTRACT_TOKENS = 4_096  # extract.py's --toks_per_batch
-Rows = list[np.ndarray]  # the last layer of each sequence, [L, D]; its mean [1, D] where only means are computed
-Embed = Callable[[list[bytes]], Rows]  # embeds sequences that are sorted by length, shortest first
+
+
+class Part(NamedTuple):
+    """What an engine has embedded so far since its last part."""
+
+    rows: list[
+        np.ndarray
+    ]  # one after the other: the last layer of each sequence, or their means where only these are computed
+    peak_bytes: int | None = None  # of the GPU's allocator, where the engine measured it
+
+
+# Embeds sequences that are sorted by length, shortest first. The call prepares; the device works while the parts are taken.
+Embed = Callable[[list[bytes]], Iterator[Part]]
 
 
 @torch.inference_mode()
-def reference(weights: Path, sequences: list[bytes], device: torch.device) -> Rows:
+def reference(weights: Path, sequences: list[bytes], device: torch.device) -> list[np.ndarray]:
     """The last layer of fair-esm's own model in float32, one sequence at a time: [L, D] of each."""
     model = checkpoint.reference_model(weights).to(device)
     rows = []
@@ -41,17 +52,14 @@ def load_extract_loop(weights: Path, device: torch.device) -> Embed:
     convert, layer = alphabet.get_batch_converter(), model.num_layers
 
     @torch.no_grad()
-    def embed(sequences: list[bytes]) -> Rows:
+    def embed(sequences: list[bytes]) -> Iterator[Part]:
         dataset = FastaBatchedDataset([str(i) for i in range(len(sequences))], [s.decode() for s in sequences])
         batches = dataset.get_batch_indices(EXTRACT_TOKENS, extra_toks_per_seq=1)
         loader = torch.utils.data.DataLoader(dataset, collate_fn=convert, batch_sampler=batches)
-        rows: dict[int, np.ndarray] = {}
-        for labels, strings, tokens in loader:
+        for _, strings, tokens in loader:
             result = model(tokens.to(device, non_blocking=True), repr_layers=[layer], return_contacts=False)
             hidden = result["representations"][layer].to("cpu")  # [N, L + 2, D]
-            for i, label in enumerate(labels):
-                rows[int(label)] = hidden[i, 1 : len(strings[i]) + 1].clone().numpy()
-        return [rows[i] for i in range(len(sequences))]
+            yield Part([hidden[i, 1 : len(string) + 1].clone().numpy() for i, string in enumerate(strings)])
 
     return embed
 
@@ -60,7 +68,8 @@ def load_transformers(weights: Path, config: ModelConfig, device: torch.device, 
     """Hugging Face's EsmModel with padded batches of this engine's number of tokens."""
     from transformers import EsmModel
 
-    model = EsmModel(_hugging_face_config(config), add_pooling_layer=False)
+    with device:  # which makes the weights that are then replaced, much faster than a CPU
+        model = EsmModel(_hugging_face_config(config), add_pooling_layer=False)
     missing = model.load_state_dict(_hugging_face_tensors(weights), strict=False).missing_keys
     if wanted := [name for name in missing if not name.startswith(("embeddings.position", "contact_head"))]:
         raise LengthwiseError(
@@ -69,15 +78,13 @@ def load_transformers(weights: Path, config: ModelConfig, device: torch.device, 
     model = model.eval().to(device, DTYPES[precision])
 
     @torch.inference_mode()
-    def embed(sequences: list[bytes]) -> Rows:
-        rows: Rows = []
+    def embed(sequences: list[bytes]) -> Iterator[Part]:
         for start, stop in cut_batches(np.array([len(s) for s in sequences]), AUTO_BATCH_TOKENS[device.type]):
             batch = [torch.from_numpy(tokenize(sequence)).long() for sequence in sequences[start:stop]]
             tokens = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=PAD).to(device)
             hidden = model(tokens, attention_mask=(tokens != PAD).long()).last_hidden_state  # [N, L + 2, D]
             hidden = hidden.half().cpu() if precision != "float32" else hidden.cpu()
-            rows += [hidden[i, 1 : len(sequences[start + i]) + 1].numpy() for i in range(stop - start)]
-        return rows
+            yield Part([hidden[i, 1 : len(sequences[start + i]) + 1].numpy() for i in range(stop - start)])
 
     return embed
 
@@ -99,14 +106,14 @@ def load_esm_cpp(weights: Path, config: ModelConfig) -> Embed:
         model = esm_cpp.Model.load_from_safetensors(str(Path(folder) / "model.safetensors"))
     is_first_call = True
 
-    def embed(sequences: list[bytes]) -> Rows:
+    def embed(sequences: list[bytes]) -> Iterator[Part]:
         nonlocal is_first_call
         tokens = [tokenize(sequence).astype(np.int32) for sequence in sequences]
-        if not is_first_call:
+        if is_first_call:
+            is_first_call = False
+            yield Part([model.forward_with_hidden_states(each)[1][-1][1:-1] for each in tokens])
+        else:
             model.forward_scheduled(tokens)
-            return []
-        is_first_call = False
-        return [model.forward_with_hidden_states(each)[1][-1][1:-1] for each in tokens]
 
     return embed
 

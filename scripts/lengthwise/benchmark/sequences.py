@@ -20,4 +20,5 @@ def random_sequences(length: int, residues: int, seed: int = 0) -> list[bytes]:
     """Random proteins of one length, about `residues` residues in total and one protein at least."""
     letters = np.frombuffer(RESIDUES[:20], np.uint8)
     rng = np.random.Generator(np.random.PCG64(seed))
-    return [rng.choice(letters, length).tobytes() for _ in range(max(1, residues // length))]
+    drawn = rng.choice(letters, (max(1, residues // length), length))
+    return [sequence.tobytes() for sequence in drawn]
