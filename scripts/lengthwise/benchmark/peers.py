@@ -68,8 +68,13 @@ def load_transformers(weights: Path, config: ModelConfig, device: torch.device, 
     """Hugging Face's EsmModel with padded batches of this engine's number of tokens."""
     from transformers import EsmModel
 
-    with device:  # which makes the weights that are then replaced, much faster than a CPU
-        model = EsmModel(_hugging_face_config(config), add_pooling_layer=False)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[precision])  # on a GPU, 15B in float32 would fill it
+    try:
+        with device:
+            model = EsmModel(_hugging_face_config(config), add_pooling_layer=False)
+    finally:
+        torch.set_default_dtype(default)
     missing = model.load_state_dict(_hugging_face_tensors(weights), strict=False).missing_keys
     if wanted := [name for name in missing if not name.startswith(("embeddings.position", "contact_head"))]:
         raise LengthwiseError(
