@@ -21,7 +21,7 @@ with reporting(snakemake.log[0]):
     asked = snakemake.config["scaling_seconds"]
     with leased(device):
         began = time.perf_counter()
-        from lengthwise.report.study.measure import scaling
+        from lengthwise.report.study.measure import jobs_compile, scaling
 
         auto = asked == "auto"
         seconds = auto_seconds(store, device) - (time.perf_counter() - began) if auto else asked
@@ -35,4 +35,5 @@ with reporting(snakemake.log[0]):
             loading_counts=auto,
             # A scheduler may not enforce what a job asked for.
             memory_bytes=snakemake.resources.mem_mb * 1e6 if job_number() else None,
+            compile=jobs_compile(store),
         )

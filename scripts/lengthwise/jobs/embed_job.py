@@ -214,13 +214,13 @@ def _load(store: Path, settings: dict, checkpoint: Path, device: torch.device, l
     """Load the model; compile it if sequences of these lengths take long enough."""
     seconds = float(forecast_seconds(lengths, shape_of(settings), settings["device"]).sum())
     output = Output(tuple(settings["layers"]), tuple(settings["outputs"]), settings["storage_dtype"])
-    compiles = device.type == "cuda" and seconds > MIN_COMPILED_SECONDS and _has_compile_cache()
+    compiles = device.type == "cuda" and seconds > MIN_COMPILED_SECONDS and has_compile_cache()
     engine = Engine(checkpoint, device, settings["precision"], output, compile=compiles)
     require_unchanged(store, settings["weights_sha256"])  # it may have been replaced while it was read
     return engine
 
 
-def _has_compile_cache() -> bool:
+def has_compile_cache() -> bool:
     """Whether torch may keep compiled code where nobody else can replace it; not in the store, which others may write to."""
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         folder = private_cache("compiled")

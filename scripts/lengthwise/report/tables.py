@@ -120,6 +120,7 @@ COLUMNS = {
         "engine": "lengthwise or fair-esm (its own forward pass with the same weights)",
         "precision": "the compute type",
         "gradients": "whether the pass keeps what gradients need; there is no backward pass",
+        "compiled": "whether torch compiled the layers of lengthwise, as it does on a GPU for long jobs; empty for fair-esm",
         "batch_tokens": "tokens of a full batch; empty: one sequence per batch",
         "length": "residues of each sequence",
         "n_sequences": "sequences of the batch, all of that length",

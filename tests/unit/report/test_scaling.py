@@ -86,6 +86,41 @@ def test_on_a_cpu_nothing_is_copied_and_no_zero_says_otherwise(study):
     assert rows[["copy_in_ms", "copy_out_ms"]].isna().all(axis=None)
 
 
+def test_where_tokens_lie_is_known_before_the_clock_starts(weights, tmp_path, monkeypatch):
+    """In a job another thread makes it, and copies it while the device computes."""
+    at_work, made = [], []
+    seconds, of = measure.Probe.seconds, measure.Packing.of
+
+    def timed(probe, forward):
+        at_work.append(True)
+        try:
+            return seconds(probe, forward)
+        finally:
+            at_work.pop()
+
+    monkeypatch.setattr(measure.Probe, "seconds", timed)
+    monkeypatch.setattr(measure.Packing, "of", lambda *given: made.append(bool(at_work)) or of(*given))
+    measure.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=0.5)
+    assert set(made) == {False}
+
+
+def test_layers_are_compiled_where_jobs_are_long_enough_but_for_gradients(study, weights, tmp_path, monkeypatch):
+    assert set(study[0].loc[study[0]["engine"] == measure.LENGTHWISE, "compiled"]) == {False}
+    assert study[0].loc[study[0]["engine"] == measure.FAIR_ESM, "compiled"].isna().all()
+    compiled = checkpoint.load_model(weights, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(measure, "_compiled_model", lambda *_: (compiled, True))
+    for gradients in (False, True):
+        stage = measure.Stage("float32", gradients, (None,), 1)
+        loaded = measure._load_engines(weights, torch.device("cpu"), stage, True)
+        assert loaded[measure.LENGTHWISE].compiled is not gradients
+    (tmp_path / "plan").mkdir()
+    assert not measure.jobs_compile(tmp_path)
+    for seconds, expected in ((299, False), (301, True)):
+        jobs = f"job\tdatasets\tforecast_seconds\na\tx\t20\nb\tx\t{seconds}\n"
+        (tmp_path / "plan" / "jobs.tsv").write_text(jobs)
+        assert measure.jobs_compile(tmp_path) is expected
+
+
 def test_half_precision_halves_the_weights(study):
     rows, _ = study
     weights = rows.groupby(["engine", "precision"])["weights_bytes"].first()
@@ -162,12 +197,15 @@ def test_a_series_that_runs_out_of_memory_ends_and_the_next_goes_on(weights, tmp
     def load_small_device(*arguments):
         loaded = load(*arguments)
 
-        def limited(tokens):
-            if tokens.shape[1] > 300:
-                raise torch.OutOfMemoryError("as CUDA raises it")
-            return loaded.forward(tokens)
+        def prepare(tokens):
+            def limited():
+                if tokens.shape[1] > 300:
+                    raise torch.OutOfMemoryError("as CUDA raises it")
+                return loaded.prepare(tokens)()
 
-        return replace(loaded, forward=limited)
+            return limited
+
+        return replace(loaded, prepare=prepare)
 
     monkeypatch.setattr(measure, "_load_lengthwise", load_small_device)
     monkeypatch.setitem(measure.LENGTHS, "cpu", LENGTHS[:5])

@@ -53,7 +53,7 @@ def test_a_folder_of_another_user_is_not_taken(monkeypatch, tmp_path):
 def test_where_no_folder_can_be_made_nothing_is_compiled_and_a_line_says_so(monkeypatch, caplog, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert not embed_job._has_compile_cache()
+    assert not embed_job.has_compile_cache()
     assert "the layers run uncompiled" in caplog.text
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 

@@ -11,6 +11,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +24,14 @@ from torch import Tensor, nn
 
 from lengthwise.esm2 import checkpoint
 from lengthwise.esm2.devices import DTYPES, device_name, is_out_of_memory, resolve_device, set_threads
+from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.meters import MemoryMeter, clock_and_temperature
-from lengthwise.esm2.model import Packing, onednn_serves
+from lengthwise.esm2.model import ESM2, Packing, onednn_serves
+from lengthwise.esm2.outputs import Output
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MEMORY_MARGIN, ModelConfig
 from lengthwise.esm2.tokens import RESIDUES, tokenize
+from lengthwise.jobs.embed_job import MIN_COMPILED_SECONDS, has_compile_cache
+from lengthwise.plan.jobs_table import job_rows
 from lengthwise.report.study.budget import engines_bytes, pass_bytes
 from lengthwise.report.study.rounds import Point, measure_in_rounds
 from lengthwise.report.study.schema import (
@@ -61,9 +66,9 @@ class Loaded:
     """A model on the device, ready for passes."""
 
     weights_bytes: int
-    forward: Callable[
-        [Tensor], Tensor
-    ]  # [N, L + 2] int64 tokens -> last layer's rows, [..., D]; they keep the graph alive
+    # [N, L + 2] int64 tokens -> a pass over them, which returns the last layer's rows, [..., D]; these keep the graph alive
+    prepare: Callable[[Tensor], Callable[[], Tensor]]
+    compiled: bool | None = None  # of this engine, whether torch compiled the layers
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ def scaling(
     seconds: float = 60.0,
     loading_counts: bool = False,
     memory_bytes: float | None = None,
+    compile: bool = False,
 ) -> pd.DataFrame:
     """Time and memory of forward passes at controlled lengths.
 
@@ -137,6 +143,8 @@ def scaling(
         Whether loading the weights is a part of `seconds`.
     memory_bytes
         Host memory that this process was given, if the system does not tell; None: what is free.
+    compile
+        Whether torch compiles this engine's layers on a GPU, but for gradients: as the store's jobs do, see `jobs_compile`.
 
     Returns
     -------
@@ -158,6 +166,7 @@ def scaling(
     left = seconds
     stages = _stages(place, precision)
     shares_left = sum(stage.share for stage in stages)
+    compile = compile and place.type == "cuda" and has_compile_cache()
     for stage in stages:
         began = time.perf_counter()
         what = f"{stage.precision}, {'with' if stage.gradients else 'without'} gradients"
@@ -170,7 +179,7 @@ def scaling(
                 each.row.update(needed_bytes=needed, free_bytes=free)
         else:
             log.info("%s", what)
-            loaded = _load_engines(weights, place, stage) if left > 0 else None
+            loaded = _load_engines(weights, place, stage, compile) if left > 0 else None
             loading = time.perf_counter() - began
             measured = _points(stage, loaded, config, probe)
             budget = (left - loading if loading_counts else left) * stage.share / shares_left
@@ -187,6 +196,14 @@ def scaling(
         frame.to_csv(part, sep="\t", index=False)
     add_to_receipt(table.parent, table.name)
     return frame
+
+
+def jobs_compile(store: Path) -> bool:
+    """Whether a job of the plan is so long that it compiles the layers."""
+    with suppress(OSError):
+        rows = job_rows(store / "plan" / "jobs.tsv").values()
+        return any(float(row.get("forecast_seconds") or 0) > MIN_COMPILED_SECONDS for row in rows)
+    return False
 
 
 class Probe:
@@ -274,15 +291,15 @@ def _needed_bytes(config: ModelConfig, stage: Stage) -> int:
     return engines_bytes(config, stage.precision) + pass_bytes(config, stage.gradients, True, 1, 50)
 
 
-def _load_engines(weights: Path, device: torch.device, stage: Stage) -> dict[str, Loaded]:
+def _load_engines(weights: Path, device: torch.device, stage: Stage, compile: bool) -> dict[str, Loaded]:
     """Load both engines and warm them up, without those whose weights do not fit on the device."""
-    dtype, loaded = DTYPES[stage.precision], {}
+    loaded = {}
     # fair-esm first: it loads in float32.
     for engine, load in ((FAIR_ESM, _load_fair_esm), (LENGTHWISE, _load_lengthwise)):
         try:
-            loaded[engine] = load(weights, device, dtype, stage.gradients)
+            loaded[engine] = load(weights, device, stage, compile)
             with torch.no_grad():  # libraries allocate workspaces now, so no point counts them
-                loaded[engine].forward(_random_tokens(1, 50).to(device))
+                loaded[engine].prepare(_random_tokens(1, 50).to(device))()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -290,24 +307,48 @@ def _load_engines(weights: Path, device: torch.device, stage: Stage) -> dict[str
     return loaded
 
 
-def _load_lengthwise(weights: Path, device: torch.device, dtype: torch.dtype, gradients: bool) -> Loaded:
-    model = checkpoint.load_model(weights, device, dtype, pack=not gradients).requires_grad_(gradients)
+def _load_lengthwise(weights: Path, device: torch.device, stage: Stage, compile: bool) -> Loaded:
+    """This engine; without gradients as a job loads it."""
+    dtype, compiled = DTYPES[stage.precision], False
+    if compile and not stage.gradients:
+        model, compiled = _compiled_model(weights, device, stage.precision)
+    else:
+        pack = not stage.gradients
+        model = checkpoint.load_model(weights, device, dtype, pack).requires_grad_(stage.gradients)
     packed: list[Tensor] = [each for module in model.modules() if (each := getattr(module, "packed", None)) is not None]
+    last = model.config.num_layers
 
-    def forward(tokens: Tensor) -> Tensor:
-        packing = Packing.of([tokens.shape[1]] * tokens.shape[0]).to(device)
-        return model(tokens.flatten(), packing, (model.config.num_layers,))[model.config.num_layers]  # [T, D]
+    def prepare(tokens: Tensor) -> Callable[[], Tensor]:
+        packing, flat = Packing.of([tokens.shape[1]] * tokens.shape[0]).to(device), tokens.flatten()
 
-    return Loaded(_model_bytes(model) + sum(int(tensor.numel()) * dtype.itemsize for tensor in packed), forward)
+        def forward() -> Tensor:
+            with torch.inference_mode(not stage.gradients):  # as in a job: compiled code is made for one mode
+                return model(flat, packing, (last,))[last]  # [T, D]
+
+        return forward
+
+    size = _model_bytes(model) + sum(int(tensor.numel()) * dtype.itemsize for tensor in packed)
+    return Loaded(size, prepare, compiled)
 
 
-def _load_fair_esm(weights: Path, device: torch.device, dtype: torch.dtype, gradients: bool) -> Loaded:
-    model = checkpoint.reference_model(weights, device).to(dtype).requires_grad_(gradients)
+def _compiled_model(weights: Path, device: torch.device, precision: str) -> tuple[ESM2, bool]:
+    """The model of a job's engine, and whether torch found a compiler for it."""
+    last = checkpoint.read(weights)[0].num_layers
+    storage = "float32" if precision == "float32" else "float16"
+    engine = Engine(weights, device, precision, Output((last,), ("residue",), storage), compile=True)
+    return engine.model, getattr(engine, "is_compiled", "project" in vars(engine.model.layers[0]))
 
-    def forward(tokens: Tensor) -> Tensor:
-        return model(tokens, repr_layers=[model.num_layers])["representations"][model.num_layers]  # [N, L + 2, D]
 
-    return Loaded(_model_bytes(model), forward)
+def _load_fair_esm(weights: Path, device: torch.device, stage: Stage, _compile: bool) -> Loaded:
+    model = checkpoint.reference_model(weights, device).to(DTYPES[stage.precision]).requires_grad_(stage.gradients)
+
+    def prepare(tokens: Tensor) -> Callable[[], Tensor]:
+        def forward() -> Tensor:
+            return model(tokens, repr_layers=[model.num_layers])["representations"][model.num_layers]  # [N, L + 2, D]
+
+        return forward
+
+    return Loaded(_model_bytes(model), prepare)
 
 
 def _model_bytes(model: nn.Module) -> int:
@@ -329,7 +370,7 @@ def _points(stage: Stage, loaded: dict[str, Loaded] | None, config: ModelConfig,
                 continue
             row = _row(each, config, length, n)
             if loaded and engine in loaded:
-                row["weights_bytes"] = loaded[engine].weights_bytes
+                row.update(weights_bytes=loaded[engine].weights_bytes, compiled=loaded[engine].compiled)
                 point = _point(each, row, loaded[engine], config, probe, last)
             else:
                 status = SKIPPED_TIME if loaded is None else OUT_OF_MEMORY
@@ -349,11 +390,12 @@ def _point(
     """A point whose passes fill in its row."""
     n, length = row["n_sequences"], row["length"]
     tokens = _random_tokens(n, length).to(probe.device)  # [N, L + 2]
+    run = loaded.prepare(tokens)  # before the clock starts: in a job another thread does it meanwhile
 
     def forward() -> Tensor:
         # Not inference_mode: fair-esm caches rotary tables, and autograd refuses inference tensors.
         with torch.set_grad_enabled(series.gradients):
-            return loaded.forward(tokens)
+            return run()
 
     def first() -> str:
         free = probe.free_bytes()

@@ -19,6 +19,7 @@ COLUMNS = {
     "engine": "string",
     "precision": "string",
     "gradients": "bool",
+    "compiled": "boolean",
     "batch_tokens": "Int64",
     "length": "int64",
     "n_sequences": "int64",
