@@ -1,6 +1,6 @@
 """What only a GPU can show. One command runs it all: `pytest -n 0 tests/gpu`; without a GPU it is skipped, and says so.
 
-It needs torch, numpy, safetensors, fair-esm, pyarrow, pandas and google-crc32c, and takes about five minutes on an H100.
+It needs torch, numpy, safetensors, fair-esm, pyarrow, pandas and crc32c, and takes about five minutes on an H100.
 `tests/unit/test_gpu_rehearsal.py` runs most of it on a CPU.
 """
 

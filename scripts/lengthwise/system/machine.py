@@ -15,6 +15,8 @@ def usable_cores() -> int:
 
 def idle_cores(seconds: float = 0.5) -> float:
     """Return how many of the cores that this process may use were idle while this call waited; parts of a core count."""
+    import psutil
+
     shares = psutil.cpu_percent(seconds, percpu=True)
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(shares))
     return sum(1 - shares[core] / 100 for core in cores if core < len(shares))

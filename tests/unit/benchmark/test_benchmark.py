@@ -245,7 +245,7 @@ def test_torch_numpy_safetensors_and_fair_esm_suffice_with_three_more_for_rows_o
     for name in ABSENT:
         (stubs / f"{name}.py").write_text(f"raise ModuleNotFoundError('{name} is absent')\n")
     environment = os.environ | {"PYTHONPATH": f"{stubs}{os.pathsep}{SCRIPTS}"}
-    for more, engines in ((), {EXTRACT, RESIDUE, MEAN, DISK}), (("pyarrow", "google_crc32c"), {EXTRACT, RESIDUE, MEAN}):
+    for more, engines in ((), {EXTRACT, RESIDUE, MEAN, DISK}), (("pyarrow", "crc32c"), {EXTRACT, RESIDUE, MEAN}):
         for name in more:
             (stubs / f"{name}.py").write_text(f"raise ModuleNotFoundError('{name} is absent')\n")
         arguments = ["--checkpoint", tiny, "--device", "cpu", "--out", tmp_path, "--residues", 600, "--rounds", 1]
