@@ -81,6 +81,11 @@ def read_as_array(results):
     return results
 
 
+def forget_to_pin(monkeypatch):
+    """The host waits for each copy."""
+    monkeypatch.setattr(Device, "pin", lambda self, tensor: tensor)
+
+
 def pad_on_host(monkeypatch):
     """A tensor without a device is the CPU's."""
     arange = torch.arange
@@ -92,6 +97,7 @@ BUGS = {
     "copies do not wait for results": (skip_waits(of_default_stream=False), "reads what default may not have written"),
     "no record_stream": (forget_record_stream, "memory of a side stream is freed while default may use it"),
     "results are freed early": (forget_results, "memory of default is freed while a side stream may use it"),
+    "nothing is pinned": (forget_to_pin, "'a blocking copy'"),
     ".item()": (change_pool(ask_for_a_number), "'item'"),
     "a boolean mask": (change_pool(select_by_mask), "'__getitem__'"),
     "to the host and back": (change_pool(copy_to_host), "'a blocking copy'"),
