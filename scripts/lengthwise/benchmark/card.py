@@ -2,7 +2,7 @@
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -39,7 +39,8 @@ def sampled(device: torch.device) -> Iterator[dict[str, float]]:
         yield found
     finally:
         for name, value in _answer(query, _NOW).items():
-            found[name] = float(value)
+            with suppress(ValueError):  # N/A
+                found[name] = float(value)
 
 
 def _query(device: torch.device, fields: dict[str, str]) -> "subprocess.Popen[str] | None":
@@ -61,6 +62,8 @@ def _answer(query: "subprocess.Popen[str] | None", fields: dict[str, str]) -> di
     """{name: value}, without what this GPU does not report."""
     if query is None:
         return {}
-    values = [value.strip() for value in query.communicate()[0].strip().split(",")]
-    named = zip(fields, values, strict=False)
-    return {name: value for name, value in named if value and not value.startswith("[")}  # [N/A]
+    said = query.communicate()[0]
+    if query.returncode != 0:
+        return {}
+    values = (value.strip() for value in said.split(","))
+    return {name: value for name, value in zip(fields, values, strict=False) if not value.startswith("[")}  # [N/A]

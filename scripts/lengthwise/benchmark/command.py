@@ -5,8 +5,8 @@ import itertools
 import logging
 import multiprocessing
 import os
+import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -72,7 +72,8 @@ def run(given: argparse.Namespace, measure: Callable[[Request], tuple[list[Row],
             given.out,
         )
         try:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
+            spawn = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, spawn, _end_with_parent, (_work_folder(given.out),)) as pool:
                 rows, title = pool.submit(measure or measure_model, request).result()
         except (LengthwiseError, BrokenProcessPool) as error:
             print(error_line(f"{name}: {error}"), file=sys.stderr, flush=True)
@@ -94,12 +95,17 @@ def measure_model(request: Request) -> tuple[list[Row], str]:
         write_table(rows, request.out / f"{request.name}.tsv")
         write_markdown(rows, title, request.out / f"{request.name}.md")
 
-    with tempfile.TemporaryDirectory() as folder:
-        weights = request.checkpoint or Path(folder) / f"{request.name}.pt"
+    work = _work_folder(request.out)
+    shutil.rmtree(work, ignore_errors=True)  # of a run whose machine went away
+    work.mkdir()
+    try:
+        weights = request.checkpoint or work / f"{request.name}.pt"
         if request.checkpoint is None:
             write_weights(weights, MODELS[request.name])
         log = partial(print, flush=True)
-        rows = Benchmark(weights, samples, request.device, request.limits, request.out, write, log).run()
+        rows = Benchmark(weights, samples, request.device, request.limits, work, write, log).run()
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     if rows:
         write_figure(rows, title, request.out / f"{request.name}.png")
     return rows, title
@@ -117,13 +123,19 @@ def _samples(request: Request) -> dict[str, list[bytes]]:
     }
 
 
-def _end_with_parent() -> None:
+def _work_folder(out: Path) -> Path:
+    """Weights and rows lie there for a while: gigabytes."""
+    return out / "work"
+
+
+def _end_with_parent(work: Path) -> None:
     """End this process with the command, also when that was killed: it would keep the GPU."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def wait() -> None:
         parent.join()
+        shutil.rmtree(work, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

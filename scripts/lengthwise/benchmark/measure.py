@@ -107,7 +107,10 @@ class Benchmark:
 
     @property
     def rows(self) -> list[Row]:
-        return [cell.row(self.extract_rates.get(cell.sample, [])) for cell in self.cells]
+        """A row for each cell so far, by sample."""
+        samples = list(self.samples)
+        cells = sorted(self.cells, key=lambda cell: samples.index(cell.sample))
+        return [cell.row(self.extract_rates.get(cell.sample, [])) for cell in cells]
 
     def _measure_group(self, group: list[Contender], compared: list[bytes], expected: list[np.ndarray]) -> None:
         """Load contenders, and let them take turns."""
@@ -116,6 +119,8 @@ class Benchmark:
             chosen = [run for run in runs if number == 0 or run.contender.every_length]
             pairs = [(run, Cell(run.facts, sample)) for run in chosen if self._has_time(f"{run.name}, {sample}")]
             self.cells += [cell for _, cell in pairs]
+            if not pairs:
+                continue
             strides = {cell: self._stride(run, cell, sequences) for run, cell in pairs}
             for part in range(self.limits.rounds):
                 matmul_rates: dict[tuple[str, int], float] = {}
@@ -146,10 +151,10 @@ class Benchmark:
             synchronize(self.device)
             for name, embed in loaded.ways.items():
                 facts: Row = {"engine": name, "precision": contender.precision, "compiled": loaded.is_compiled}
-                if loaded.engine is not None:
-                    facts["bytes_per_token"] = loaded.engine.bytes_per_token
                 rows = [array for part in embed(compared) for array in part.rows]
                 facts["load_seconds"] = time.perf_counter() - began
+                if loaded.engine is not None:  # by now it has the outputs of this way
+                    facts["bytes_per_token"] = loaded.engine.bytes_per_token
                 if expected:
                     facts |= errors_of(rows, expected)
                 runs.append(_Run(name, contender, loaded, facts))

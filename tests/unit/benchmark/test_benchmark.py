@@ -235,6 +235,7 @@ def test_a_killed_run_leaves_what_it_measured_and_no_process(tiny, tmp_path):
     assert left == []
     measured = [row for row in table(tmp_path) if row["residues_per_second"]]
     assert {EXTRACT, RESIDUE, MEAN, DISK} <= {row["engine"] for row in measured}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.md", "tiny.tsv"]  # no weights and no rows
     assert measured[0]["engine"] in (tmp_path / "tiny.md").read_text()
 
 
@@ -298,6 +299,10 @@ def test_the_card_says_its_driver_and_its_clocks_while_it_works(gpu_of_words, mo
     with card.sampled(cuda) as clocks:
         assert clocks == {}
     assert clocks == {"clock_mhz": 1410.0, "watts": 698.5}
+    gpu_of_words.write_text("#!/bin/sh\necho Field is not a valid field to query.\nexit 2\n")
+    with card.sampled(cuda) as clocks:
+        pass
+    assert clocks == {}
     monkeypatch.setenv("PATH", "")
     with card.sampled(cuda) as clocks:
         pass
