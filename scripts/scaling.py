@@ -21,7 +21,8 @@ with reporting(snakemake.log[0]):
     asked = snakemake.config["scaling_seconds"]
     with leased(device):
         began = time.perf_counter()
-        from lengthwise.report.study.measure import jobs_compile, scaling
+        from lengthwise.report.study.engines import jobs_compile
+        from lengthwise.report.study.measure import scaling
 
         auto = asked == "auto"
         seconds = auto_seconds(store, device) - (time.perf_counter() - began) if auto else asked

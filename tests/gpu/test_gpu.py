@@ -42,11 +42,12 @@ RESIDUES = 60_000  # of most tests
 
 
 @pytest.fixture(autouse=True)
-def free_memory():
-    """Each test begins with all of the GPU's memory but what libraries hold."""
+def fresh_gpu():
+    """Each test begins with the GPU's memory free and nothing compiled: torch compiles a function only so many times."""
     gc.collect()
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
+        torch.compiler.reset()
 
 
 @pytest.fixture(scope="session")

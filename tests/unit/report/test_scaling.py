@@ -13,7 +13,7 @@ from lengthwise.esm2 import checkpoint
 from lengthwise.esm2.meters import MemoryMeter
 from lengthwise.esm2.model import onednn_serves
 from lengthwise.esm2.shapes import ModelConfig
-from lengthwise.report.study import measure
+from lengthwise.report.study import engines, measure
 from lengthwise.report.study.facts import why_skipped
 from lengthwise.report.study.rounds import MAX_REPEATS
 from lengthwise.report.study.schema import SERIES, read_scaling
@@ -89,7 +89,7 @@ def test_on_a_cpu_nothing_is_copied_and_no_zero_says_otherwise(study):
 def test_where_tokens_lie_is_known_before_the_clock_starts(weights, tmp_path, monkeypatch):
     """In a job another thread makes it, and copies it while the device computes."""
     at_work, made = [], []
-    seconds, of = measure.Probe.seconds, measure.Packing.of
+    seconds, of = measure.Probe.seconds, engines.Packing.of
 
     def timed(probe, forward):
         at_work.append(True)
@@ -99,7 +99,7 @@ def test_where_tokens_lie_is_known_before_the_clock_starts(weights, tmp_path, mo
             at_work.pop()
 
     monkeypatch.setattr(measure.Probe, "seconds", timed)
-    monkeypatch.setattr(measure.Packing, "of", lambda *given: made.append(bool(at_work)) or of(*given))
+    monkeypatch.setattr(engines.Packing, "of", lambda *given: made.append(bool(at_work)) or of(*given))
     measure.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=0.5)
     assert set(made) == {False}
 
@@ -108,17 +108,17 @@ def test_layers_are_compiled_where_jobs_are_long_enough_but_for_gradients(study,
     assert set(study[0].loc[study[0]["engine"] == measure.LENGTHWISE, "compiled"]) == {False}
     assert study[0].loc[study[0]["engine"] == measure.FAIR_ESM, "compiled"].isna().all()
     compiled = checkpoint.load_model(weights, torch.device("cpu"), torch.float32)
-    monkeypatch.setattr(measure, "_compiled_model", lambda *_: (compiled, True))
+    monkeypatch.setattr(engines, "_compiled_model", lambda *_: (compiled, True))
     for gradients in (False, True):
-        stage = measure.Stage("float32", gradients, (None,), 1)
-        loaded = measure._load_engines(weights, torch.device("cpu"), stage, True)
+        stage = engines.Stage("float32", gradients, (None,), 1)
+        loaded = measure.load_engines(weights, torch.device("cpu"), stage, True)
         assert loaded[measure.LENGTHWISE].compiled is not gradients
     (tmp_path / "plan").mkdir()
-    assert not measure.jobs_compile(tmp_path)
+    assert not engines.jobs_compile(tmp_path)
     for seconds, expected in ((299, False), (301, True)):
         jobs = f"job\tdatasets\tforecast_seconds\na\tx\t20\nb\tx\t{seconds}\n"
         (tmp_path / "plan" / "jobs.tsv").write_text(jobs)
-        assert measure.jobs_compile(tmp_path) is expected
+        assert engines.jobs_compile(tmp_path) is expected
 
 
 def test_half_precision_halves_the_weights(study):
@@ -192,7 +192,7 @@ def test_a_point_that_would_not_fit_in_memory_is_not_tried(weights, tmp_path, mo
 
 
 def test_a_series_that_runs_out_of_memory_ends_and_the_next_goes_on(weights, tmp_path, monkeypatch):
-    load = measure._load_lengthwise
+    load = engines._load_lengthwise
 
     def load_small_device(*arguments):
         loaded = load(*arguments)
@@ -207,7 +207,7 @@ def test_a_series_that_runs_out_of_memory_ends_and_the_next_goes_on(weights, tmp
 
         return replace(loaded, prepare=prepare)
 
-    monkeypatch.setattr(measure, "_load_lengthwise", load_small_device)
+    monkeypatch.setattr(engines, "_load_lengthwise", load_small_device)
     monkeypatch.setitem(measure.LENGTHS, "cpu", LENGTHS[:5])
     rows = measure.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=20.0)
     for gradients in (False, True):
@@ -222,7 +222,7 @@ def test_an_engine_whose_weights_do_not_fit_is_said_to_and_the_others_go_on(weig
     def refused(*_):
         raise torch.OutOfMemoryError("as CUDA raises it")
 
-    monkeypatch.setattr(measure, "_load_fair_esm", refused)
+    monkeypatch.setattr(engines, "_load_fair_esm", refused)
     monkeypatch.setitem(measure.LENGTHS, "cpu", LENGTHS[:2])
     rows = measure.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=20.0)
     refused_rows = rows[rows["engine"] == measure.FAIR_ESM]
@@ -280,7 +280,7 @@ def test_without_memory_for_both_engines_the_study_is_skipped_and_a_later_one_me
     monkeypatch.setattr(control_groups, "memory_limits", lambda: iter([(10**12, 0), (100_000, 40_000)]))
     monkeypatch.setattr(machine, "memory_limits", lambda: control_groups.memory_limits())
     loaded = []
-    monkeypatch.setattr(measure, "_load_engines", lambda *_: loaded.append(True) or {})
+    monkeypatch.setattr(measure, "load_engines", lambda *_: loaded.append(True) or {})
     rows = measure.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=20.0)
     assert not loaded
     assert set(rows["status"]) == {measure.SKIPPED_MEMORY}
@@ -322,13 +322,13 @@ def test_what_a_scheduler_gave_is_a_limit_too(weights, tmp_path):
 
 
 def test_loading_is_a_part_of_the_time_where_it_counts(weights, tmp_path, monkeypatch):
-    load = measure._load_engines
+    load = measure.load_engines
 
     def slowly(*arguments):
         time.sleep(0.5)
         return load(*arguments)
 
-    monkeypatch.setattr(measure, "_load_engines", slowly)
+    monkeypatch.setattr(measure, "load_engines", slowly)
     rows = measure.scaling(weights, "cpu", "float32", tmp_path / "a.tsv", seconds=0.3, loading_counts=True)
     assert set(rows["status"]) == {measure.SKIPPED_TIME}
     assert "loading the models took its time" in why_skipped(rows)

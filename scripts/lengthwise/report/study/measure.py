@@ -11,28 +11,23 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lengthwise.esm2 import checkpoint
 from lengthwise.esm2.devices import DTYPES, device_name, is_out_of_memory, resolve_device, set_threads
-from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.meters import MemoryMeter, clock_and_temperature
-from lengthwise.esm2.model import ESM2, Packing, onednn_serves
-from lengthwise.esm2.outputs import Output
+from lengthwise.esm2.model import onednn_serves
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MEMORY_MARGIN, ModelConfig
-from lengthwise.esm2.tokens import RESIDUES, tokenize
-from lengthwise.jobs.embed_job import MIN_COMPILED_SECONDS, has_compile_cache
-from lengthwise.plan.jobs_table import job_rows
+from lengthwise.jobs.embed_job import has_compile_cache
 from lengthwise.report.study.budget import engines_bytes, pass_bytes
+from lengthwise.report.study.engines import Loaded, Stage, load_engines, random_tokens
 from lengthwise.report.study.rounds import Point, measure_in_rounds
 from lengthwise.report.study.schema import (
     COLUMNS,
@@ -56,19 +51,6 @@ LENGTHS = {
 # Tokens of full batches. On a CPU half of production's, which keeps the study short.
 BATCH_TOKENS = {"cpu": (1_024,), "cuda": (4_096, AUTO_BATCH_TOKENS["cuda"])}
 ENGINES = (LENGTHWISE, FAIR_ESM)
-SEED = 0
-# RESIDUES goes on with X, B, U, Z and O.
-STANDARD_RESIDUES = np.frombuffer(RESIDUES[:20], np.uint8)
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model on the device, ready for passes."""
-
-    weights_bytes: int
-    # [N, L + 2] int64 tokens -> a pass over them, which returns the last layer's rows, [..., D]; these keep the graph alive
-    prepare: Callable[[Tensor], Callable[[], Tensor]]
-    compiled: bool | None = None  # of this engine, whether torch compiled the layers
 
 
 @dataclass(frozen=True)
@@ -86,16 +68,6 @@ class Series:
             return 1
         n = round(self.batch_tokens / (length + 2))
         return n if n > 1 else 0
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Series that are measured in the same rounds: both engines in one precision, with or without gradients."""
-
-    precision: str
-    gradients: bool
-    batch_tokens: tuple[int | None, ...]
-    share: int  # of the time
 
 
 @dataclass(frozen=True)
@@ -144,7 +116,8 @@ def scaling(
     memory_bytes
         Host memory that this process was given, if the system does not tell; None: what is free.
     compile
-        Whether torch compiles this engine's layers on a GPU, but for gradients: as the store's jobs do, see `jobs_compile`.
+        Whether torch compiles this engine's layers on a GPU, but for gradients: as the store's jobs do
+        (`lengthwise.report.study.engines.jobs_compile`).
 
     Returns
     -------
@@ -179,7 +152,7 @@ def scaling(
                 each.row.update(needed_bytes=needed, free_bytes=free)
         else:
             log.info("%s", what)
-            loaded = _load_engines(weights, place, stage, compile) if left > 0 else None
+            loaded = load_engines(weights, place, stage, compile) if left > 0 else None
             loading = time.perf_counter() - began
             measured = _points(stage, loaded, config, probe)
             budget = (left - loading if loading_counts else left) * stage.share / shares_left
@@ -196,14 +169,6 @@ def scaling(
         frame.to_csv(part, sep="\t", index=False)
     add_to_receipt(table.parent, table.name)
     return frame
-
-
-def jobs_compile(store: Path) -> bool:
-    """Whether a job of the plan is so long that it compiles the layers."""
-    with suppress(OSError):
-        rows = job_rows(store / "plan" / "jobs.tsv").values()
-        return any(float(row.get("forecast_seconds") or 0) > MIN_COMPILED_SECONDS for row in rows)
-    return False
 
 
 class Probe:
@@ -291,70 +256,6 @@ def _needed_bytes(config: ModelConfig, stage: Stage) -> int:
     return engines_bytes(config, stage.precision) + pass_bytes(config, stage.gradients, True, 1, 50)
 
 
-def _load_engines(weights: Path, device: torch.device, stage: Stage, compile: bool) -> dict[str, Loaded]:
-    """Load both engines and warm them up, without those whose weights do not fit on the device."""
-    loaded = {}
-    # fair-esm first: it loads in float32.
-    for engine, load in ((FAIR_ESM, _load_fair_esm), (LENGTHWISE, _load_lengthwise)):
-        try:
-            loaded[engine] = load(weights, device, stage, compile)
-            with torch.no_grad():  # libraries allocate workspaces now, so no point counts them
-                loaded[engine].prepare(_random_tokens(1, 50).to(device))()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            loaded.pop(engine, None)
-    return loaded
-
-
-def _load_lengthwise(weights: Path, device: torch.device, stage: Stage, compile: bool) -> Loaded:
-    """This engine; without gradients as a job loads it."""
-    dtype, compiled = DTYPES[stage.precision], False
-    if compile and not stage.gradients:
-        model, compiled = _compiled_model(weights, device, stage.precision)
-    else:
-        pack = not stage.gradients
-        model = checkpoint.load_model(weights, device, dtype, pack).requires_grad_(stage.gradients)
-    packed: list[Tensor] = [each for module in model.modules() if (each := getattr(module, "packed", None)) is not None]
-    last = model.config.num_layers
-
-    def prepare(tokens: Tensor) -> Callable[[], Tensor]:
-        packing, flat = Packing.of([tokens.shape[1]] * tokens.shape[0]).to(device), tokens.flatten()
-
-        def forward() -> Tensor:
-            with torch.inference_mode(not stage.gradients):  # as in a job: compiled code is made for one mode
-                return model(flat, packing, (last,))[last]  # [T, D]
-
-        return forward
-
-    size = _model_bytes(model) + sum(int(tensor.numel()) * dtype.itemsize for tensor in packed)
-    return Loaded(size, prepare, compiled)
-
-
-def _compiled_model(weights: Path, device: torch.device, precision: str) -> tuple[ESM2, bool]:
-    """The model of a job's engine, and whether torch found a compiler for it."""
-    last = checkpoint.read(weights)[0].num_layers
-    storage = "float32" if precision == "float32" else "float16"
-    engine = Engine(weights, device, precision, Output((last,), ("residue",), storage), compile=True)
-    return engine.model, getattr(engine, "is_compiled", "project" in vars(engine.model.layers[0]))
-
-
-def _load_fair_esm(weights: Path, device: torch.device, stage: Stage, _compile: bool) -> Loaded:
-    model = checkpoint.reference_model(weights, device).to(DTYPES[stage.precision]).requires_grad_(stage.gradients)
-
-    def prepare(tokens: Tensor) -> Callable[[], Tensor]:
-        def forward() -> Tensor:
-            return model(tokens, repr_layers=[model.num_layers])["representations"][model.num_layers]  # [N, L + 2, D]
-
-        return forward
-
-    return Loaded(_model_bytes(model), prepare)
-
-
-def _model_bytes(model: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-
-
 def _points(stage: Stage, loaded: dict[str, Loaded] | None, config: ModelConfig, probe: Probe) -> list[Measured]:
     """The points of a stage in the order of a round: lengths ascend, and the engines take turns."""
     series = {
@@ -389,7 +290,7 @@ def _point(
 ) -> Point:
     """A point whose passes fill in its row."""
     n, length = row["n_sequences"], row["length"]
-    tokens = _random_tokens(n, length).to(probe.device)  # [N, L + 2]
+    tokens = random_tokens(n, length).to(probe.device)  # [N, L + 2]
     run = loaded.prepare(tokens)  # before the clock starts: in a job another thread does it meanwhile
 
     def forward() -> Tensor:
@@ -459,13 +360,6 @@ def _row(series: Series, config: ModelConfig, length: int, n: int) -> dict:
         "attention_flops": attention,
         "repeats": 0,
     }
-
-
-def _random_tokens(n: int, length: int) -> Tensor:
-    """[N, L + 2] int64: random proteins of one length."""
-    rng = np.random.Generator(np.random.PCG64(SEED))
-    sequences = [rng.choice(STANDARD_RESIDUES, length).tobytes() for _ in range(n)]
-    return torch.from_numpy(np.stack([tokenize(sequence) for sequence in sequences])).long()
 
 
 def _release(device: torch.device) -> None:
