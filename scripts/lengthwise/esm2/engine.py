@@ -104,8 +104,8 @@ class Engine:
     output
         The layers and outputs to compute.
     compile
-        Whether torch compiles the layers on a GPU (about a minute, once per machine). Without a compiler the engine runs
-        uncompiled. CPUs use oneDNN's packed weights instead.
+        Whether torch compiles the layers on a GPU (about a minute, once per machine). Without a C compiler the engine runs
+        uncompiled, after a warning. CPUs use oneDNN's packed weights instead.
 
     Raises
     ------
@@ -203,9 +203,7 @@ class Engine:
         """
         if self.device.type == "cpu":
             return AUTO_BATCH_TOKENS["cpu"]
-        torch.cuda.empty_cache()
-        free_bytes = MEMORY_MARGIN * torch.cuda.mem_get_info(self.device)[0]
-        tokens = fitting_tokens(free_bytes, self.bytes_per_token, AUTO_BATCH_TOKENS["cuda"])
+        free_bytes, tokens = self._fitting_tokens()
         before_bytes = torch.cuda.memory_allocated(self.device)
         # Padded attention takes most where one of a batch's lengths, which lie between two powers of two, is twice the others.
         batch = [b"A" * 256] * ((tokens - 513) // 258) + [b"A" * 511]
@@ -230,19 +228,31 @@ class Engine:
         stored_bytes = result_bytes_per_token(
             shape.embed_dim, len(output.layers), output.outputs, output.stored_dtype.itemsize
         )
-        return shape.bytes_per_token(DTYPES[self.precision].itemsize, stored_bytes)
+        return shape.bytes_per_token(DTYPES[self.precision].itemsize, stored_bytes, self.model.compiled)
+
+    def _fitting_tokens(self) -> tuple[float, int]:
+        """The bytes of a GPU that a batch may take, and the tokens of a batch that fit by the formula."""
+        torch.cuda.empty_cache()
+        free_bytes = MEMORY_MARGIN * torch.cuda.mem_get_info(self.device)[0]
+        return free_bytes, fitting_tokens(free_bytes, self.bytes_per_token, AUTO_BATCH_TOKENS["cuda"])
 
     def _compile(self) -> None:
+        """Compile the layers in passes of the usual size: inductor chooses the kernels' launch configurations in the first."""
         began = time.perf_counter()
         self.model.compile()
+        tokens = self._fitting_tokens()[1] if self.device.type == "cuda" else AUTO_BATCH_TOKENS["cpu"]
         try:
-            for n in (2, 3):  # two batch sizes, or torch would compile the size in as a constant
-                list(self.embed([[b"A" * 30] * n]))
+            for n in (tokens // 302, tokens // 604):
+                # An odd number of tokens is no other size of the model, which torch would take to be the same.
+                list(self.embed([[b"A" * 300] * (n - 1) + [b"A" * 299]]))
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             self.model.uncompile()
-            log.info("the layers run uncompiled: %s", " ".join(f"{type(error).__name__}: {error}".split())[:200])
+            log.warning(
+                "the layers run uncompiled, which takes about 1.5 times as long: %s",
+                " ".join(f"{type(error).__name__}: {error}".split())[:200],
+            )
         else:
             log.info("compiled the layers in %.1f s", time.perf_counter() - began)
 

@@ -10,7 +10,8 @@ The reference is fair-esm 2.0.0, `esm.model.esm2.ESM2` (Lin et al. 2023, doi:10.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from functools import cached_property
+from itertools import groupby, zip_longest
 from types import MethodType
 from typing import cast
 
@@ -26,6 +27,10 @@ from lengthwise.esm2.shapes import ModelConfig
 # too. fair-esm's other factor, 1 / (1 - observed mask ratio), is 1: no FASTA file holds a mask token.
 TOKEN_DROPOUT_SCALE = 1 - 0.15 * 0.8
 LAYER_NORM_EPS = 1e-5
+# Groups of a batch in padded attention: in one, the copies of q, k and v would take more memory than all else.
+PADDED_GROUPS = 8
+# What is compiled: before the first attention, between two, behind the last.
+COMPILED_PARTS = ("project", "finish_and_project", "finish")
 # The tokens of a batch for which oneDNN lays out weights; other batches run with the same layout.
 PACKED_FOR_TOKENS = 2_048
 
@@ -60,6 +65,53 @@ class Packing:
         on_device = (tensor.to(device, non_blocking=True) for tensor in self.tensors())
         return Packing(self.lengths, self.max_length, *on_device)
 
+    @cached_property
+    def groups(self) -> "list[_Group]":
+        """The sequences in groups for padded attention."""
+        groups, first, start = [], 0, 0
+        tokens_per_group = sum(self.lengths) / PADDED_GROUPS
+        while first < len(self.lengths):
+            last, stop = first + 1, start + self.lengths[first]
+            while last < len(self.lengths) and stop + self.lengths[last] - start <= tokens_per_group:
+                stop += self.lengths[last]
+                last += 1
+            groups.append(_Group.of(self.lengths[first:last], self.bounds[first : last + 1], slice(start, stop)))
+            first, start = last, stop
+        return groups
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Neighbouring sequences of a batch that padded attention computes together."""
+
+    shape: tuple[int, int]  # n sequences of length L, padding included
+    span: slice  # their t tokens among the batch's
+    padded: Tensor | None = None  # [n L] the token of each place, 0 where it is padding; None without padding
+    real: Tensor | None = None  # [n, 1, 1, L] which places hold a token
+    places: Tensor | None = None  # [t] the place of each token
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], bounds: Tensor, span: slice) -> "_Group":
+        n, length = shape = len(lengths), max(lengths)
+        if n * length == span.stop - span.start:
+            return cls(shape, span)
+        counts, starts = bounds.diff(), bounds[:-1] - bounds[0]  # [n] each
+        columns = torch.arange(length, device=bounds.device)  # [L]
+        real = columns < counts[:, None]  # [n, L]
+        padded = torch.where(real, starts[:, None] + columns, 0)  # [n, L]
+        shifts = torch.arange(n, device=bounds.device) * length - starts  # [n] from a token to its place
+        places = shifts.repeat_interleave(counts, output_size=span.stop - span.start)  # [t]
+        places += torch.arange(len(places), device=bounds.device)
+        return cls(shape, span, padded.flatten(), real[:, None, None], places)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The group's tokens [t, H, C] to [t, H, C]."""
+        if self.padded is not None:
+            q, k, v = (part.index_select(0, self.padded) for part in (q, k, v))  # [n L, H, C] each
+        q, k, v = (part.unflatten(0, self.shape).transpose(1, 2) for part in (q, k, v))  # [n, H, L, C] each
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.real).transpose(1, 2).flatten(0, 1)  # [n L, H, C]
+        return out if self.places is None else out.index_select(0, self.places)  # [t, H, C]
+
 
 class ESM2(nn.Module):
     """The packed forward pass; weights come from `lengthwise.esm2.checkpoint.load_model`."""
@@ -69,6 +121,7 @@ class ESM2(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.compiled = False
         # Not nn.Embedding(...): its random initialisation on the meta device imports torch's compiler, which is slow.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocabulary_size, config.embed_dim))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
@@ -98,8 +151,17 @@ class ESM2(nn.Module):
         x = self.embed_tokens(tokens.int()) * TOKEN_DROPOUT_SCALE  # [T, D]
         if 0 in wanted:
             hidden[0] = x
-        for index, layer in enumerate(self.layers[: max(wanted)], start=1):
-            x = layer(x, rotary, packing)  # [T, D]
+        stack = [cast(Layer, layer) for layer in self.layers][: max(wanted)]  # slicing the ModuleList would copy it
+        projected = [
+            layer.project(x, rotary) for layer in stack[:1]
+        ]  # q, k and v of the next attention: [T, H, C] each
+        for index, (layer, following) in enumerate(zip_longest(stack, stack[1:]), start=1):
+            attended = attention(*projected.pop(), packing)  # [T, H, C]; the memory of q, k and v is free from here on
+            if following and self.compiled:
+                x, *projected = layer.finish_and_project(x, attended, following, rotary)  # [T, D]
+            else:
+                x = layer.finish(x, attended)  # [T, D]
+                projected = [following.project(x, rotary)] if following else []
             if index in wanted:
                 hidden[index] = x
         if self.config.num_layers in wanted:
@@ -109,17 +171,26 @@ class ESM2(nn.Module):
     def compile(self) -> None:
         """Let torch compile everything but attention, once for all layers, in the next pass.
 
-        That pass raises torch's errors if torch finds no compiler.
+        That pass raises torch's errors if torch finds no compiler. Its size should be the usual one: inductor chooses launch
+        configurations for it.
         """
-        project, finish = (torch.compile(part, dynamic=True) for part in (Layer.project, Layer.finish))
-        for layer in self.layers:
-            for name, part in (("project", project), ("finish", finish)):
+        import torch._dynamo  # here: it is slow
+
+        # torch counts recompilations per function, for all models of a process, and beyond eight runs uncompiled in silence.
+        torch._dynamo.reset()
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        for name in COMPILED_PARTS:
+            part = torch.compile(getattr(Layer, name), dynamic=True)
+            for layer in self.layers:
                 setattr(layer, name, MethodType(part, layer))
+        self.compiled = True
 
     def uncompile(self) -> None:
         """Undo `compile`."""
         for layer in self.layers:
-            del layer.project, layer.finish
+            for name in COMPILED_PARTS:
+                delattr(layer, name)
+        self.compiled = False
 
 
 class Layer(nn.Module):
@@ -136,9 +207,6 @@ class Layer(nn.Module):
         self.fc1 = Linear(d, 4 * d)
         self.fc2 = Linear(4 * d, d)
 
-    def forward(self, x: Tensor, rotary: Tensor, packing: Packing) -> Tensor:
-        return self.finish(x, attention(*self.project(x, rotary), packing))  # [T, D]
-
     def project(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both rotated) and values: [T, H, C] each, in the compute type."""
         qkv = self.qkv(self.self_attn_layer_norm(x)).unflatten(-1, (3, self.heads, self.head_dim))  # [T, 3, H, C]
@@ -148,6 +216,13 @@ class Layer(nn.Module):
         """The output projection, the feed-forward part and both residual sums: x [T, D] and attended [T, H, C] -> [T, D]."""
         x = self.out_proj.add_to(x, attended.flatten(1))  # [T, D]
         return self.fc2.add_to(x, self.fc1.gelu(self.final_layer_norm(x)))  # [T, D]
+
+    def finish_and_project(
+        self, x: Tensor, attended: Tensor, following: "Layer", rotary: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """`finish`, and the following layer's `project`: compiled as one, they read the sums once."""
+        x = self.finish(x, attended)  # [T, D]
+        return x, following.project(x, rotary)  # [T, D], [T, H, C] each
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
@@ -163,30 +238,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
 
 
 def uses_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the variable-length flash kernel supports this device and compute type: sm80 or later, half precision."""
+    """Whether this torch has the variable-length flash kernel for a device and compute type: sm80 or later, half precision."""
     return (
         device.type == "cuda"
         and dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(device) >= (8, 0)
+        and torch.backends.cuda.is_flash_attention_available()
     )
 
 
 def _attention_padded(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    """One padded call for the batch: for GPUs without the varlen kernel, where a call per length would cost more.
+    """A padded call for each of a few groups: for GPUs without the varlen kernel, where a call per length would cost more.
 
-    Padding is small: a batch's lengths lie between two powers of two.
+    Padding is small: a group's lengths differ little where a batch's are sorted. It takes less memory than the feed-forward part.
     """
-    n, length = len(packing.lengths), packing.max_length
-    bounds = packing.bounds
-    columns = torch.arange(length, device=q.device)  # [L]
-    real = columns < bounds.diff()[:, None]  # [N, L]
-    tokens = torch.where(real, bounds[:-1, None] + columns, 0)  # [N, L]; padding reads token 0
-    q_padded, k_padded, v_padded = (part[tokens].transpose(1, 2) for part in (q, k, v))  # [N, H, L, C] each
-    mask = None if n * length == len(q) else real[:, None, None]  # [N, 1, 1, L]
-    out = F.scaled_dot_product_attention(q_padded, k_padded, v_padded, attn_mask=mask).transpose(1, 2)  # [N, L, H, C]
-    rows = torch.arange(n, device=q.device).mul(length) - bounds[:-1]  # [N] from a token to its row of [N * L]
-    rows = rows.repeat_interleave(bounds.diff(), output_size=len(q)) + torch.arange(len(q), device=q.device)  # [T]
-    return out.flatten(0, 1)[rows]  # [T, H, C]
+    return torch.cat([each.attention(q[each.span], k[each.span], v[each.span]) for each in packing.groups])  # [T, H, C]
 
 
 def _attention_by_length(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
@@ -231,7 +297,10 @@ class Linear(nn.Linear):
     def gelu(self, x: Tensor) -> Tensor:
         """The layer's output after the exact (erf) GELU: x [T, in] -> [T, out]."""
         if self.packed is None:
-            return F.gelu(self(x))
+            out = self(x)  # [T, out]
+            return (
+                F.gelu(out) if out.requires_grad else torch.ops.aten.gelu_.default(out)
+            )  # in place: it is the largest
         x = x.to(self.bias.dtype)
         return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "gelu", [], "none")
 

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lengthwise.esm2.devices import DTYPES
 from lengthwise.esm2.model import Packing
 from lengthwise.esm2.status import Status
+
+# Residues that a GPU sums one after another for a mean.
+RESIDUES_PER_PART = 128
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,10 @@ class Output:
             if "residue" in self.outputs:
                 results[f"layer_{layer}"] = residues.to(self.stored_dtype)
             if "mean" in self.outputs:
-                results[f"mean_{layer}"] = torch.segment_reduce(
-                    residues, "mean", lengths=_residue_counts(packing), unsafe=True
+                results[f"mean_{layer}"] = (
+                    torch.segment_reduce(residues, "mean", lengths=_residue_counts(packing), unsafe=True)
+                    if residues.device.type == "cpu"
+                    else _means_in_parts(residues, packing)
                 )  # [N, D]
             if "bos" in self.outputs:
                 results[f"bos_{layer}"] = hidden[layer].index_select(0, packing.bounds[:-1])  # [N, D]
@@ -67,8 +73,9 @@ def finite_status(results: dict[str, Tensor], packing: Packing) -> Tensor:
     for name, value in results.items():
         rows = value.isfinite().all(dim=1)  # [R] or [N]
         if name.startswith("layer_"):
-            counts = _residue_counts(packing)  # [N]
-            rows = torch.segment_reduce(rows.float(), "min", lengths=counts, unsafe=True) > 0  # [N]
+            bad_before = F.pad(rows.logical_not().cumsum(0), (1, 0))  # [R + 1]
+            ends = F.pad(_residue_counts(packing).cumsum(0), (1, 0))  # [N + 1]
+            rows = bad_before.index_select(0, ends).diff() == 0  # [N]
         finite &= rows
     return torch.where(finite, Status.GOOD, Status.NON_FINITE).to(torch.uint8)
 
@@ -81,6 +88,20 @@ def fill_bad_with_nan(results: dict[str, Tensor], status: Tensor, packing: Packi
     bad_residues = bad.repeat(_residue_counts(packing).numpy())  # [R]
     for name, value in results.items():  # as arrays: torch forbids writing to inference tensors
         value.numpy()[bad_residues if name.startswith("layer_") else bad] = np.nan
+
+
+def _means_in_parts(residues: Tensor, packing: Packing) -> Tensor:
+    """The mean of each sequence's residues, for GPUs, which sum a segment's rows one after another: [R, D] -> [N, D]."""
+    counts, size = _residue_counts(packing), RESIDUES_PER_PART  # [N]
+    n_parts = sum((length - 2 + size - 1) // size for length in packing.lengths)  # P
+    per_sequence = (counts + size - 1) // size  # [N]
+    first = (per_sequence.cumsum(0) - per_sequence).repeat_interleave(per_sequence, output_size=n_parts)  # [P]
+    before = size * (
+        torch.arange(n_parts, device=counts.device) - first
+    )  # [P] residues of the sequence in earlier parts
+    left = counts.repeat_interleave(per_sequence, output_size=n_parts) - before  # [P]
+    sums = torch.segment_reduce(residues, "sum", lengths=left.clamp(max=size), unsafe=True)  # [P, D]
+    return torch.segment_reduce(sums, "sum", lengths=per_sequence, unsafe=True) / counts[:, None]  # [N, D]
 
 
 def _residue_counts(packing: Packing) -> Tensor:

@@ -31,12 +31,12 @@ def rotary_angles(inv_freq: Tensor, positions: Tensor) -> Tensor:
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """Rotate queries and keys in float32: x [T, 2, H, C] -> [T, 2, H, C] in x's type."""
     pairs = x.unflatten(-1, (-1, 2)).to(torch.float32, copy=True)  # [T, 2, H, C / 2, 2]
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        # In place: new memory would cost more than the product.
+    if torch.compiler.is_compiling():  # in real numbers, which torch can compile: (a cos - b sin, b cos + a sin)
+        cos, sin = rotary.split(1, -1)  # [T, 1, 1, C / 2, 1] each
+        sign = 2 * torch.arange(2, device=x.device) - 1  # -1, 1
+        pairs = pairs * cos + pairs.flip(-1) * (sign * sin)  # [T, 2, H, C / 2, 2]
+    else:  # in place: new memory would cost more than the product
         torch.view_as_complex(pairs).mul_(torch.view_as_complex(rotary))
-    else:  # in real numbers, which torch can compile
-        (a, b), (cos, sin) = pairs.unbind(-1), rotary.unbind(-1)  # [T, 2, H, C / 2], [T, 1, 1, C / 2] each
-        pairs = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)  # [T, 2, H, C / 2, 2]
     return pairs.flatten(-2).to(x.dtype)  # [T, 2, H, C]
 
 

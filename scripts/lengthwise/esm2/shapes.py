@@ -15,9 +15,9 @@ AUTO_BATCH_TOKENS = {"cpu": 2_048, "cuda": 32_768}
 MEMORY_MARGIN = 0.9
 # Most batches that a CPU computes at the same time: each takes memory.
 MOST_AT_ONCE = 16
-# Resident memory of CPU passes, fitted. A pass takes RESIDENT_SHARE times the bytes of its tensors. After n batches the
-# allocator keeps the memory of KEPT * ln(n) batches per core, with n at most KEPT_TO. Source: jobs of 8M, 35M and 150M, 20 to
-# 966 batches of 400 to 16,384 tokens or one protein of 4,000 to 16,000 residues, one and two cores, float32 and bfloat16
+# Resident memory of CPU passes, fitted. A pass takes RESIDENT_SHARE times the bytes of a layer's largest tensors. After n batches
+# the allocator keeps the memory of KEPT * ln(n) batches per core, with n at most KEPT_TO. Source: jobs of 8M, 35M and 150M, 20
+# to 966 batches of 400 to 16,384 tokens or one protein of 4,000 to 16,000 residues, one and two cores, float32 and bfloat16
 # (glibc 2.36, torch 2.13).
 RESIDENT_SHARE, KEPT, KEPT_TO = 1.4, 0.45, 400
 
@@ -61,12 +61,12 @@ class ModelConfig:
         """The operations of attention alone, see `flops`."""
         return self.num_layers * 4 * self.embed_dim * (length + 2) ** 2
 
-    def bytes_per_token(self, itemsize: int, stored_bytes: int = 0) -> int:
+    def bytes_per_token(self, itemsize: int, stored_bytes: int = 0, compiled: bool = False) -> int:
         """GPU memory of a packed forward pass per token of a batch, without the weights; it does not depend on the lengths.
 
-        The larger of two moments in an uncompiled layer. Rotary embedding: the sums, q, k and v, and six float32 copies of
-        the width. Feed-forward: the sums before and after attention and their LayerNorm in float32, the result of
-        attention, fc1 and its GELU.
+        In an uncompiled layer: the sums before and after attention and their LayerNorm in float32, that LayerNorm in the compute
+        type, the result of attention, and fc1. A compiled layer needs most at its end: the sums before and behind it, the
+        result of attention, and the next layer's q, k and v, q and k also rotated.
 
         Parameters
         ----------
@@ -74,10 +74,11 @@ class ModelConfig:
             Bytes of a number of the compute type.
         stored_bytes
             Bytes of results per token: the previous batch's results are still being copied out.
+        compiled
+            Whether torch compiles the layers.
         """
-        rotary = 4 + 3 * itemsize + 24
-        feed_forward = 12 + (9 if itemsize == 4 else 10) * itemsize
-        return self.embed_dim * max(rotary, feed_forward) + 4 * self.head_dim + stored_bytes
+        sums = 8 if compiled else 12
+        return self.embed_dim * (sums + 6 * itemsize) + 4 * self.head_dim + stored_bytes
 
     def resident_bytes(
         self, itemsize: int, batch_tokens: int, cores: int, stored_bytes: int = 0, batches: float = 64
@@ -121,7 +122,9 @@ class ModelConfig:
 
     def resident_bytes_alone(self, itemsize: int, tokens: int, stored_bytes: int = 0) -> int:
         """Resident memory of the first batch, before the allocator keeps any."""
-        return int(RESIDENT_SHARE * self.bytes_per_token(itemsize, stored_bytes) * tokens)
+        rotary, feed_forward = 28 + 3 * itemsize, 12 + (9 if itemsize == 4 else 10) * itemsize
+        tensors = self.embed_dim * max(rotary, feed_forward) + 4 * self.head_dim + stored_bytes
+        return int(RESIDENT_SHARE * tensors * tokens)
 
 
 # Source: the checkpoints' names and https://github.com/facebookresearch/esm#available-models

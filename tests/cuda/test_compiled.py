@@ -1,0 +1,85 @@
+"""What torch compiles, counted on the CPU: the same graphs for all layers, sizes and models of a process."""
+
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from lengthwise.esm2 import checkpoint
+from lengthwise.esm2.devices import DTYPES
+from lengthwise.esm2.model import COMPILED_PARTS, ESM2, Packing
+from lengthwise.esm2.shapes import ModelConfig
+
+CPU = torch.device("cpu")
+# A batch's first size decides what is compiled; the others are a head's channels, the width, one sequence and many.
+BATCHES = [[33, 44, 52], [16], [64], [7, 9], [201], [50] * 11 + [49]]
+
+
+def loaded(path, dtype: torch.dtype) -> ESM2:
+    return checkpoint.load_model(path, CPU, dtype, pack=False)
+
+
+def last_layer(model: ESM2, lengths: list[int]) -> np.ndarray:
+    tokens = torch.randint(4, 24, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+    last = model.config.num_layers
+    with torch.inference_mode():
+        return model(tokens, Packing.of(lengths), [last])[last].numpy()
+
+
+@pytest.fixture
+def dynamo():
+    """Torch's counts, and its own answer to too many recompilations: to run uncompiled."""
+    counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=False):
+        yield counters["stats"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_three_graphs_serve_all_layers_and_sizes_and_give_the_same(tmp_path, monkeypatch, dynamo):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    checkpoint.write_random(tmp_path / "tiny.pt", ModelConfig(4, 64, 4))
+    plain, compiled = (loaded(tmp_path / "tiny.pt", torch.float32) for _ in range(2))
+    compiled.compile()
+    for lengths in BATCHES:
+        expected = last_layer(plain, lengths)
+        assert np.abs(last_layer(compiled, lengths) - expected).max() <= 2e-5 * np.abs(expected).max()
+    assert dynamo["unique_graphs"] == len(COMPILED_PARTS) == 3
+    assert not counters["graph_break"]
+
+
+@pytest.fixture
+def traced_only(monkeypatch):
+    """Graphs are traced and run as they are: what is compiled, without a compiler's time."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_nine_engines_in_one_process_all_run_compiled(tmp_path, dynamo):
+    graphs = []
+    for config in (ModelConfig(4, 64, 4), ModelConfig(3, 32, 2), ModelConfig(3, 96, 3)):
+        checkpoint.write_random(tmp_path / "tiny.pt", config)
+        for dtype in DTYPES.values():
+            compiled = loaded(tmp_path / "tiny.pt", dtype)
+            compiled.compile()
+            for lengths in BATCHES:
+                last_layer(compiled, lengths)
+            graphs.append(dynamo["unique_graphs"])
+    assert graphs == [3 * n for n in range(1, 10)]
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_a_model_that_torch_would_run_uncompiled_in_silence_is_refused(tmp_path, dynamo):
+    checkpoint.write_random(tmp_path / "tiny.pt", ModelConfig(3, 32, 2))
+    compiled = loaded(tmp_path / "tiny.pt", torch.float32)
+    compiled.compile()
+    last_layer(compiled, [33, 44, 52])
+    compiled.double()
+    with (
+        torch._dynamo.config.patch(recompile_limit=1),
+        pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit),
+    ):
+        last_layer(compiled, [33, 44, 52])
