@@ -45,10 +45,11 @@ def indexed(tensor: Tensor, index) -> Tensor:
 
 
 class Memory(TorchDispatchMode):
-    """The most bytes that a GPU's tensors took at one time; refuses operators whose tensors are not all on it."""
+    """The most bytes that a device's tensors took at one time; refuses operators whose tensors are not all on it."""
 
-    def __init__(self):
+    def __init__(self, device: torch.device = GPU):
         super().__init__()
+        self.device = device
         self.now = self.peak = 0
         self.known: set[int] = set()
         self.operators: list[str] = []
@@ -56,7 +57,7 @@ class Memory(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
         tensors = [leaf for leaf in tree_leaves((arguments, keywords, result)) if isinstance(leaf, Tensor)]
-        strangers = [tensor for tensor in tensors if tensor.device != GPU and tensor.dim()]
+        strangers = [tensor for tensor in tensors if tensor.device != self.device and tensor.dim()]
         assert not strangers, f"{function} takes or gives {strangers}"
         self.operators.append(str(function))
         for tensor in tree_leaves(result):
@@ -64,7 +65,7 @@ class Memory(TorchDispatchMode):
         return result
 
     def _note(self, tensor: object) -> None:
-        if not isinstance(tensor, Tensor) or tensor.device != GPU:
+        if not isinstance(tensor, Tensor) or tensor.device != self.device:
             return
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known:

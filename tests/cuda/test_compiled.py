@@ -10,8 +10,10 @@ from torch._dynamo.utils import counters
 
 from lengthwise.esm2 import checkpoint
 from lengthwise.esm2.devices import DTYPES
+from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.model import COMPILED_PARTS, ESM2, Packing
-from lengthwise.esm2.shapes import ModelConfig
+from lengthwise.esm2.outputs import Output
+from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, ModelConfig
 
 CPU = torch.device("cpu")
 # A batch's first size decides what is compiled; the others are a head's channels, the width, one sequence and many.
@@ -83,3 +85,28 @@ def test_a_model_that_torch_would_run_uncompiled_in_silence_is_refused(tmp_path,
         pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit),
     ):
         last_layer(compiled, [33, 44, 52])
+
+
+def test_an_engine_compiles_at_the_usual_size_with_odd_numbers_of_tokens(tmp_path, monkeypatch):
+    checkpoint.write_random(tmp_path / "tiny.pt", ModelConfig(3, 32, 2))
+    engine = Engine(tmp_path / "tiny.pt", CPU, "float32", Output((3,), ("residue",), "float32"))
+    passes, forward = [], Engine._forward
+    monkeypatch.setattr(ESM2, "compile", lambda _: None)
+    monkeypatch.setattr(Engine, "_forward", lambda *one: (passes.append(len(one[1].tokens)), forward(*one))[1])
+    engine._compile()
+    first, second = passes
+    assert 0.8 * AUTO_BATCH_TOKENS["cpu"] < first <= AUTO_BATCH_TOKENS["cpu"]
+    assert first % 2 == second % 2 == 1
+    assert first != second
+
+
+def test_bfloat16_on_a_gpu_that_emulates_it_runs_uncompiled_and_says_so(tmp_path, monkeypatch, caplog):
+    """Torch would run it uncompiled without a word of it."""
+    checkpoint.write_random(tmp_path / "tiny.pt", ModelConfig(3, 32, 2))
+    engine = Engine(tmp_path / "tiny.pt", CPU, "bfloat16", Output((3,), ("residue",), "float32"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    caplog.clear()
+    engine._compile()
+    assert not engine.model.compiled
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line.endswith("torch compiles nothing in bfloat16 for this GPU, which emulates it")

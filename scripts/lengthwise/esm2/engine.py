@@ -242,6 +242,8 @@ class Engine:
         self.model.compile()
         tokens = self._fitting_tokens()[1] if self.device.type == "cuda" else AUTO_BATCH_TOKENS["cpu"]
         try:
+            if self.precision == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+                raise RuntimeError("torch compiles nothing in bfloat16 for this GPU, which emulates it")
             for n in (tokens // 302, tokens // 604):
                 # An odd number of tokens is no other size of the model, which torch would take to be the same.
                 list(self.embed([[b"A" * 300] * (n - 1) + [b"A" * 299]]))
