@@ -104,4 +104,4 @@ def fake_batch(lengths: list[int]) -> tuple[Tensor, Packing]:
     """The tokens and the packing of sequences of these lengths in tokens."""
     tokens, residues = sum(lengths), sum(lengths) - 2 * len(lengths)
     places = (torch.empty(n, dtype=torch.int32, device=GPU) for n in (len(lengths) + 1, tokens, residues))
-    return torch.empty(tokens, dtype=torch.uint8, device=GPU), Packing(tuple(lengths), *places)
+    return torch.empty(tokens, dtype=torch.uint8, device=GPU), Packing(tuple(lengths), max(lengths), *places)
