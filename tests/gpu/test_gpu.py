@@ -84,10 +84,6 @@ def engine(path, precision="float16", storage="float32", outputs=("residue",), c
     return Engine(path, DEVICE, precision, Output((last_layer(path),), outputs, storage), compile)
 
 
-def is_compiled(made: Engine) -> bool:
-    return getattr(made, "is_compiled", "project" in vars(made.model.layers[0]))
-
-
 def rows(made: Engine, sequences: list[bytes], tokens: int = 32_768) -> list[np.ndarray]:
     found = []
     for batch, result in zip(batches(sequences, tokens), made.embed(batches(sequences, tokens)), strict=True):
@@ -161,7 +157,7 @@ def test_the_same_protein_in_other_batches_differs_by_rounding(weights, precisio
 def test_compiled_layers_give_the_same(weights):
     sequences = mixed(RESIDUES)
     plain, compiled = (engine(weights(SMALLEST), compile=c) for c in (False, True))
-    assert is_compiled(compiled)  # an engine that cannot compile runs on without
+    assert compiled.model.compiled  # an engine that cannot compile runs on without
     assert_alike(rows(compiled, sequences), rows(plain, sequences))
 
 
@@ -182,7 +178,7 @@ def test_peak_memory_is_linear_in_tokens_independent_of_length_and_at_most_as_th
             used = (result.peak_allocated_bytes - before) / sum(len(sequence) + 2 for sequence in batch)
             shares[tokens, length] = used / made.bytes_per_token
     print(
-        f"{precision}, compiled {is_compiled(made)}: {min(shares.values()):.2f} to {max(shares.values()):.2f} of the formula"
+        f"{precision}, compiled {made.model.compiled}: {min(shares.values()):.2f} to {max(shares.values()):.2f} of the formula"
     )
     assert max(shares.values()) <= 1.1, shares
     assert max(shares.values()) <= 1.15 * min(shares.values()), shares

@@ -38,9 +38,7 @@ class Loaded:
     @property
     def is_compiled(self) -> bool | None:
         """Whether torch compiled the layers; None of other engines."""
-        if self.engine is None:
-            return None
-        return getattr(self.engine, "is_compiled", "project" in vars(self.engine.model.layers[0]))
+        return None if self.engine is None else self.engine.model.compiled
 
 
 @dataclass(frozen=True)

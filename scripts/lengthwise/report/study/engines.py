@@ -62,9 +62,9 @@ def load_engines(weights: Path, device: torch.device, stage: Stage, compile: boo
 
 def _load_lengthwise(weights: Path, device: torch.device, stage: Stage, compile: bool) -> Loaded:
     """This engine; without gradients as a job loads it."""
-    dtype, compiled = DTYPES[stage.precision], False
+    dtype = DTYPES[stage.precision]
     if compile and not stage.gradients:
-        model, compiled = _compiled_model(weights, device, stage.precision)
+        model = _compiled_model(weights, device, stage.precision)
     else:
         pack = not stage.gradients
         model = checkpoint.load_model(weights, device, dtype, pack).requires_grad_(stage.gradients)
@@ -81,15 +81,14 @@ def _load_lengthwise(weights: Path, device: torch.device, stage: Stage, compile:
         return forward
 
     size = _model_bytes(model) + sum(int(tensor.numel()) * dtype.itemsize for tensor in packed)
-    return Loaded(size, prepare, compiled)
+    return Loaded(size, prepare, model.compiled)
 
 
-def _compiled_model(weights: Path, device: torch.device, precision: str) -> tuple[ESM2, bool]:
-    """The model of a job's engine, and whether torch found a compiler for it."""
+def _compiled_model(weights: Path, device: torch.device, precision: str) -> ESM2:
+    """The model of a job's engine; uncompiled where torch finds no compiler."""
     last = checkpoint.read(weights)[0].num_layers
     storage = "float32" if precision == "float32" else "float16"
-    engine = Engine(weights, device, precision, Output((last,), ("residue",), storage), compile=True)
-    return engine.model, getattr(engine, "is_compiled", "project" in vars(engine.model.layers[0]))
+    return Engine(weights, device, precision, Output((last,), ("residue",), storage), compile=True).model
 
 
 def _load_fair_esm(weights: Path, device: torch.device, stage: Stage, _compile: bool) -> Loaded:
