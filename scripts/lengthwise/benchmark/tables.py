@@ -46,7 +46,7 @@ def write_markdown(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 _SHOWN = {
-    "sample": ("sequences", "{}"),
+    "sample": ("length", "{}"),
     "engine": ("engine", "{}"),
     "precision": ("precision", "{}"),
     "compiled": ("compiled", "{}"),
