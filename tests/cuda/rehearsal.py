@@ -9,8 +9,9 @@ import torch
 from pretend import Card, Device
 
 from lengthwise.esm2 import checkpoint
-from lengthwise.esm2.engine import BatchResult, Engine
+from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.outputs import Output
+from lengthwise.esm2.passes import BatchResult
 from lengthwise.esm2.status import Status
 
 VOLTA, TURING, HOPPER = (7, 0), (7, 5), (9, 0)

@@ -63,7 +63,9 @@ def prefetch(
                 return
             began = time.perf_counter()
             prepared = pending.popleft().result()
-            yield prepared, (time.perf_counter() - began) * 1000
+            waited_ms = (time.perf_counter() - began) * 1000
+            yield prepared, waited_ms
+            del prepared  # it may be large, and the next one is prepared now
 
 
 def fitting_tokens(free_bytes: float, bytes_per_token: float, max_tokens: int) -> int:

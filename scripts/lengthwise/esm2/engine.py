@@ -11,11 +11,9 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakSet
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,67 +22,18 @@ from lengthwise.esm2.checkpoint import load_model
 from lengthwise.esm2.costs import result_bytes_per_token
 from lengthwise.esm2.devices import DTYPES, device_name, is_out_of_memory
 from lengthwise.esm2.meters import MemoryMeter, Peaks
-from lengthwise.esm2.model import Packing, onednn_serves
+from lengthwise.esm2.model import ESM2, Packing, onednn_serves
 from lengthwise.esm2.outputs import Output, fill_bad_with_nan, finite_status
+from lengthwise.esm2.passes import Batch, BatchResult, Pass, StartedBatch, Timer, if_memory_holds, joined, largest
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MEMORY_MARGIN, MOST_AT_ONCE
 from lengthwise.esm2.status import Status
 from lengthwise.esm2.tokens import tokenize
+from lengthwise.system.machine import host_available
 
 log = logging.getLogger("lengthwise")
 # oneDNN and torch cache a primitive per input shape; almost every batch is a new shape, so both caches are capped.
 _SHAPE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 _CACHED_SHAPES_PER_CORE = 8
-
-
-@dataclass(frozen=True)
-class BatchResult:
-    """A batch's embeddings on the host, with times and memory."""
-
-    arrays: dict[str, np.ndarray]  # layer_<n> [R, D] in the storage type; mean_<n>, bos_<n> [N, D] float32
-    status: np.ndarray  # [N] uint8, values of Status; rows of sequences that are not GOOD are NaN
-    device_ms: float  # forward pass and pooling, by the device's own clock
-    wait_launch_ms: float | None  # of these, the most that a GPU may have waited for the host's launches; None on a CPU
-    wait_read_ms: float  # the engine's wait until the batch was tokenised
-    peak_allocated_bytes: int | None
-    peak_reserved_bytes: int | None
-    peak_rss_bytes: int | None
-    oom_splits: int  # how often a part of the batch did not fit into memory
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """A batch on the host, ready to be copied to the device."""
-
-    sequences: list[bytes]
-    tokens: Tensor  # [T] uint8
-    packing: Packing
-
-
-@dataclass(eq=False)
-class _Pass:
-    """A forward pass in progress; its results are on the host after `settle`."""
-
-    packing: Packing  # on the host
-    arrays: dict[str, Tensor]
-    status: Tensor  # [N] uint8
-    timer: "_Timer | None"
-    copied: torch.cuda.Event | None  # recorded after the copies to the host
-    on_device: object  # keeps the copies' sources allocated until `settle`
-    peaks: Peaks
-
-    def settle(self) -> None:
-        """Wait for the copies to the host, then release the device's memory."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        self.on_device = None
-
-
-@dataclass(frozen=True)
-class _StartedBatch:
-    """The forward passes of a batch, in the order of its sequences: one, or several if memory did not hold the batch."""
-
-    passes: list[_Pass]
-    oom_splits: int
 
 
 class Engine:
@@ -123,16 +72,19 @@ class Engine:
         self.at_once = 1 if device.type == "cuda" else min(torch.get_num_threads(), MOST_AT_ONCE)
         for cache in _SHAPE_CACHES:  # read when the first primitive is created
             os.environ.setdefault(cache, str(_CACHED_SHAPES_PER_CORE * self.at_once))
-        self.model = load_model(checkpoint, device, DTYPES[precision])
+        self.model = self._load()
         self.memory = MemoryMeter(device)
         self.twin: Engine | None = None  # in float32
         self.token_limit = sys.maxsize  # a larger batch was refused by memory before
-        self.unsettled: WeakSet[_Pass] = WeakSet()  # passes whose results may still occupy the GPU
+        self.unsettled: WeakSet[Pass] = WeakSet()  # passes whose results may still occupy the GPU
         self.max_started = self.at_once + 1  # one batch more than cores, so that no core idles
         if device.type == "cuda":
             self.incoming, self.outgoing = torch.cuda.Stream(device), torch.cuda.Stream(device)
             if compile:
                 self._compile()
+
+    def _load(self) -> ESM2:
+        return load_model(self.checkpoint, self.device, DTYPES[self.precision])
 
     def embed(self, batches: Iterable[list[bytes]]) -> Iterator[BatchResult]:
         """Embed batches, in order. A result is yielded after the next batch was started.
@@ -150,9 +102,9 @@ class Engine:
         prepared = prefetch(self._prepare, batches)
         return self._embed_on_gpu(prepared) if self.device.type == "cuda" else self._embed_on_cores(prepared)
 
-    def _embed_on_gpu(self, prepared: Iterable[tuple[_Batch, float]]) -> Iterator[BatchResult]:
+    def _embed_on_gpu(self, prepared: Iterable[tuple[Batch, float]]) -> Iterator[BatchResult]:
         """Start each batch before the results of the previous one are awaited."""
-        started: deque[tuple[_StartedBatch, float]] = deque()
+        started: deque[tuple[StartedBatch, float]] = deque()
         for batch, waited_ms in prepared:
             started.append((self._start(batch), waited_ms))
             if len(started) > 1:
@@ -160,10 +112,10 @@ class Engine:
         while started:
             yield self._finish(*started.popleft())
 
-    def _embed_on_cores(self, prepared: Iterable[tuple[_Batch, float]]) -> Iterator[BatchResult]:
+    def _embed_on_cores(self, prepared: Iterable[tuple[Batch, float]]) -> Iterator[BatchResult]:
         """Compute a batch on each core; a batch of more tokens than usual runs alone on all cores, to save memory."""
         threads_per_batch = max(1, torch.get_num_threads() // self.at_once)
-        started: deque[tuple[_Batch, Future[_StartedBatch | None], float]] = deque()
+        started: deque[tuple[Batch, Future[StartedBatch | None], float]] = deque()
 
         def oldest_result() -> BatchResult:
             batch, future, waited_ms = started.popleft()
@@ -191,7 +143,9 @@ class Engine:
     def in_float32(self) -> "Engine":
         """The same engine in float32, loaded once: for sequences that overflowed, and for the parity receipt."""
         if self.twin is None:
-            self.twin = Engine(self.checkpoint, self.device, "float32", self.output)
+            from lengthwise.esm2.streamed import open_engine  # here: a streamed engine is an engine
+
+            self.twin = open_engine(self.checkpoint, self.device, "float32", self.output)
         return self.twin
 
     def auto_batch_tokens(self) -> int:
@@ -232,9 +186,11 @@ class Engine:
 
     def _fitting_tokens(self) -> tuple[float, int]:
         """The bytes of a GPU that a batch may take, and the tokens of a batch that fit by the formula."""
-        torch.cuda.empty_cache()
-        free_bytes = MEMORY_MARGIN * torch.cuda.mem_get_info(self.device)[0]
-        return free_bytes, fitting_tokens(free_bytes, self.bytes_per_token, AUTO_BATCH_TOKENS["cuda"])
+        return self._fit(free_bytes(self.device))
+
+    def _fit(self, free: float) -> tuple[float, int]:
+        free *= MEMORY_MARGIN
+        return free, fitting_tokens(free, self.bytes_per_token, AUTO_BATCH_TOKENS["cuda"])
 
     def _compile(self) -> None:
         """Compile the layers in passes of the usual size: inductor chooses the kernels' launch configurations in the first."""
@@ -258,14 +214,14 @@ class Engine:
         else:
             log.info("compiled the layers in %.1f s", time.perf_counter() - began)
 
-    def _prepare(self, sequences: list[bytes]) -> _Batch:
+    def _prepare(self, sequences: list[bytes]) -> Batch:
         """Tokenise a batch; runs on a thread while the device computes."""
         pin = self.device.type == "cuda"
         tokens = torch.from_numpy(tokenize(*sequences))  # [T]
         packing = Packing.of([len(sequence) + 2 for sequence in sequences], pin)
-        return _Batch(sequences, tokens.pin_memory() if pin else tokens, packing)
+        return Batch(sequences, tokens.pin_memory() if pin else tokens, packing)
 
-    def _start(self, batch: _Batch) -> _StartedBatch:
+    def _start(self, batch: Batch) -> StartedBatch:
         """Start a batch; if memory does not hold it, start its halves, and split later batches of its size at once."""
         n = len(batch.sequences)
         if n == 1 or len(batch.tokens) <= self.token_limit:
@@ -274,39 +230,43 @@ class Engine:
                     return started
                 self._release_memory()
             if n == 1:
-                return _StartedBatch([self._does_not_fit(batch)], 1)
+                return StartedBatch([self._does_not_fit(batch)], 1)
             self.token_limit = len(batch.tokens) - 1
         halves = [self._start(self._prepare(half)) for half in (batch.sequences[: n // 2], batch.sequences[n // 2 :])]
-        return _StartedBatch([part for half in halves for part in half.passes], 1 + sum(h.oom_splits for h in halves))
+        return StartedBatch([part for half in halves for part in half.passes], 1 + sum(h.oom_splits for h in halves))
 
-    def _start_unsplit(self, batch: _Batch) -> _StartedBatch | None:
+    def _start_unsplit(self, batch: Batch) -> StartedBatch | None:
         """One forward pass of the whole batch; None if memory does not hold it."""
-        try:
-            return _StartedBatch([self._forward(batch)], 0)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        return None  # outside of the handler, whose traceback keeps the tensors alive
+        started = if_memory_holds(self._forward, batch)
+        return None if started is None else StartedBatch([started], 0)
 
     @torch.inference_mode()
-    def _forward(self, batch: _Batch) -> _Pass:
+    def _forward(self, batch: Batch) -> Pass:
         """One forward pass; on a GPU this returns while the GPU computes."""
-        on_gpu = self.device.type == "cuda"
         with self.memory.measure() as peaks:
-            tokens, packing = self._copy_in(batch) if on_gpu else (batch.tokens, batch.packing)
-            timer = _Timer(self.device)
+            tokens, packing = self._on_device(batch)
+            timer = Timer(self.device)
             results = self.output.pool(self.model(tokens, packing, self.output.layers), packing)
             status = finite_status(results, packing)
             timer.stop()
-        if not on_gpu:
-            return _Pass(batch.packing, results, status, timer, None, None, peaks)
+        return self._started(batch, results, status, [timer], peaks)
+
+    def _started(
+        self, batch: Batch, results: dict[str, Tensor], status: Tensor, timers: list[Timer], peaks: Peaks
+    ) -> Pass:
+        """A pass whose results are computed, or will be; on a GPU their copies to the host begin."""
+        if self.device.type == "cpu":
+            return Pass(batch.packing, results, status, timers, None, None, peaks)
         on_device = results, status
         results, status, copied = self._copy_out(results, status)
-        started = _Pass(batch.packing, results, status, timer, copied, on_device, peaks)
+        started = Pass(batch.packing, results, status, timers, copied, on_device, peaks)
         self.unsettled.add(started)
         return started
 
-    def _copy_in(self, batch: _Batch) -> tuple[Tensor, Packing]:
+    def _on_device(self, batch: Batch) -> tuple[Tensor, Packing]:
+        return self._copy_in(batch) if self.device.type == "cuda" else (batch.tokens, batch.packing)
+
+    def _copy_in(self, batch: Batch) -> tuple[Tensor, Packing]:
         """Start the copies of a batch to the GPU, on a stream of their own."""
         with torch.cuda.stream(self.incoming):
             tokens, packing = batch.tokens.to(self.device, non_blocking=True), batch.packing.to(self.device)
@@ -330,22 +290,22 @@ class Engine:
             copied = self.outgoing.record_event()
         return on_host, on_host.pop("status"), copied
 
-    def _finish(self, started: _StartedBatch, waited_ms: float) -> BatchResult:
+    def _finish(self, started: StartedBatch, waited_ms: float) -> BatchResult:
         """Wait for a batch's results, and join those of its forward passes."""
         passes = started.passes
         for one in passes:
             one.settle()
             fill_bad_with_nan(one.arrays, one.status, one.packing)
-        timers = [one.timer for one in passes if one.timer]
+        timers = [timer for one in passes for timer in one.timers]
         return BatchResult(
-            arrays={name: _joined([one.arrays[name] for one in passes]) for name in passes[0].arrays},
-            status=_joined([one.status for one in passes]),
+            arrays={name: joined([one.arrays[name] for one in passes]) for name in passes[0].arrays},
+            status=joined([one.status for one in passes]),
             device_ms=sum(timer.elapsed_ms() for timer in timers),
             wait_launch_ms=sum(timer.wait_launch_ms() for timer in timers) if self.device.type == "cuda" else None,
             wait_read_ms=waited_ms,
-            peak_allocated_bytes=_largest(one.peaks.allocated for one in passes),
-            peak_reserved_bytes=_largest(one.peaks.reserved for one in passes),
-            peak_rss_bytes=_largest(one.peaks.resident for one in passes),
+            peak_allocated_bytes=largest(one.peaks.allocated for one in passes),
+            peak_reserved_bytes=largest(one.peaks.reserved for one in passes),
+            peak_rss_bytes=largest(one.peaks.resident for one in passes),
             oom_splits=started.oom_splits,
         )
 
@@ -357,7 +317,7 @@ class Engine:
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
 
-    def _does_not_fit(self, batch: _Batch) -> _Pass:
+    def _does_not_fit(self, batch: Batch) -> Pass:
         """NaN rows for a sequence that does not fit into memory even alone, after a warning."""
         residues = len(batch.sequences[0])
         log.warning(
@@ -369,42 +329,12 @@ class Engine:
         )
         arrays = self.output.of_nan(residues, self.model.config.embed_dim)
         status = torch.full((1,), Status.DOES_NOT_FIT, dtype=torch.uint8)
-        return _Pass(batch.packing, arrays, status, None, None, None, Peaks())
+        return Pass(batch.packing, arrays, status, [], None, None, Peaks())
 
 
-class _Timer:
-    """Times a pass between its creation and `stop`, by the device's own clock and by the host's."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds = [time.perf_counter()]
-        self.events = [_recorded_event()] if device.type == "cuda" else []
-
-    def stop(self) -> None:
-        if self.events:
-            self.events.append(_recorded_event())
-            self.began_meanwhile = self.events[0].query()
-        self.seconds.append(time.perf_counter())
-
-    def elapsed_ms(self) -> float:
-        return self.events[0].elapsed_time(self.events[1]) if self.events else self._host_ms()
-
-    def wait_launch_ms(self) -> float:
-        """The most that the GPU may have waited for launches: none if it began after the last of them."""
-        return min(self.elapsed_ms(), self._host_ms()) if self.began_meanwhile else 0.0
-
-    def _host_ms(self) -> float:
-        return (self.seconds[1] - self.seconds[0]) * 1000
-
-
-def _recorded_event() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _joined(parts: list[Tensor]) -> np.ndarray:
-    return parts[0].numpy() if len(parts) == 1 else np.concatenate([part.numpy() for part in parts])
-
-
-def _largest(peaks: Iterable[int | None]) -> int | None:
-    return max((peak for peak in peaks if peak is not None), default=None)
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that this process may still take."""
+    if device.type == "cpu":
+        return host_available()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]

@@ -8,7 +8,7 @@ so that float16 does not overflow and errors stay smaller.
 The reference is fair-esm 2.0.0, `esm.model.esm2.ESM2` (Lin et al. 2023, doi:10.1126/science.ade2574).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, zip_longest
@@ -121,7 +121,7 @@ class ESM2(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.compiled = False
+        self.compiled_parts: dict[str, Callable] = {}
         # Not nn.Embedding(...): its random initialisation on the meta device imports torch's compiler, which is slow.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocabulary_size, config.embed_dim))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
@@ -147,8 +147,7 @@ class ESM2(nn.Module):
         """
         wanted = set(layers)
         hidden = {}
-        rotary = rotary_angles(self.inv_freq, packing.positions)  # [T, 1, 1, C / 2, 2]
-        x = self.embed_tokens(tokens.int()) * TOKEN_DROPOUT_SCALE  # [T, D]
+        x, rotary = self.begin(tokens, packing)
         if 0 in wanted:
             hidden[0] = x
         stack = [cast(Layer, layer) for layer in self.layers][: max(wanted)]  # slicing the ModuleList would copy it
@@ -163,10 +162,16 @@ class ESM2(nn.Module):
                 x = layer.finish(x, attended)  # [T, D]
                 projected = [following.project(x, rotary)] if following else []
             if index in wanted:
-                hidden[index] = x
-        if self.config.num_layers in wanted:
-            hidden[self.config.num_layers] = self.emb_layer_norm_after(x)  # [T, D]
+                hidden[index] = self.representation(index, x)
         return hidden
+
+    def begin(self, tokens: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+        """What goes into the first layer: the scaled embedding [T, D] in float32, and the angles [T, 1, 1, C / 2, 2]."""
+        return self.embed_tokens(tokens.int()) * TOKEN_DROPOUT_SCALE, rotary_angles(self.inv_freq, packing.positions)
+
+    def representation(self, index: int, x: Tensor) -> Tensor:
+        """The hidden representation behind a layer (counted from 1), from the residual sums: [T, D] to [T, D]."""
+        return self.emb_layer_norm_after(x) if index == self.config.num_layers else x
 
     def compile(self) -> None:
         """Let torch compile everything but attention, once for all layers, in the next pass.
@@ -179,18 +184,26 @@ class ESM2(nn.Module):
         # torch counts recompilations per function, for all models of a process, and beyond eight runs uncompiled in silence.
         torch._dynamo.reset()
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        for name in COMPILED_PARTS:
-            part = torch.compile(getattr(Layer, name), dynamic=True)
-            for layer in self.layers:
-                setattr(layer, name, MethodType(part, layer))
-        self.compiled = True
+        self.compiled_parts = {name: torch.compile(getattr(Layer, name), dynamic=True) for name in COMPILED_PARTS}
+        for layer in self.layers:
+            self.use_compiled(cast(Layer, layer))
+
+    def use_compiled(self, layer: "Layer") -> None:
+        """Let a layer of this shape run the compiled code, if there is any."""
+        for name, part in self.compiled_parts.items():
+            setattr(layer, name, MethodType(part, layer))
 
     def uncompile(self) -> None:
         """Undo `compile`."""
         for layer in self.layers:
-            for name in COMPILED_PARTS:
+            for name in self.compiled_parts:
                 delattr(layer, name)
-        self.compiled = False
+        self.compiled_parts = {}
+
+    @property
+    def compiled(self) -> bool:
+        """Whether torch has compiled the layers."""
+        return bool(self.compiled_parts)
 
 
 class Layer(nn.Module):
@@ -206,6 +219,10 @@ class Layer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(d, eps=LAYER_NORM_EPS)
         self.fc1 = Linear(d, 4 * d)
         self.fc2 = Linear(4 * d, d)
+
+    def forward(self, x: Tensor, rotary: Tensor, packing: Packing) -> Tensor:
+        """The residual sums before the layer to those behind it: [T, D] to [T, D]."""
+        return self.finish(x, attention(*self.project(x, rotary), packing))
 
     def project(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both rotated) and values: [T, H, C] each, in the compute type."""

@@ -36,12 +36,12 @@ class Output:
         Parameters
         ----------
         hidden
-            {layer: [T, D]} in float32.
+            {layer: [T, D]} in float32, of some or all of the layers.
         packing
             Where each sequence lies among the T tokens.
         """
         results = {}
-        for layer in self.layers:
+        for layer in (layer for layer in self.layers if layer in hidden):
             residues = hidden[layer].index_select(0, packing.residues)  # [R, D]
             if "residue" in self.outputs:
                 results[f"layer_{layer}"] = residues.to(self.stored_dtype)

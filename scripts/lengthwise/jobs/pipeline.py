@@ -15,7 +15,8 @@ import numpy as np
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.batching import cut_batches
 from lengthwise.esm2.devices import device_name, is_out_of_memory
-from lengthwise.esm2.engine import BatchResult, Engine
+from lengthwise.esm2.engine import Engine
+from lengthwise.esm2.passes import BatchResult
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS
 from lengthwise.esm2.status import Status
 from lengthwise.plan.work_orders import PlannedShard, require_planned

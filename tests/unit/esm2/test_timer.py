@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lengthwise.esm2 import engine
+from lengthwise.esm2 import passes
 
 CUDA = torch.device("cuda")
 
@@ -32,17 +32,17 @@ class Card:
                 return (end.at - self.at) * 1000
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=lambda: self.host_seconds))
+        monkeypatch.setattr(passes, "time", SimpleNamespace(perf_counter=lambda: self.host_seconds))
 
     def run(self, launch_seconds: float, kernel_seconds: float) -> None:
         self.host_seconds += launch_seconds
         self.idle_seconds += max(0.0, self.host_seconds - self.done_at)
         self.done_at = max(self.done_at, self.host_seconds) + kernel_seconds
 
-    def batch(self, launch_seconds, kernel_seconds) -> engine._Timer:
+    def batch(self, launch_seconds, kernel_seconds) -> passes.Timer:
         """A pass of many kernels; `idle_seconds` is what the card idled meanwhile."""
         self.idle_seconds, self.done_at = 0.0, max(self.done_at, self.host_seconds)
-        timer = engine._Timer(CUDA)
+        timer = passes.Timer(CUDA)
         for launch, kernel in np.broadcast(launch_seconds, kernel_seconds):
             self.run(launch, kernel)
         timer.stop()

@@ -10,9 +10,10 @@ import torch
 
 from lengthwise.esm2.batching import prefetch
 from lengthwise.esm2.checkpoint import write_random
-from lengthwise.esm2.engine import Engine, _Pass, _Timer
+from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.meters import Peaks
 from lengthwise.esm2.outputs import Output
+from lengthwise.esm2.passes import Pass, Timer
 from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.ingest.digests import digest
 from lengthwise.jobs.pipeline import Progress, ShardPipeline
@@ -35,9 +36,9 @@ class FreeDevice(Engine):
         return self._embed_on_gpu(prefetch(self._prepare, batches))
 
     def _forward(self, batch):
-        timer = _Timer(self.device)
+        timer = Timer(self.device)
         timer.stop()
-        return _Pass(batch.packing, self.arrays, self.status, timer, None, None, Peaks())
+        return Pass(batch.packing, self.arrays, self.status, [timer], None, None, Peaks())
 
 
 @pytest.fixture

@@ -1,0 +1,77 @@
+"""Where weights are while a job computes: all loaded (resident), or a layer at a time (streamed).
+
+Streamed, all batches of a wave pass through a layer before the next one: its weights are read once for the wave, and while the
+wave computes with them the next layer's are read. Two layers' weights and the sums of the wave are in memory. Imports no torch.
+"""
+
+from lengthwise.esm2.costs import ASSUMED_FLOPS
+from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MEMORY_MARGIN, ModelConfig
+
+RESIDENCIES = ("auto", "resident", "streamed")
+# A job that is killed loses a wave at most.
+WAVE_SECONDS = 300.0
+# Layers in memory: one that computes, one that is loaded, and what loading takes beside: the checkpoint's pages and a copy.
+LAYERS_HELD = {"cpu": 4, "cuda": 2}
+# Bytes of a checkpoint that are read in a second, on the slow side; a wave is no shorter than reading all layers takes.
+WEIGHTS_PER_SECOND = {"cpu": 0.5e9, "cuda": 2e9}
+
+
+def layer_bytes(shape: ModelConfig, itemsize: int) -> int:
+    """The weights of one layer, in a type of this many bytes."""
+    return itemsize * (12 * shape.embed_dim**2 + 13 * shape.embed_dim)
+
+
+def computing_bytes(shape: ModelConfig, device: str, itemsize: int, cores: int, stored_bytes: int = 0) -> int:
+    """What batches take beside the weights while they compute: of the usual size on a CPU, the smallest on a GPU.
+
+    Parameters
+    ----------
+    shape, itemsize, stored_bytes
+        As of `ModelConfig.bytes_per_token`.
+    device
+        cpu or cuda.
+    cores
+        Cores that compute a batch each.
+    """
+    if device == "cpu":
+        return shape.resident_bytes(itemsize, AUTO_BATCH_TOKENS["cpu"], cores, stored_bytes)
+    return 1_024 * shape.bytes_per_token(itemsize, stored_bytes)
+
+
+def fits_resident(shape: ModelConfig, device: str, itemsize: int, cores: int, free_bytes: float) -> bool:
+    """Whether all weights and batches fit into the device's free memory."""
+    needed = itemsize * shape.parameters + computing_bytes(shape, device, itemsize, cores)
+    return needed <= MEMORY_MARGIN * free_bytes
+
+
+def wave_tokens(
+    shape: ModelConfig,
+    device: str,
+    itemsize: int,
+    stored_bytes: int,
+    free_bytes: float,
+    beside_bytes: float,
+    flops_per_second: float | None = None,
+) -> int:
+    """Tokens of a wave: what memory holds, but no more than are computed in `WAVE_SECONDS` or while all weights are read.
+
+    Parameters
+    ----------
+    shape, itemsize, stored_bytes
+        As of `ModelConfig.bytes_per_token`; the results of a whole wave wait in memory.
+    device
+        cpu or cuda.
+    free_bytes
+        Free memory of the device before a layer is loaded.
+    beside_bytes
+        What computing takes beside weights and sums.
+    flops_per_second
+        Measured speed, if there is one.
+    """
+    rate = flops_per_second or ASSUMED_FLOPS[device]
+    seconds = max(WAVE_SECONDS, itemsize * shape.parameters / WEIGHTS_PER_SECOND[device])
+    in_time = rate * seconds / (shape.flops(300) / 302)
+    # The residual sums and the angles in float32.
+    per_token = 4 * shape.embed_dim + 4 * shape.head_dim + stored_bytes
+    left = MEMORY_MARGIN * free_bytes - LAYERS_HELD[device] * layer_bytes(shape, itemsize) - beside_bytes
+    return max(1, min(int(in_time), int(left / per_token)))
