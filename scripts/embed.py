@@ -25,6 +25,7 @@ with reporting(snakemake.log[0]):
             threads=snakemake.threads,
             deadline=deadline(),
             parity=snakemake.config["parity"],
+            residency=snakemake.config["residency"],
         )
     log.info(
         "job %s: %s, %d made now, in %.1f s on %s",

@@ -63,7 +63,7 @@ def large(planned, jobs, tmp_path_factory):
     with (
         pytest.MonkeyPatch.context() as patch
     ):  # without Snakemake's second, a load of the model and a disk's wait for each
-        patch.setattr(embed_job, "Engine", functools.cache(embed_job.Engine))
+        patch.setattr(embed_job, "open_engine", functools.cache(embed_job.open_engine))
         patch.setattr(os, "fsync", lambda _: None)
         for job in names:
             embed_job.embed_job(project.store, work_order_path(project.store, job), job_record_path(project.store, job))

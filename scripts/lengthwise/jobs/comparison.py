@@ -15,7 +15,6 @@ from lengthwise.esm2.status import Status
 from lengthwise.ingest.digests import digest_name
 from lengthwise.jobs.parity_sample import Sample
 from lengthwise.store.shard import Shard
-from lengthwise.system.machine import host_available
 
 log = logging.getLogger("lengthwise")
 
@@ -113,10 +112,9 @@ def _rows_of_twin(
     engine: Engine, settings: dict, sample: Sample, not_compared: dict[str, str]
 ) -> dict[str, np.ndarray] | None:
     """`_rows_of` the same engine in float32: the code of the layers is the same in every type."""
-    rows, fits = None, engine.device.type != "cpu" or 4 * engine.model.config.parameters < host_available()
+    rows = None
     try:
-        if fits or engine.twin:  # on a CPU the kernel would kill the process
-            rows = _rows_of(engine.in_float32(), settings, sample)
+        rows = _rows_of(engine.in_float32(), settings, sample)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

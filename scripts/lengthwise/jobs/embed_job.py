@@ -20,6 +20,7 @@ from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.meters import driver_version
 from lengthwise.esm2.outputs import Output
 from lengthwise.esm2.status import Status
+from lengthwise.esm2.streamed import StreamedEngine, open_engine
 from lengthwise.jobs.heartbeat import Heartbeat
 from lengthwise.jobs.parity import Parity, ParityError
 from lengthwise.jobs.pipeline import Progress, ShardPipeline
@@ -51,7 +52,8 @@ class _Made:
     shards: set[str]
     batch_tokens: int | None
     load_seconds: float
-    loaded_bytes: int | None  # memory in use once the model was loaded
+    loaded_bytes: int | None  # memory in use once the whole model was loaded
+    streamed: bool | None  # None where no model was loaded
 
 
 def embed_job(
@@ -63,6 +65,7 @@ def embed_job(
     threads: int = 1,
     deadline: float = math.inf,
     parity: str = "fail",
+    residency: str = "auto",
 ) -> dict:
     """Make every shard of a job that does not exist yet, then write the job record.
 
@@ -84,6 +87,8 @@ def embed_job(
         When this process will be ended, in seconds of the epoch. No shard is begun that would not be done by then.
     parity
         What a miss of the parity receipt does: fail, warn, or off for no receipt.
+    residency
+        Whether weights are resident or streamed, or auto (`lengthwise.esm2.streamed`).
 
     Returns
     -------
@@ -107,7 +112,7 @@ def embed_job(
     try:
         with Heartbeat(store, job, device_name(torch_device), progress.state):  # until the job record is there
             receipt.require_no_miss()
-            made = _Made(set(), None, 0.0, None)
+            made = _Made(set(), None, 0.0, None, None)
             if pending or receipt.is_due:
                 made = _make(
                     store,
@@ -121,6 +126,7 @@ def embed_job(
                     deadline,
                     work_order,
                     receipt,
+                    residency,
                 )
             receipt.require_no_miss()
             record = {
@@ -136,6 +142,7 @@ def embed_job(
                 "finished": datetime.now(UTC).isoformat(timespec="seconds"),
                 "load_seconds": round(made.load_seconds, 3),
                 "loaded_bytes": made.loaded_bytes,
+                "streamed": made.streamed,
                 "embed_seconds": round(progress.seconds, 3),
             }
             require_planned(work_order)  # or the shards would be in two job records
@@ -175,10 +182,12 @@ def _make(
     deadline: float,
     work_order: Path,
     receipt: Parity,
+    residency: str,
 ) -> _Made:
     """Load the model, make the pending shards, and take the parity receipt where it is due."""
     began = time.perf_counter()
-    engine = _load(store, settings, checkpoint, device, np.concatenate([shard.lengths for shard in pending or shards]))
+    lengths = np.concatenate([shard.lengths for shard in pending or shards])
+    engine = _load(store, settings, checkpoint, device, lengths, residency)
     loaded_bytes = engine.memory.used()
     tokens = engine.auto_batch_tokens() if isinstance(batch_tokens, str) else batch_tokens
     load_seconds = time.perf_counter() - began
@@ -194,7 +203,8 @@ def _make(
             progress.exclude(time.perf_counter() - began)
         # Longest sequences first, so that one that does not fit shows at once.
         made |= pipeline.make(pending[::-1], tokens)
-    return _Made(made, tokens, load_seconds, loaded_bytes)
+    streamed = isinstance(engine, StreamedEngine)
+    return _Made(made, tokens, load_seconds, None if streamed else loaded_bytes, streamed)
 
 
 def _contents(store: Path, shards: list[PlannedShard], made: set[str]) -> dict:
@@ -210,12 +220,14 @@ def _contents(store: Path, shards: list[PlannedShard], made: set[str]) -> dict:
     }
 
 
-def _load(store: Path, settings: dict, checkpoint: Path, device: torch.device, lengths: np.ndarray) -> Engine:
+def _load(
+    store: Path, settings: dict, checkpoint: Path, device: torch.device, lengths: np.ndarray, residency: str
+) -> Engine:
     """Load the model; compile it if sequences of these lengths take long enough."""
     seconds = float(forecast_seconds(lengths, shape_of(settings), settings["device"]).sum())
     output = Output(tuple(settings["layers"]), tuple(settings["outputs"]), settings["storage_dtype"])
     compiles = device.type == "cuda" and seconds > MIN_COMPILED_SECONDS and has_compile_cache()
-    engine = Engine(checkpoint, device, settings["precision"], output, compile=compiles)
+    engine = open_engine(checkpoint, device, settings["precision"], output, compiles, residency)
     require_unchanged(store, settings["weights_sha256"])  # it may have been replaced while it was read
     return engine
 

@@ -19,6 +19,7 @@ from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.passes import BatchResult
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS
 from lengthwise.esm2.status import Status
+from lengthwise.esm2.streamed import StreamedEngine
 from lengthwise.plan.work_orders import PlannedShard, require_planned
 from lengthwise.store.metrics import write_metrics
 from lengthwise.store.paths import metrics_path
@@ -175,7 +176,7 @@ class ShardPipeline:
                 current = self.open[0]
                 self._submit_write(current, *current.bounds[len(current.rows)], result, self.engine)
                 if len(current.rows) == len(current.bounds):
-                    if self.engine.device.type == "cpu":
+                    if self.engine.device.type == "cpu" or isinstance(self.engine, StreamedEngine):
                         _share_wall_time(current.rows, self.engine.at_once)
                     self._repair(current)
                     made.add(current.planned.name)
@@ -238,18 +239,16 @@ class ShardPipeline:
         current.status[start:stop] = result.status
         is_repair = engine is not self.engine  # its residues were counted before
         wall_ms = self.progress.batch_done(0 if is_repair else int(lengths.sum()))
-        current.rows.append(
-            {
-                "job": self.progress.job,
-                "shard": current.planned.name,
-                "batch": len(current.rows),
-                **_batch_metrics(engine, lengths, result),
-                "wall_ms": wall_ms,
-                "gpu_busy": _gpu_busy(result, wall_ms),
-                "wait_write_ms": wait_write_ms,
-                "device": self.device,
-            }
-        )
+        row = {
+            "job": self.progress.job,
+            "shard": current.planned.name,
+            "batch": len(current.rows),
+            **_batch_metrics(engine, lengths, result),
+            "wall_ms": wall_ms,
+            "wait_write_ms": wait_write_ms,
+            "device": self.device,
+        }
+        current.rows.append(row | {"gpu_busy": _gpu_busy(row)})
 
     def _repair(self, current: _OpenShard) -> None:
         """Compute sequences that overflowed half precision again, in float32."""
@@ -288,17 +287,18 @@ class ShardPipeline:
 
 
 def _share_wall_time(rows: list[dict], cores: int) -> None:
-    """Divide the shard's wall time among its batches by the core time of each: on a CPU several are computed at once."""
+    """Divide the shard's wall time among its batches by the core time of each: several are computed at once."""
     core_ms = [row["device_ms"] * (cores if row["n_tokens"] > AUTO_BATCH_TOKENS["cpu"] else 1) for row in rows]
     wall_ms = sum(row["wall_ms"] for row in rows)
     for row, own_ms in zip(rows, core_ms, strict=True):
         row["wall_ms"] = wall_ms * own_ms / sum(core_ms) if any(core_ms) else wall_ms / len(rows)
+        row["gpu_busy"] = _gpu_busy(row)
 
 
-def _gpu_busy(result: BatchResult, wall_ms: float) -> float | None:
-    if result.wait_launch_ms is None:
+def _gpu_busy(row: dict) -> float | None:
+    if row["wait_launch_ms"] is None:
         return None
-    return min(1.0, (result.device_ms - result.wait_launch_ms) / wall_ms)
+    return min(1.0, (row["device_ms"] - row["wait_launch_ms"]) / row["wall_ms"])
 
 
 def _batch_metrics(engine: Engine, lengths: np.ndarray, result: BatchResult) -> dict:

@@ -227,7 +227,7 @@ def test_embedding_a_finished_job_again_makes_nothing_and_loads_no_model(new, mo
     store, job = new()
     store.embed(job)
     before = {path: path.stat().st_mtime_ns for path in store.shard_files()}
-    monkeypatch.setattr(embed_job, "Engine", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(embed_job, "open_engine", lambda *_: pytest.fail("the model was loaded"))
     job_record = store.embed(job)
     assert (job_record["made"], job_record["load_seconds"], job_record["embed_seconds"]) == ([], 0, 0)
     assert {path: path.stat().st_mtime_ns for path in store.shard_files()} == before

@@ -145,7 +145,7 @@ def test_a_miss_stops_the_job_after_its_first_shard_and_the_stores_other_jobs_at
     assert not job_record_path(store.path, job).exists()
     assert store.shard_files() == []
     assert len(quarantined(store)) == 1
-    wrong_frequencies.setattr(embed_job, "Engine", lambda *_, **__: pytest.fail("a model was loaded"))
+    wrong_frequencies.setattr(embed_job, "open_engine", lambda *_, **__: pytest.fail("a model was loaded"))
     for again in (job, other):
         with refused("recorded in", "parity: warn", "remove that file"):
             store.embed(again)

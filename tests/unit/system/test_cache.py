@@ -61,14 +61,14 @@ def test_where_no_folder_can_be_made_nothing_is_compiled_and_a_line_says_so(monk
 def test_a_job_on_a_gpu_compiles_in_it_and_never_in_the_store(small_store, monkeypatch, home):
     """Where the job is long enough; a CPU compiles nothing."""
     asked = []
-    monkeypatch.setattr(embed_job, "Engine", lambda *_, compile: asked.append(compile))
+    monkeypatch.setattr(embed_job, "open_engine", lambda *given: asked.append(given[4]))
     monkeypatch.setattr(embed_job, "forecast_seconds", lambda *_: torch.tensor([1000.0]))
     store = small_store()
     checkpoint = store.config["model"]
     for device in ("cuda", "cpu"):
-        embed_job._load(store.path, store.settings, checkpoint, torch.device(device), [1])
+        embed_job._load(store.path, store.settings, checkpoint, torch.device(device), [1], "auto")
     assert asked == [True, False]
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(home / ".cache" / "lengthwise" / "compiled")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
-    embed_job._load(store.path, store.settings, checkpoint, torch.device("cuda"), [1])
+    embed_job._load(store.path, store.settings, checkpoint, torch.device("cuda"), [1], "auto")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
