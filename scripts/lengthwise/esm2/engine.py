@@ -208,7 +208,7 @@ class Engine:
                 raise
             self.model.uncompile()
             log.warning(
-                "the layers run uncompiled, which takes about 1.5 times as long: %s",
+                "the layers run uncompiled, which takes 1.2 to 1.4 times as long: %s",
                 " ".join(f"{type(error).__name__}: {error}".split())[:200],
             )
         else:

@@ -233,7 +233,7 @@ def test_where_torch_cannot_compile_the_engine_runs_uncompiled_and_says_so(any_h
     engine._compile()
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert record.getMessage().startswith("the layers run uncompiled, which takes about 1.5 times as long: ")
+    assert record.getMessage().startswith("the layers run uncompiled, which takes 1.2 to 1.4 times as long: ")
     assert "\n" not in record.getMessage()
     (sequence,) = random_sequences([50])
     assert_close(next(engine.embed([[sequence]])).arrays["layer_3"], reference(any_head, sequence, [3])[3])
