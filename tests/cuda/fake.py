@@ -89,14 +89,16 @@ def fake_gpu(monkeypatch, capability: tuple[int, int], flash: bool = True) -> It
         yield
 
 
-def fake_model(config: ModelConfig, dtype: torch.dtype) -> ESM2:
+def fake_model(config: ModelConfig, dtype: torch.dtype, device: torch.device = GPU) -> ESM2:
     with torch.device("meta"):
         model = ESM2(config)
-    model.inv_freq = torch.empty(model.inv_freq.shape, device=GPU)
+    model.inv_freq = torch.empty(model.inv_freq.shape, device=device)
     for module in model.modules():
         kept = dtype if isinstance(module, Linear) else torch.float32
         for name, weight in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=kept, device=GPU), requires_grad=False))
+            setattr(
+                module, name, nn.Parameter(torch.empty(weight.shape, dtype=kept, device=device), requires_grad=False)
+            )
     return model.eval()
 
 

@@ -1,19 +1,24 @@
 """What torch compiles, counted on the CPU: the same graphs for all layers, sizes and models of a process."""
 
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from fake import fake_model
 from torch._dynamo.utils import counters
+from torch._inductor.exc import InductorError
+from torch._inductor.graph import GraphLowering
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lengthwise.esm2 import checkpoint
 from lengthwise.esm2.devices import DTYPES
 from lengthwise.esm2.engine import Engine
-from lengthwise.esm2.model import COMPILED_PARTS, ESM2, Packing
+from lengthwise.esm2.model import COMPILED_PARTS, ESM2, Layer, Packing
 from lengthwise.esm2.outputs import Output
-from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, ModelConfig
+from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MODELS, ModelConfig
 
 CPU = torch.device("cpu")
 # A batch's first size decides what is compiled; the others are a head's channels, the width, one sequence and many.
@@ -51,6 +56,28 @@ def test_three_graphs_serve_all_layers_and_sizes_and_give_the_same(tmp_path, mon
         assert np.abs(last_layer(compiled, lengths) - expected).max() <= 2e-5 * np.abs(expected).max()
     assert dynamo["unique_graphs"] == len(COMPILED_PARTS) == 3
     assert not counters["graph_break"]
+
+
+def test_what_is_computed_between_the_products_of_650m_is_fused(monkeypatch):
+    """By the plan of torch's compiler for a CPU. A GPU's kernels, the last two sums of them in one: test_kernels.py."""
+    config, tokens, found = replace(MODELS["esm2_t33_650M_UR50D"], num_layers=2), 32_615, []
+
+    def capture(graph: GraphLowering) -> None:
+        graph._update_scheduler()
+        found.extend(node for node in graph.scheduler.nodes if not node.is_extern())
+        found[:] = [round(node.get_read_write_buffers_sizes() / (tokens * config.embed_dim), 1) for node in found]
+        raise NotImplementedError("planned, not built")
+
+    monkeypatch.setattr(GraphLowering, "compile_to_module", capture)
+    with FakeTensorMode(), torch.inference_mode(), torch._inductor.config.patch(fx_graph_cache=False):
+        layer, following = fake_model(config, torch.float16, CPU).layers
+        x = torch.empty(tokens, config.embed_dim)
+        attended = torch.empty(tokens, config.attention_heads, config.head_dim, dtype=torch.float16)
+        rotary = torch.empty(tokens, 1, 1, config.head_dim // 2, 2)
+        with pytest.raises(InductorError, match="planned, not built"):
+            torch.compile(Layer.finish_and_project, dynamic=True)(layer, x, attended, following, rotary)
+    # LayerNorm, GELU, sums, LayerNorm, rotation (by this count it reads v too).
+    assert found == [8.0, 16.0, 12.0, 6.0, 10.2]
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from lengthwise.esm2.devices import DTYPES
 from lengthwise.esm2.model import COMPILED_PARTS, Layer
 from lengthwise.esm2.shapes import MODELS
 
+pytestmark = pytest.mark.slow
 TOKENS = 32_615
 ATTENTION = 1  # kernels
 
@@ -75,7 +76,6 @@ def test_layers_compiled_at_the_usual_size_fill_the_gpu_and_at_a_small_size_are_
     assert chosen != {name: configurations(name, source) for name, source in small.sources.items()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", DTYPES)
 def test_every_kernel_builds(capability, precision):
     for part in COMPILED_PARTS:
