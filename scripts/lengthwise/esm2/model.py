@@ -151,9 +151,7 @@ class ESM2(nn.Module):
         if 0 in wanted:
             hidden[0] = x
         stack = [cast(Layer, layer) for layer in self.layers][: max(wanted)]  # slicing the ModuleList would copy it
-        projected = [
-            layer.project(x, rotary) for layer in stack[:1]
-        ]  # q, k and v of the next attention: [T, H, C] each
+        projected = [layer.project(x, rotary) for layer in stack[:1]]  # the next q, k and v: [T, H, C] each
         for index, (layer, following) in enumerate(zip_longest(stack, stack[1:]), start=1):
             attended = attention(*projected.pop(), packing)  # [T, H, C]; the memory of q, k and v is free from here on
             if following and self.compiled:
@@ -315,9 +313,8 @@ class Linear(nn.Linear):
         """The layer's output after the exact (erf) GELU: x [T, in] -> [T, out]."""
         if self.packed is None:
             out = self(x)  # [T, out]
-            return (
-                F.gelu(out) if out.requires_grad else torch.ops.aten.gelu_.default(out)
-            )  # in place: it is the largest
+            # In place, but for gradients: it is a layer's largest tensor.
+            return F.gelu(out) if out.requires_grad else torch.ops.aten.gelu_.default(out)
         x = x.to(self.bias.dtype)
         return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "gelu", [], "none")
 

@@ -96,10 +96,8 @@ def _means_in_parts(residues: Tensor, packing: Packing) -> Tensor:
     n_parts = sum((length - 2 + size - 1) // size for length in packing.lengths)  # P
     per_sequence = (counts + size - 1) // size  # [N]
     first = (per_sequence.cumsum(0) - per_sequence).repeat_interleave(per_sequence, output_size=n_parts)  # [P]
-    before = size * (
-        torch.arange(n_parts, device=counts.device) - first
-    )  # [P] residues of the sequence in earlier parts
-    left = counts.repeat_interleave(per_sequence, output_size=n_parts) - before  # [P]
+    earlier = torch.arange(n_parts, device=counts.device) - first  # [P] parts of the same sequence
+    left = counts.repeat_interleave(per_sequence, output_size=n_parts) - size * earlier  # [P]
     sums = torch.segment_reduce(residues, "sum", lengths=left.clamp(max=size), unsafe=True)  # [P, D]
     return torch.segment_reduce(sums, "sum", lengths=per_sequence, unsafe=True) / counts[:, None]  # [N, D]
 
