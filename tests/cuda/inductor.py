@@ -79,7 +79,7 @@ def pretended(capability: tuple[int, int]) -> Iterator[None]:
         multi_processor_count=MULTIPROCESSORS[capability],
         warp_size=32,
         regs_per_multiprocessor=65_536,
-        max_threads_per_multi_processor=1_536 if major == 12 else 2_048,
+        max_threads_per_multi_processor={7: 1_024, 8: 2_048, 9: 2_048, 12: 1_536}[major],
         max_threads_per_block=1_024,
         shared_memory_per_block_optin=101_376,
         total_memory=80 << 30,
