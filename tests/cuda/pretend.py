@@ -1,32 +1,24 @@
 """A pretended CUDA device: real numbers from the CPU, and CUDA's rules of placement, order and memory.
 
-Kernels run at once. What a GPU would do later is kept in order by clocks (`Stream`): a kernel or a copy that no wait puts behind
-what it reads raises `OutOfOrder`. Memory that is freed while another stream may use it is noted in `Device.out_of_order`. A copy
-between the device and pinned memory happens when a stream or the host has waited for it. Until then its destination holds NaN, or
-`POISON` in integers.
+Kernels run at once; `order` knows what a GPU would have done by then.
 
 What it does not know: speed, the kernels' own temporary memory, and rounding in a GPU's order.
 """
 
 import threading
-import time
-import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from order import Copy, Event, Stream, Work, key_of, poisoned, view_of
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 CUDA = torch.device("cuda", 0)
-# A token that no sequence has, in the vocabulary, and no status.
-POISON = 31
-BLOCK_BYTES, SEGMENT_BYTES, CONTEXT_BYTES = 512, 2 << 20, 400 << 20
 # Calls whose result the host waits for.
 HOST_READS = {
     *(
@@ -43,15 +35,11 @@ HOST_READS = {
     ),
     *("__bool__", "__int__", "__float__", "__index__", "__contains__", "__repr__", "__format__"),
 }
+READ_NOTHING = {"size", "dim", "numel", "stride", "is_floating_point", "untyped_storage"}
+IN_PLACE = {"__setitem__"} | {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "and", "or", "xor")}
 # Their names end in "_", and they write nothing.
 WRITE_NOTHING = {"requires_grad_", "squeeze_", "unsqueeze_", "transpose_", "t_"}
 WHEEL = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")  # of torch 2.13 for CUDA 13
-
-Clock = dict["Stream", int]  # {stream: the number of its last piece of work that is known to be done before}
-
-
-class OutOfOrder(AssertionError):  # noqa: N818
-    """Work that may run before what it needs, or after what it needs is gone."""
 
 
 @dataclass(frozen=True)
@@ -67,254 +55,12 @@ class Card:
     compiler: bool = True
 
 
-@dataclass(eq=False)
-class Allocation:
-    """Device memory behind a tensor and its views."""
-
-    nbytes: int
-    stream: "Stream"  # it is given to this stream's work again once it is freed
-    written: tuple["Stream", int]
-    used: Clock = field(default_factory=dict)
-    recorded: set["Stream"] = field(default_factory=set)
-    freed_early: bool = False
-
-
-@dataclass
-class Copy:
-    """A copy between the device and pinned memory that nobody has waited for."""
-
-    stream: "Stream"
-    number: int
-    to: Callable[[], Tensor | None]
-    of: Tensor
-    was: Tensor  # its numbers when the copy was asked for
-    source: Allocation | None  # on the device: a copy to the host
-    done: bool = False
-
-
-class Stream:
-    """Work in order, beside other streams."""
-
-    def __init__(self, device: "Device", name: str):
-        self.device, self.name, self.count = device, name, 0
-        self.clock: Clock = {}
-
-    def begin_work(self) -> int:
-        """The number of the next piece of work, which is behind all that the host or this stream has waited for."""
-        self.count += 1
-        merge(self.clock, self.device.host)
-        self.clock[self] = self.count
-        return self.count
-
-    def wait_stream(self, other: "Stream") -> None:
-        merge(self.clock, other.clock)
-
-    def wait_event(self, event: "Event") -> None:
-        merge(self.clock, event.clock)
-
-    def record_event(self, event: "Event | None" = None) -> "Event":
-        event = event or Event(self.device)
-        event.record(self)
-        return event
-
-    def synchronize(self) -> None:
-        self.device.host_waits(self.clock, "Stream.synchronize")
-
-
-class Event:
-    """A place among a stream's work."""
-
-    def __init__(self, device: "Device", enable_timing: bool = False):
-        self.device, self.enable_timing = device, enable_timing
-        self.clock: Clock = {}
-        self.seconds: float | None = None
-
-    def record(self, stream: Stream | None = None) -> None:
-        stream = stream or self.device.current_stream()
-        stream.begin_work()
-        self.clock, self.seconds = dict(stream.clock), time.perf_counter()
-
-    def synchronize(self) -> None:
-        self.device.host_waits(self.clock, "Event.synchronize")
-
-    def query(self) -> bool:
-        return covers(self.device.host, self.clock)
-
-    def elapsed_time(self, end: "Event") -> float:
-        if not (self.enable_timing and end.enable_timing and self.seconds and end.seconds):
-            raise ValueError("Both events must be created with argument 'enable_timing=True', and recorded.")
-        if not (self.query() and end.query()):
-            raise RuntimeError("CUDA error: device not ready")
-        return (end.seconds - self.seconds) * 1000
-
-
-class Device:
+class Device(Work):
     """The device's state. `with device.installed():` puts it in the place of CUDA, on all threads that are started meanwhile."""
 
     def __init__(self, card: Card | None = None):
         self.card = card or Card()
-        self.lock = threading.RLock()
-        self.local = threading.local()
-        self.default = Stream(self, "default")
-        self.host: Clock = {}  # what the host has waited for
-        self.allocations: dict[int, Allocation] = {}  # by storage
-        self.pinned: set[int] = set()  # storages
-        self.copies: list[Copy] = []
-        self.live_bytes = self.peak_bytes = self.reserved_bytes = self.peak_reserved_bytes = 0
-        self.limit_bytes: float = self.card.total_bytes - CONTEXT_BYTES
-        self.out_of_memory: Callable[[str], Exception] = torch.OutOfMemoryError
-        self.refuses: int | None = None  # the allocations until one is refused
-        self.counts: Counter[str] = Counter()
-        self.waits: Counter[str] = Counter()  # the host's, by what it waited in
-        self.out_of_order: list[str] = []
-
-    # --- order
-
-    def current_stream(self, device: object = None) -> Stream:
-        return getattr(self.local, "stream", self.default)
-
-    @contextmanager
-    def on_stream(self, stream: Stream | None) -> Iterator[None]:
-        before = self.current_stream()
-        self.local.stream = stream or before
-        try:
-            yield
-        finally:
-            self.local.stream = before
-
-    def host_waits(self, clock: Clock, what: str) -> None:
-        with self.lock, _unnoticed():
-            self.waits[what] += 1
-            merge(self.host, clock)
-            self._copy_up_to(self.host)
-            for copy in [copy for copy in self.copies if known(self.host, copy)]:
-                self.copies.remove(copy)
-                if copy.source is None:
-                    if not torch.equal(copy.of.nan_to_num(), copy.was.nan_to_num()):
-                        self._found("pinned memory changed before its copy was waited for", raises=True)
-                elif not copy.source.freed_early:
-                    copy.to().copy_(copy.was)
-
-    def synchronize(self, device: object = None) -> None:
-        with self.lock:
-            everything: Clock = {}
-            for stream in {copy.stream for copy in self.copies} | {self.default, self.current_stream()}:
-                merge(everything, stream.clock)
-            for allocation in self.allocations.values():
-                merge(everything, allocation.used)
-            self.host_waits(everything, "cuda.synchronize")
-
-    def _copy_up_to(self, clock: Clock) -> None:
-        """Do the copies to the device that are done before work with this clock."""
-        with _unnoticed():
-            for copy in self.copies:
-                if copy.source is None and not copy.done and known(clock, copy):
-                    copy.done = True
-                    if (to := copy.to()) is not None:
-                        to.copy_(copy.of)
-
-    def _work(self, name: str, reads: list[Tensor], writes: list[Tensor]) -> tuple[Stream, int]:
-        """Begin a kernel or a copy on the current stream, behind what it needs."""
-        with self.lock:
-            stream = self.current_stream()
-            number = stream.begin_work()
-            self.counts["kernels"] += 1
-            for tensor in reads:
-                allocation = self.allocations[key_of(tensor)]
-                writer, written = allocation.written
-                if stream.clock.get(writer, 0) < written:
-                    self._found(
-                        f"{name} on {stream.name} reads what {writer.name} may not have written yet", raises=True
-                    )
-                allocation.used[stream] = number
-            for tensor in writes:
-                allocation = self.allocations[key_of(tensor)]
-                for user, used in allocation.used.items():
-                    if user is not stream and stream.clock.get(user, 0) < used:
-                        self._found(f"{name} on {stream.name} overwrites what {user.name} may still read", raises=True)
-                allocation.written = (stream, number)
-            self._copy_up_to(stream.clock)
-            return stream, number
-
-    def _found(self, what: str, raises: bool) -> None:
-        self.out_of_order.append(what)
-        if raises:
-            raise OutOfOrder(what)
-
-    # --- memory
-
-    def holds(self, tensor: Tensor) -> bool:
-        return tensor.layout is torch.strided and not tensor.is_meta and key_of(tensor) in self.allocations
-
-    def _allocate(self, tensor: Tensor) -> None:
-        """Count a new tensor's memory as the device's."""
-        if tensor.is_meta or self.holds(tensor):
-            return
-        storage = tensor.untyped_storage()
-        nbytes = -(-storage.nbytes() // BLOCK_BYTES) * BLOCK_BYTES
-        with self.lock:
-            self.counts["allocations"] += 1
-            if self.refuses is not None:
-                self.refuses -= 1
-            if self.live_bytes + nbytes > self.limit_bytes or self.refuses == 0:
-                self.counts["refused"] += 1
-                raise self.out_of_memory(f"CUDA out of memory. Tried to allocate {nbytes / (1 << 20):.2f} MiB.")
-            stream = self.current_stream()
-            allocation = Allocation(nbytes, stream, (stream, stream.count), {stream: stream.count})
-            self.allocations[storage._cdata] = allocation
-            weakref.finalize(storage, self._free, storage._cdata).atexit = False
-            self.live_bytes += nbytes
-            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-            self.reserved_bytes = max(self.reserved_bytes, -(-self.live_bytes // SEGMENT_BYTES) * SEGMENT_BYTES)
-            self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
-
-    def _free(self, key: int) -> None:
-        with self.lock:
-            allocation = self.allocations.pop(key)
-            self.live_bytes -= allocation.nbytes
-            for user, used in allocation.used.items():
-                safe = user is allocation.stream or user in allocation.recorded
-                if not safe and max(self.host.get(user, 0), allocation.stream.clock.get(user, 0)) < used:
-                    allocation.freed_early = True
-                    self._found(
-                        f"memory of {allocation.stream.name} is freed while {user.name} may use it", raises=False
-                    )
-
-    def refuse_after(self, allocations: int) -> None:
-        """Refuse one allocation, after so many others."""
-        self.refuses = allocations + 1
-
-    def record_stream(self, tensor: Tensor, stream: Stream) -> None:
-        self.allocations[key_of(tensor)].recorded.add(stream)
-
-    def pin(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        self.pinned.add(storage._cdata)
-        weakref.finalize(storage, self.pinned.discard, storage._cdata).atexit = False
-        return tensor
-
-    def empty_cache(self) -> None:
-        self.reserved_bytes = -(-self.live_bytes // SEGMENT_BYTES) * SEGMENT_BYTES
-
-    def free_bytes(self) -> int:
-        return int(self.limit_bytes) - self.reserved_bytes
-
-    def reset_peaks(self, device: object = None) -> None:
-        self.peak_bytes, self.peak_reserved_bytes = self.live_bytes, self.reserved_bytes
-
-    def statistics(self, device: object = None) -> dict[str, Any]:
-        self.counts["memory_stats"] += 1
-        of_allocated = {"current": self.live_bytes, "peak": self.peak_bytes}
-        of_reserved = {"current": self.reserved_bytes, "peak": self.peak_reserved_bytes}
-        return {"allocated_bytes": {"all": of_allocated}, "reserved_bytes": {"all": of_reserved}}
-
-    def statistic(self, measure: str, moment: str) -> Callable[..., int]:
-        return lambda device=None: self.statistics()[f"{measure}_bytes"]["all"][moment]
-
-    def set_fraction(self, fraction: float, device: object = None) -> None:
-        self.limit_bytes = fraction * self.card.total_bytes
-
-    # --- calls
+        super().__init__(self.card.total_bytes)
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         name = getattr(func, "__name__", str(func))
@@ -334,23 +80,22 @@ class Device:
             return func(*args, **kwargs)
         self._require_one_device(name, tensors, on_device)
         self._note_host_reads(name, func, args, kwargs, on_device)
-        in_place = name.endswith("_") and not name.endswith("__") and name not in WRITE_NOTHING
-        in_place = in_place or name == "__setitem__" or name.startswith("__i") or "out" in kwargs
+        in_place = name in IN_PLACE or (name.endswith("_") and not name.endswith("__") and name not in WRITE_NOTHING)
         written = leaves(kwargs["out"]) if "out" in kwargs else tensors[:1] if in_place else []
         keys = {key_of(tensor) for tensor in on_device}
-        if in_place:
-            self._work(name, on_device, [tensor for tensor in written if self.holds(tensor)])
-        elif on_device and name not in ("size", "dim", "numel", "stride", "is_floating_point", "detach"):
-            self._copy_up_to(self.current_stream().clock)
+        if name not in READ_NOTHING:
+            self.require_written(name, on_device)
+        if written:
+            self.work(name, on_device, [tensor for tensor in written if self.holds(tensor)])
         out = func(*args, **kwargs)
         made = [
             leaf for leaf in leaves(out) if isinstance(leaf, Tensor) and not leaf.is_meta and key_of(leaf) not in keys
         ]
         if here and made:
-            if on_device:
-                self._work(name, on_device, [])
+            if on_device and not written:
+                self.work(name, on_device, [])
             for tensor in made:
-                self._allocate(tensor)
+                self.allocate(tensor)
         return out
 
     def _property(self, func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -365,7 +110,7 @@ class Device:
     def _require_one_device(self, name: str, tensors: list[Tensor], on_device: list[Tensor]) -> None:
         if name in ("__getitem__", "__setitem__", "__set__", "_make_subclass"):  # indices and values may be on the host
             return
-        if len(on_device) < sum(tensor.dim() > 0 and not tensor.is_meta for tensor in tensors):
+        if any(tensor.dim() > 0 and not tensor.is_meta and not self.holds(tensor) for tensor in tensors):
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({name})"
             )
@@ -384,7 +129,7 @@ class Device:
             )
         if found:
             for tensor in on_device:
-                self._work(name, [tensor], [])
+                self.work(name, [tensor], [])
             self.host_waits(self.current_stream().clock, name)
 
     def _call_numpy(self, func: Callable, on_device: list[Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -425,12 +170,12 @@ class Device:
         if here == to_cuda:
             out = tensor.to(dtype, copy=copy)
             if here and out is not tensor:
-                self._work("to", [tensor], [])
-                self._allocate(out)
+                self.work("to", [tensor], [])
+                self.allocate(out)
             return out
         out = torch.empty_like(tensor, dtype=dtype, device="cpu")
         if to_cuda:
-            self._allocate(out)
+            self.allocate(out)
         self._copy(out, tensor, non_blocking)
         return out
 
@@ -439,7 +184,7 @@ class Device:
     ) -> Tensor:
         if self.holds(to) == self.holds(of):
             if on_device:
-                self._work("copy_", [of], [to])
+                self.work("copy_", [of], [to])
             return to.copy_(of)
         self._copy(to, of, non_blocking)
         return to
@@ -448,7 +193,7 @@ class Device:
         """A copy between the host and the device on the current stream."""
         inwards = self.holds(to)
         host, here = (of, to) if inwards else (to, of)
-        stream, number = self._work("a copy", [] if inwards else [here], [here] if inwards else [])
+        stream, number = self.work("a copy", [] if inwards else [here], [here] if inwards else [])
         self.counts["copies in" if inwards else "copies out"] += 1
         if not non_blocking or key_of(host) not in self.pinned:
             to.copy_(of)
@@ -484,7 +229,7 @@ class Device:
             assert bounds[-1] == len(q)
             assert bounds.diff().max() == length
             assert bounds.diff().min() > 0
-        self._work("varlen_attn", on_device, [])
+        self.work("varlen_attn", on_device, [])
         out = torch.empty_like(q)
         for start, stop in zip(q_bounds[:-1].tolist(), q_bounds[1:].tolist(), strict=True):
             one = (part[start:stop].float().transpose(0, 1) for part in (q, k, v))  # [H, L, C] each
@@ -493,7 +238,7 @@ class Device:
         self.counts["varlen_attn"] += 1
         made = out, torch.zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
         for tensor in made:
-            self._allocate(tensor)
+            self.allocate(tensor)
         return made
 
     def compile(self, function: Callable | None = None, **options: Any) -> Callable:
@@ -552,7 +297,7 @@ class Device:
             "stream": self.on_stream,
             "synchronize": self.synchronize,
             "empty_cache": self.empty_cache,
-            "mem_get_info": lambda device=None: (self.free_bytes(), card.total_bytes),
+            "mem_get_info": lambda device=None: (self.free_bytes(), self.total_bytes),
             "memory_stats_as_nested_dict": self.statistics,
             "memory_allocated": self.statistic("allocated", "current"),
             "max_memory_allocated": self.statistic("allocated", "peak"),
@@ -596,48 +341,8 @@ class _Mode(TorchFunctionMode):
         return self.pretended.call(func, args, kwargs or {})
 
 
-@contextmanager
-def _unnoticed() -> Iterator[None]:
-    """The device's own calls of torch; inference tensors are written only in this mode."""
-    with torch._C.DisableTorchFunction(), torch.inference_mode():
-        yield
-
-
-def key_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
 def leaves(nested: Any) -> list[Any]:
     """What tuples, lists and dicts hold."""
     if isinstance(nested, dict):
         nested = list(nested.values())
     return [leaf for each in nested for leaf in leaves(each)] if isinstance(nested, list | tuple) else [nested]
-
-
-def view_of(tensor: Tensor) -> Callable[[], Tensor | None]:
-    """Makes the view again, while something else keeps its memory."""
-    storage = weakref.ref(tensor.untyped_storage())
-    dtype, place = tensor.dtype, (tensor.storage_offset(), tensor.shape, tensor.stride())
-
-    def view() -> Tensor | None:
-        there = storage()
-        return None if there is None else torch.empty(0, dtype=dtype).set_(there, *place)
-
-    return view
-
-
-def poisoned(tensor: Tensor) -> Tensor:
-    return tensor.fill_(torch.nan if tensor.is_floating_point() else POISON)
-
-
-def merge(clock: Clock, other: Clock) -> None:
-    for stream, number in other.items():
-        clock[stream] = max(clock.get(stream, 0), number)
-
-
-def covers(clock: Clock, other: Clock) -> bool:
-    return all(clock.get(stream, 0) >= number for stream, number in other.items())
-
-
-def known(clock: Clock, copy: Copy) -> bool:
-    return clock.get(copy.stream, 0) >= copy.number

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from pretend import CONTEXT_BYTES, SEGMENT_BYTES, Card, Device
+from order import CONTEXT_BYTES, SEGMENT_BYTES
+from pretend import Card, Device
 from rehearsal import (
     BATCHES,
     HOPPER,

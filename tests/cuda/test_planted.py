@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from pretend import Card, Device, Event, OutOfOrder, Stream
+from order import Event, OutOfOrder, Stream
+from pretend import Card, Device
 from rehearsal import BATCHES, TURING, embed, load, pretended, rows, the_host_waits_for_results_alone
 
 from lengthwise.esm2 import engine as engine_module
@@ -93,7 +94,10 @@ def pad_on_host(monkeypatch):
 
 
 BUGS = {
-    "compute does not wait for tokens": (skip_waits(of_default_stream=True), "reads what a side stream may not have"),
+    "compute does not wait for tokens": (
+        skip_waits(of_default_stream=True),
+        "reads what a side stream may not have written yet",
+    ),
     "copies do not wait for results": (skip_waits(of_default_stream=False), "reads what default may not have written"),
     "no record_stream": (forget_record_stream, "memory of a side stream is freed while default may use it"),
     "results are freed early": (forget_results, "memory of default is freed while a side stream may use it"),

@@ -1,7 +1,8 @@
 """The scaling study on a pretended card that does not hold what fair-esm needs."""
 
 import pytest
-from pretend import CONTEXT_BYTES, Card
+from order import CONTEXT_BYTES
+from pretend import Card
 from rehearsal import pretended
 
 from lengthwise.esm2.shapes import ModelConfig
