@@ -21,20 +21,9 @@ from torch.overrides import TorchFunctionMode
 CUDA = torch.device("cuda", 0)
 # Calls whose result the host waits for.
 HOST_READS = {
-    *(
-        "item",
-        "tolist",
-        "nonzero",
-        "is_nonzero",
-        "equal",
-        "allclose",
-        "masked_select",
-        "unique",
-        "bincount",
-        "argwhere",
-    ),
+    *("item", "tolist", "nonzero", "argwhere", "is_nonzero", "equal", "allclose", "masked_select", "unique", "bincount"),
     *("__bool__", "__int__", "__float__", "__index__", "__contains__", "__repr__", "__format__"),
-}
+}  # fmt: skip
 READ_NOTHING = {"size", "dim", "numel", "stride", "is_floating_point", "untyped_storage"}
 IN_PLACE = {"__setitem__"} | {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "and", "or", "xor")}
 # Their names end in "_", and they write nothing.
@@ -63,6 +52,7 @@ class Device(Work):
         super().__init__(self.card.total_bytes)
 
     def call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        """A call of torch as CUDA would take it; `_call_<name>` where the CPU's own call would not do."""
         name = getattr(func, "__name__", str(func))
         if name == "__get__":
             return self._property(func, args, kwargs)
