@@ -1,0 +1,238 @@
+"""Weights streamed layer by layer: the numbers of the resident order to the bit, in the memory of two layers."""
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lengthwise.esm2 import residency, streamed
+from lengthwise.esm2.checkpoint import write_random
+from lengthwise.esm2.engine import Engine
+from lengthwise.esm2.outputs import Output
+from lengthwise.esm2.shapes import MODELS, ModelConfig
+from lengthwise.esm2.status import Status
+from lengthwise.esm2.streamed import StreamedEngine, open_engine
+from lengthwise.esm2.tokens import RESIDUES
+
+CPU = torch.device("cpu")
+SHAPE = ModelConfig(4, 64, 4)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "four_layers.pt"
+    write_random(path, SHAPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def batches():
+    """Unequal lengths, one residue, a batch that a core has for itself and one that takes all cores."""
+    rng = random.Random(0)
+    lengths = ([20, 25, 31], [1], [40] * 5, [130, 255], [300] * 6, [700] * 4)
+    return [[bytes(rng.choices(RESIDUES, k=length)) for length in each] for each in lengths]
+
+
+def embed(engine, batches):
+    return list(engine.embed(batches))
+
+
+def assert_same(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert (one.status == other.status).all()
+        assert one.arrays.keys() == other.arrays.keys()
+        for name, rows in one.arrays.items():
+            assert rows.tobytes() == other.arrays[name].tobytes(), name
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("layers", [(4,), (0,), (0, 2, 4), (3, 1)], ids=str)
+def test_the_numbers_are_those_of_the_resident_order_to_the_bit(weights, batches, precision, layers):
+    output = Output(layers, ("residue", "mean", "bos"), "float16")
+    expected = embed(Engine(weights, CPU, precision, output), batches)
+    assert_same(embed(StreamedEngine(weights, CPU, precision, output), batches), expected)
+
+
+@pytest.mark.parametrize("most", [1, 100, 500, 10**9])
+def test_a_wave_ends_where_memory_or_time_does_and_order_and_numbers_stay(weights, batches, monkeypatch, most):
+    output = Output((4,), ("residue",), "float32")
+    expected = embed(Engine(weights, CPU, "float32", output), batches)
+    engine, waves, start = StreamedEngine(weights, CPU, "float32", output), [], StreamedEngine._start_wave
+    monkeypatch.setattr(streamed, "wave_tokens", lambda *_: most)
+    monkeypatch.setattr(StreamedEngine, "_start_wave", lambda self, wave: waves.append(wave) or start(self, wave))
+    assert_same(embed(engine, batches), expected)
+    tokens = [[len(batch.tokens) for batch in wave] for wave in waves]
+    assert [n for wave in tokens for n in wave] == [sum(map(len, batch)) + 2 * len(batch) for batch in batches]
+    assert all(len(wave) == 1 or sum(wave) <= most for wave in tokens)
+    assert all(sum(wave) + following[0] > most for wave, following in itertools.pairwise(tokens))
+
+
+def test_a_layer_is_read_once_a_wave_and_no_further_than_the_last_that_is_stored(weights, batches, monkeypatch):
+    read, load = [], streamed.load_layer
+    monkeypatch.setattr(
+        streamed, "load_layer", lambda path, index, *rest: read.append(index) or load(path, index, *rest)
+    )
+    engine = StreamedEngine(weights, CPU, "float32", Output((3, 1), ("mean",), "float32"))
+    embed(engine, batches)
+    assert read == [0, 1, 2]
+
+
+def test_two_layers_are_in_memory_at_a_time(weights, batches, monkeypatch):
+    alive, most, load = [], [], streamed.load_layer
+
+    class Watched:
+        def __init__(self, index):
+            alive.append(index)
+            most.append(len(alive))
+            self.index = index
+
+        def __del__(self):
+            alive.remove(self.index)
+
+    def watched(path, index, *rest, **options):
+        layer = load(path, index, *rest, **options)
+        layer.__dict__["watched"] = Watched(index)
+        return layer
+
+    monkeypatch.setattr(streamed, "load_layer", watched)
+    embed(StreamedEngine(weights, CPU, "float32", Output((4,), ("mean",), "float32")), batches)
+    assert max(most) == 2
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_batch_that_memory_does_not_hold_beside_the_others_is_computed_after_them(
+    weights, batches, monkeypatch, layer
+):
+    output = Output((2, 4), ("residue", "mean"), "float32")
+    expected = embed(Engine(weights, CPU, "float32", output), batches)
+    advance, refused = StreamedEngine._advance, []
+
+    def lacking(self, index, loaded, one):
+        if index == layer + 1 and len(one.batch.sequences) == 5 and not refused:
+            refused.append(one)
+            raise MemoryError
+        return advance(self, index, loaded, one)
+
+    monkeypatch.setattr(StreamedEngine, "_advance", lacking)
+    assert_same(embed(StreamedEngine(weights, CPU, "float32", output), batches), expected)
+    assert refused
+
+
+def test_a_batch_that_memory_never_holds_is_halved_and_a_sequence_alone_is_named(weights, batches, monkeypatch):
+    output = Output((4,), ("residue",), "float32")
+    expected = embed(Engine(weights, CPU, "float32", output), batches)
+    advance = StreamedEngine._advance
+
+    def lacking(self, index, loaded, one):
+        if len(one.batch.tokens) > 300:
+            raise MemoryError
+        return advance(self, index, loaded, one)
+
+    monkeypatch.setattr(StreamedEngine, "_advance", lacking)
+    found = embed(StreamedEngine(weights, CPU, "float32", output), batches)
+    for one, other, batch in zip(found, expected, batches, strict=True):
+        fits = np.array([len(sequence) + 2 <= 300 for sequence in batch])
+        assert (one.status == np.where(fits, Status.GOOD, Status.DOES_NOT_FIT)).all()
+        rows = np.repeat(fits, [len(sequence) for sequence in batch])
+        np.testing.assert_allclose(one.arrays["layer_4"][rows], other.arrays["layer_4"][rows], rtol=0, atol=2e-5)
+        assert np.isnan(one.arrays["layer_4"][~rows]).all()
+    assert {result.oom_splits > 0 for result in found} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "kind"),
+    [
+        ("esm2_t33_650M_UR50D", 16, Engine),
+        ("esm2_t33_650M_UR50D", 2, StreamedEngine),
+        ("esm2_t48_15B_UR50D", 64, StreamedEngine),
+        ("esm2_t48_15B_UR50D", 80, Engine),
+    ],
+)
+def test_what_fits_is_resident(name, gigabytes, kind):
+    fits = residency.fits_resident(MODELS[name], "cpu", 4, 2, gigabytes * 1e9)
+    assert fits == (kind is Engine)
+
+
+def test_auto_asks_what_is_free_and_says_why_it_streams(weights, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    output = Output((4,), ("mean",), "float32")
+    assert type(open_engine(weights, CPU, "float32", output)) is Engine
+    assert caplog.text == ""
+    monkeypatch.setattr(streamed, "free_bytes", lambda _: 100_000)
+    assert type(open_engine(weights, CPU, "float32", output)) is StreamedEngine
+    assert "weights are streamed: all of them take 0.0 GB in float32" in caplog.text
+    assert type(open_engine(weights, CPU, "float32", output, residency="resident")) is Engine
+
+
+def test_the_float32_twin_of_what_does_not_fit_streams_too(weights, batches, monkeypatch):
+    monkeypatch.setattr(streamed, "free_bytes", lambda _: 100_000)
+    output = Output((4,), ("residue",), "float32")
+    twin = open_engine(weights, CPU, "bfloat16", output).in_float32()
+    assert type(twin) is StreamedEngine
+    assert_same(embed(twin, batches), embed(Engine(weights, CPU, "float32", output), batches))
+
+
+@pytest.mark.parametrize(("device", "gigabytes"), [("cpu", 8), ("cuda", 8), ("cuda", 24), ("cuda", 80)])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_wave_of_any_model_hides_its_reading_and_fits(name, device, gigabytes):
+    shape, itemsize = MODELS[name], 2
+    beside = residency.computing_bytes(shape, device, itemsize, 2)
+    tokens = residency.wave_tokens(shape, device, itemsize, 2 * shape.embed_dim, gigabytes * 1e9, beside)
+    flops = tokens * shape.flops(300) / 302
+    reading = itemsize * shape.parameters / residency.WEIGHTS_PER_SECOND[device]
+    assert flops / residency.ASSUMED_FLOPS[device] >= 0.95 * reading
+    held = residency.LAYERS_HELD[device] * residency.layer_bytes(shape, itemsize)
+    assert held + beside + tokens * 6 * shape.embed_dim < gigabytes * 1e9
+
+
+@pytest.fixture
+def control_group():
+    """A memory control group of half a gigabyte; skipped where none can be made."""
+    for parent, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        group = Path(parent) / f"lengthwise-test-{os.getpid()}"
+        try:
+            group.mkdir()
+            (group / limit).write_text(str(500_000_000))
+        except OSError:
+            with suppress(OSError):
+                group.rmdir()
+            continue
+        yield group
+        group.rmdir()
+        return
+    pytest.skip("no control group can be made here")
+
+
+def test_under_a_control_group_that_holds_less_than_the_weights_auto_streams_and_finishes(tmp_path, control_group):
+    """Not RLIMIT_DATA: torch maps a checkpoint privately, and all of it counts there."""
+    path = tmp_path / "sixty_layers.pt"
+    write_random(path, ModelConfig(60, 480, 20))  # 670 MB in float32
+    code = f"""
+import logging, os, sys, torch
+from pathlib import Path
+from lengthwise.esm2.outputs import Output
+from lengthwise.esm2.streamed import open_engine
+Path({str(control_group)!r}, "cgroup.procs").write_text(str(os.getpid()))
+torch.set_num_threads(1)
+logging.basicConfig(level=logging.INFO)
+engine = open_engine(
+    Path({str(path)!r}), torch.device("cpu"), "float32", Output((60,), ("mean",), "float32"), residency=sys.argv[1]
+)
+for result in engine.embed([[b"MKTAYIAKQR" * 20] * 8] * 2):
+    assert (result.status == 0).all()
+print(type(engine).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code, "auto"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "StreamedEngine"
+    assert "weights are streamed" in done.stderr
+    killed = subprocess.run([sys.executable, "-c", code, "resident"], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL
