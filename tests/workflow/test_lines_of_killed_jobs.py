@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from project import Project, Run, ShardLock, wait_for
 
+from control_group import memory_group
 from lengthwise.maintain.cleanup import leftovers
 
 DONE = "results/tiny/datasets/a/manifest.json"
@@ -92,28 +93,9 @@ def test_of_a_run_that_is_interrupted_no_job_counts_as_killed(project, lock):
 
 
 @pytest.fixture
-def small_memory() -> Path:
-    """A control group with little memory, of version 1 or 2: the file that takes in processes."""
-    for parent, limit in (
-        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
-        (Path("/sys/fs/cgroup"), "memory.max"),
-    ):
-        group = parent / f"lengthwise-{os.getpid()}"
-        try:
-            group.mkdir()
-        except OSError:
-            continue
-        try:
-            (group / limit).write_text(str(TOO_LITTLE_BYTES))  # exists where the controller is there
-            yield group / "cgroup.procs"
-            return
-        except OSError:
-            continue
-        finally:
-            group.rmdir()
-    pytest.skip(
-        "A KILL BY A CONTROL GROUP WAS NOT TESTED: none can be made here (it needs root and a writable /sys/fs/cgroup)"
-    )
+def small_memory() -> Iterator[Path]:
+    with memory_group(TOO_LITTLE_BYTES) as processes:
+        yield processes
 
 
 def test_a_job_that_its_control_group_kills_for_memory_is_named(project, job, small_memory):

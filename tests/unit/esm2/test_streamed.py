@@ -1,18 +1,18 @@
 """Weights streamed layer by layer: the numbers of the resident order to the bit, in the memory of two layers."""
 
 import itertools
-import os
 import random
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from control_group import memory_group
 from lengthwise.esm2 import residency, streamed
 from lengthwise.esm2.checkpoint import write_random
 from lengthwise.esm2.engine import Engine
@@ -194,24 +194,12 @@ def test_a_wave_of_any_model_hides_its_reading_and_fits(name, device, gigabytes)
 
 
 @pytest.fixture
-def control_group():
-    """A memory control group of half a gigabyte; skipped where none can be made."""
-    for parent, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
-        group = Path(parent) / f"lengthwise-test-{os.getpid()}"
-        try:
-            group.mkdir()
-            (group / limit).write_text(str(500_000_000))
-        except OSError:
-            with suppress(OSError):
-                group.rmdir()
-            continue
-        yield group
-        group.rmdir()
-        return
-    pytest.skip("no control group can be made here")
+def small_memory() -> Iterator[Path]:
+    with memory_group(500_000_000) as processes:
+        yield processes
 
 
-def test_under_a_control_group_that_holds_less_than_the_weights_auto_streams_and_finishes(tmp_path, control_group):
+def test_under_a_control_group_that_holds_less_than_the_weights_auto_streams_and_finishes(tmp_path, small_memory):
     """Not RLIMIT_DATA: torch maps a checkpoint privately, and all of it counts there."""
     path = tmp_path / "sixty_layers.pt"
     write_random(path, ModelConfig(60, 480, 20))  # 670 MB in float32
@@ -220,7 +208,7 @@ import logging, os, sys, torch
 from pathlib import Path
 from lengthwise.esm2.outputs import Output
 from lengthwise.esm2.streamed import open_engine
-Path({str(control_group)!r}, "cgroup.procs").write_text(str(os.getpid()))
+Path({str(small_memory)!r}).write_text(str(os.getpid()))
 torch.set_num_threads(1)
 logging.basicConfig(level=logging.INFO)
 engine = open_engine(

@@ -1,0 +1,111 @@
+"""Weights streamed to a pretended card: its order, its memory, and the numbers of the resident engine."""
+
+import numpy as np
+import pytest
+import torch
+from order import Event, OutOfOrder, Stream
+from pretend import Card, Device
+from rehearsal import BATCHES, HOPPER, OUTPUTS, TURING, load, pretended, random_sequences, rows
+
+from lengthwise.esm2.checkpoint import write_random
+from lengthwise.esm2.devices import DTYPES
+from lengthwise.esm2.outputs import Output
+from lengthwise.esm2.residency import layer_bytes
+from lengthwise.esm2.shapes import ModelConfig
+from lengthwise.esm2.status import Status
+from lengthwise.esm2.streamed import StreamedEngine, open_engine
+
+SHAPE = ModelConfig(6, 64, 4)
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "six_layers.pt"
+    write_random(path, SHAPE)
+    return path
+
+
+def stream(weights, precision="float16", compile=False) -> StreamedEngine:
+    return StreamedEngine(weights, CUDA, precision, Output((5, 6), OUTPUTS, "float32"), compile)
+
+
+@pytest.mark.parametrize("capability", [TURING, HOPPER], ids=["padded", "varlen"])
+@pytest.mark.parametrize("precision", DTYPES)
+def test_the_numbers_are_those_of_the_resident_engine(weights, precision, capability):
+    with pretended(Card(capability=capability)):
+        expected = rows(list(load(weights, "cuda", precision).embed(BATCHES)))
+        results = list(stream(weights, precision).embed(BATCHES))
+    assert all((result.status == Status.GOOD).all() for result in results)
+    found = rows(results)
+    assert all(np.array_equal(found[name], right) for name, right in expected.items())
+
+
+def test_compiled_layers_stream_too(weights):
+    with pretended() as device:
+        engine = stream(weights, compile=True)
+        assert engine.model.compiled
+        (result,) = engine.embed(BATCHES[:1])
+        assert (result.status == Status.GOOD).all()
+        assert device.counts["compile"] > 0
+
+
+def test_within_a_wave_the_host_waits_for_nothing_but_the_loading_thread_for_room(weights):
+    with pretended() as device:
+        engine, before = stream(weights), device.waits.copy()
+        list(engine.embed(BATCHES))
+    # Each batch's results, and the loading thread from the third layer on.
+    assert dict(device.waits - before) == {"Event.synchronize": len(BATCHES) + SHAPE.num_layers - 2}
+
+
+def test_no_more_than_two_layers_are_on_the_card(weights, tmp_path):
+    batch, peaks = [random_sequences([20])], {}
+    for layers in (1, 2, 6):
+        path = tmp_path / f"{layers}.pt"
+        write_random(path, ModelConfig(layers, 256, 4))
+        with pretended() as device:
+            engine = StreamedEngine(path, CUDA, "float16", Output((layers,), ("mean",), "float32"))
+            device.reset_peaks()
+            list(engine.embed(batch))
+            peaks[layers] = device.peak_bytes
+    one = layer_bytes(ModelConfig(1, 256, 4), 2)
+    assert peaks[2] - peaks[1] == pytest.approx(one, rel=0.1)
+    assert peaks[6] - peaks[2] < 0.1 * one
+
+
+def forget_the_copies(monkeypatch):
+    """A layer computes with weights that are still on their way."""
+    wait_event = Stream.wait_event
+    monkeypatch.setattr(Stream, "wait_event", lambda self, event: self.name != "default" and wait_event(self, event))
+
+
+def forget_the_use(monkeypatch):
+    """The next layer but one is copied over weights that are still read."""
+    monkeypatch.setattr(Device, "record_stream", lambda *_: None)
+
+
+@pytest.mark.parametrize("plant", [forget_the_copies, forget_the_use])
+def test_a_planted_bug_of_order_is_caught(weights, monkeypatch, plant):
+    plant(monkeypatch)
+    with pytest.raises((OutOfOrder, AssertionError)), pretended():
+        list(stream(weights).embed(BATCHES))
+
+
+def test_without_the_wait_for_room_more_layers_would_be_on_the_card(weights, monkeypatch):
+    """The host launches far ahead of a GPU; the loading thread is what holds it back."""
+    asked, synchronize = [], Event.synchronize
+    monkeypatch.setattr(Event, "synchronize", lambda self: asked.append(self) or synchronize(self))
+    with pretended():
+        list(stream(weights).embed(BATCHES[:1]))
+    assert len(asked) == 1 + SHAPE.num_layers - 2
+
+
+def test_a_card_that_holds_no_whole_model_gets_it_streamed(weights, caplog):
+    caplog.set_level("INFO")
+    output = Output((6,), ("mean",), "float32")
+    with pretended() as device:
+        list(load(weights, "cuda", "float32").embed(BATCHES))
+        device.limit_bytes = device.live_bytes + 4 * SHAPE.parameters
+        engine = open_engine(weights, CUDA, "float32", output)
+        assert type(engine) is StreamedEngine
+        assert "weights are streamed" in caplog.text
