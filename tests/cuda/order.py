@@ -99,7 +99,7 @@ class Event:
         self.device.host_waits(self.clock, "Event.synchronize")
 
     def query(self) -> bool:
-        return covers(self.device.host, self.clock)
+        return covers(dict(self.device.host), self.clock)
 
     def elapsed_time(self, end: "Event") -> float:
         if not (self.enable_timing and end.enable_timing and self.seconds and end.seconds):
@@ -161,7 +161,7 @@ class Work:
             everything: Clock = {}
             for stream in {copy.stream for copy in self.copies} | {self.default, self.current_stream()}:
                 merge(everything, stream.clock)
-            for allocation in self.allocations.values():
+            for allocation in list(self.allocations.values()):  # the garbage collector may free some meanwhile
                 merge(everything, allocation.used)
             self.host_waits(everything, "cuda.synchronize")
 
@@ -311,7 +311,7 @@ def poisoned(tensor: Tensor) -> Tensor:
 
 
 def merge(clock: Clock, other: Clock) -> None:
-    for stream, number in other.items():
+    for stream, number in dict(other).items():  # other threads may add to it
         clock[stream] = max(clock.get(stream, 0), number)
 
 
