@@ -25,6 +25,7 @@ with reporting(snakemake.log[0]):
         config["exports"],
         path_of(config["model"], config["weights"]),
         config["device_like"],
+        config["residency"],
     )
     forecast.write(made, store / "forecast")
     log.info("%s", store / "forecast" / "forecast.json")

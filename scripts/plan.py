@@ -22,7 +22,7 @@ with reporting(snakemake.log[0]):
     sequences = dict(zip(snakemake.params.datasets, map(Path, snakemake.input.sequences), strict=True))
     memory_bytes = snakemake.resources.mem_mb * 10**6 * 2 // 5  # the rest is for a job's work order
     retry = snakemake.params.retry_rejected
-    jobs = plan(store, sequences, sizes, Path(snakemake.output.jobs), memory_bytes, retry)
+    jobs = plan(store, sequences, sizes, Path(snakemake.output.jobs), memory_bytes, retry, config["residency"])
     if config["disk_space"] == "refuse":
         require_space(store, jobs, missing_bytes(store, settings, snakemake.params.datasets, config["exports"]))
     new = unfinished_jobs(store, jobs)

@@ -60,12 +60,10 @@ class SmallStore:
         return ingest(fasta, *(self.inputs(dataset) / name for name in names), Policy(**options))
 
     def plan(
-        self, *datasets: str, job_seconds: float = 1200.0, shard_bytes: int = 1 << 30, retry_rejected: bool = False
+        self, *datasets: str, job_seconds: float = 1200.0, shard_bytes: int = 1 << 30, **options: bool | str
     ) -> pd.DataFrame:
         sequences = {name: self.inputs(name) / "sequences.parquet" for name in datasets or self.datasets}
-        self.jobs = plan(
-            self.path, sequences, Sizes(job_seconds, shard_bytes), self.jobs_tsv, retry_rejected=retry_rejected
-        )
+        self.jobs = plan(self.path, sequences, Sizes(job_seconds, shard_bytes), self.jobs_tsv, **options)
         return self.jobs
 
     def work_order(self, job: str) -> pd.DataFrame:

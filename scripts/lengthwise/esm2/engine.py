@@ -62,6 +62,8 @@ class Engine:
         The checkpoint cannot be read or is not ESM-2.
     """
 
+    leaves_more_memory = ", or here with residency: streamed"  # what a user may try, in words
+
     def __init__(self, checkpoint: Path, device: torch.device, precision: str, output: Output, compile: bool = False):
         self.checkpoint = checkpoint
         self.device = device
@@ -322,10 +324,11 @@ class Engine:
         residues = len(batch.sequences[0])
         log.warning(
             "a sequence of %s residues does not fit into the memory of %s, even alone: it would need about %.1f GB beside the "
-            "weights; its rows are NaN and its record is rejected; set retry_rejected to embed it on a larger device",
+            "weights; its rows are NaN and its record is rejected; set retry_rejected to embed it on a larger device%s",
             f"{residues:,}",
             device_name(self.device),
             self.bytes_per_token * (residues + 2) / 1e9,
+            self.leaves_more_memory,
         )
         arrays = self.output.of_nan(residues, self.model.config.embed_dim)
         status = torch.full((1,), Status.DOES_NOT_FIT, dtype=torch.uint8)

@@ -4,10 +4,14 @@ Streamed, all batches of a wave pass through a layer before the next one: its we
 wave computes with them the next layer's are read. Two layers' weights and the sums of the wave are in memory. Imports no torch.
 """
 
+from typing import TYPE_CHECKING, overload
+
 from lengthwise.esm2.costs import ASSUMED_FLOPS
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MEMORY_MARGIN, ModelConfig
 
-RESIDENCIES = ("auto", "resident", "streamed")
+if TYPE_CHECKING:
+    import pandas as pd
+
 # A job that is killed loses a wave at most.
 WAVE_SECONDS = 300.0
 # Layers in memory: one that computes, one that is loaded, and what loading takes beside: the checkpoint's pages and a copy.
@@ -44,6 +48,43 @@ def fits_resident(shape: ModelConfig, device: str, itemsize: int, cores: int, fr
     return needed <= MEMORY_MARGIN * free_bytes
 
 
+def beside_weights(shape: ModelConfig, itemsize: int, gpu_bytes: float) -> tuple[float, bool]:
+    """What a GPU with this much memory has left for batches beside the weights, and whether these are streamed."""
+    streamed = not fits_resident(shape, "cuda", itemsize, 1, gpu_bytes)
+    held = LAYERS_HELD["cuda"] * layer_bytes(shape, itemsize) if streamed else itemsize * shape.parameters
+    return MEMORY_MARGIN * gpu_bytes - held, streamed
+
+
+@overload
+def wave_bytes(shape: ModelConfig, device: str, itemsize: int, stored_bytes: int, tokens: int) -> int: ...
+@overload
+def wave_bytes(
+    shape: ModelConfig, device: str, itemsize: int, stored_bytes: int, tokens: "pd.Series"
+) -> "pd.Series": ...
+def wave_bytes(
+    shape: ModelConfig, device: str, itemsize: int, stored_bytes: int, tokens: "int | pd.Series"
+) -> "int | pd.Series":
+    """What layers and the longest wave of a job take, without the process and computing.
+
+    Parameters
+    ----------
+    shape, itemsize, stored_bytes
+        As of `ModelConfig.bytes_per_token`.
+    device
+        cpu or cuda.
+    tokens
+        Tokens of the job, or of several jobs.
+    """
+    most = wave_tokens(shape, device, itemsize, stored_bytes, float("inf"), 0)
+    in_a_wave = min(tokens, most) if isinstance(tokens, int) else tokens.clip(upper=most)
+    return LAYERS_HELD[device] * layer_bytes(shape, itemsize) + in_a_wave * _wave_bytes_per_token(shape, stored_bytes)
+
+
+def _wave_bytes_per_token(shape: ModelConfig, stored_bytes: int) -> int:
+    """The residual sums and the angles in float32, and the results."""
+    return 4 * shape.embed_dim + 4 * shape.head_dim + stored_bytes
+
+
 def wave_tokens(
     shape: ModelConfig,
     device: str,
@@ -71,7 +112,5 @@ def wave_tokens(
     rate = flops_per_second or ASSUMED_FLOPS[device]
     seconds = max(WAVE_SECONDS, itemsize * shape.parameters / WEIGHTS_PER_SECOND[device])
     in_time = rate * seconds / (shape.flops(300) / 302)
-    # The residual sums and the angles in float32.
-    per_token = 4 * shape.embed_dim + 4 * shape.head_dim + stored_bytes
     left = MEMORY_MARGIN * free_bytes - LAYERS_HELD[device] * layer_bytes(shape, itemsize) - beside_bytes
-    return max(1, min(int(in_time), int(left / per_token)))
+    return max(1, int(min(in_time, left / _wave_bytes_per_token(shape, stored_bytes))))

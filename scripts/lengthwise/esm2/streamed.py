@@ -82,6 +82,7 @@ _Wave = list[_Between | None]  # None: memory did not hold the batch beside the 
 class StreamedEngine(Engine):
     """An engine that has two layers' weights in memory: one that computes, and the next, which is being loaded."""
 
+    leaves_more_memory = ""
     flops_per_second: float | None = None  # of the last wave
 
     def _load(self) -> ESM2:

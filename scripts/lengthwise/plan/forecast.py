@@ -13,6 +13,7 @@ import pandas as pd
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.costs import result_bytes_per_token
+from lengthwise.esm2.residency import beside_weights, wave_bytes
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MEMORY_MARGIN, MOST_AT_ONCE, TRAINED_RESIDUES, ModelConfig
 from lengthwise.plan.cuts import Sizes, cut_work
 from lengthwise.plan.forecast_text import text
@@ -41,6 +42,7 @@ def forecast(
     exports: Collection[str] = (),
     weights: Path | None = None,
     device_like: str = "",
+    residency: str = "auto",
 ) -> dict:
     """The work that is left, and the disk, memory and time that it needs.
 
@@ -52,7 +54,7 @@ def forecast(
         Its settings, or those that it will have.
     datasets
         {dataset: the folder with its records.parquet, sequences.parquet and summary.json}.
-    sizes, batch_tokens, exports, device_like
+    sizes, batch_tokens, exports, device_like, residency
         As the config has them.
     threads
         CPU threads of a job.
@@ -83,7 +85,7 @@ def forecast(
         "datasets": [_dataset(name, folder, by_dataset[name]) for name, folder in datasets.items()],
         "work": work,
         "disk": _disk(store, settings, datasets, sizes, wanted, left, work, exports, weights),
-        "memory": _memory(settings, shape, batch_tokens, threads, left, work, known[0].loaded_bytes) | card,
+        "memory": _memory(settings, shape, batch_tokens, threads, left, work, known[0].loaded_bytes, residency) | card,
         "time": [_time(rate, shape, left, sizes) for rate in known],
     }
 
@@ -250,6 +252,7 @@ def _memory(
     left: pd.DataFrame,
     work: dict,
     loaded: int | None,
+    residency: str,
 ) -> dict:
     """The device memory of the weights, a batch and the longest sequence.
 
@@ -259,7 +262,11 @@ def _memory(
     longest = int(left["length"].max()) if len(left) else 0
     tokens = AUTO_BATCH_TOKENS[device] if isinstance(batch_tokens, str) else batch_tokens
     itemsize, stored = _itemsize(precision), _result_bytes(settings)
-    fixed = loaded or int(shape.parameters * itemsize + (PROCESS_BYTES if device == "cpu" else 0))
+    held, streamed = shape.parameters * itemsize, residency == "streamed"
+    if streamed:
+        of_a_job = (work["residues"] + 2 * work["sequences"]) // max(work["jobs"], 1)
+        held = wave_bytes(shape, device, itemsize, stored, int(of_a_job))
+    fixed = (None if streamed else loaded) or int(held + (PROCESS_BYTES if device == "cpu" else 0))
     at_once = min(threads, MOST_AT_ONCE) if device == "cpu" and tokens <= AUTO_BATCH_TOKENS["cpu"] else 1
     if device == "cpu":
         of_a_job = (work["residues"] + 2 * work["sequences"]) / max(work["jobs"], 1)
@@ -286,7 +293,8 @@ def _card(name: str, settings: dict, shape: ModelConfig, batch_tokens: int | str
     precision = card_precision(settings)
     weights = shape.parameters * _itemsize(precision)
     per_token = shape.bytes_per_token(_itemsize(precision), _result_bytes(settings))
-    fitting = max(0, int((MEMORY_MARGIN * CARDS[name][0] - weights) / per_token))
+    free, streamed = beside_weights(shape, _itemsize(precision), CARDS[name][0])
+    fitting = max(0, int(free / per_token))
     tokens = min(fitting, AUTO_BATCH_TOKENS["cuda"]) if isinstance(batch_tokens, str) else batch_tokens
     longest = max(0, fitting - 2)
     return {
@@ -294,8 +302,9 @@ def _card(name: str, settings: dict, shape: ModelConfig, batch_tokens: int | str
         "gigabytes": CARDS[name][0] / 1e9,
         "precision": precision,
         "weights_bytes": weights,
+        "streamed": streamed,
         "batch_tokens": tokens,
-        "batch_bytes": weights + tokens * per_token,
+        "batch_bytes": int(MEMORY_MARGIN * CARDS[name][0] - free) + tokens * per_token,
         "longest_residues": longest,
         "sequences_beyond": int(left["n"][left["length"] > longest].sum()),
     }

@@ -99,10 +99,11 @@ def _batches(memory: dict) -> str:
 
 def _card_line(card: dict) -> str:
     if not card["longest_residues"]:
-        return f"the weights alone take {size(card['weights_bytes'])}, more than fits"
+        return "not even two layers fit"
     beyond = f"{count(card['sequences_beyond'], 'sequence')} beyond it" if card["sequences_beyond"] else "all fit"
+    streamed = f"weights ({size(card['weights_bytes'])}) streamed; " if card["streamed"] else ""
     return (
-        f"{size(card['batch_bytes'])} for a batch of {card['batch_tokens']:,} tokens; the longest protein that fits has"
+        f"{streamed}{size(card['batch_bytes'])} for a batch of {card['batch_tokens']:,} tokens; the longest protein that fits has"
         f" {count(card['longest_residues'], 'residue')}; {beyond}"
     )
 

@@ -6,6 +6,7 @@ Generous where nothing was measured; retries multiply memory and minutes (`workf
 import numpy as np
 import pandas as pd
 
+from lengthwise.esm2.residency import LAYERS_HELD, layer_bytes, wave_bytes
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MOST_AT_ONCE
 from lengthwise.plan.process import PARITY_SECONDS, PARITY_SHARE, PROCESS_BYTES, START_SECONDS
 from lengthwise.store.settings import shape_of
@@ -22,7 +23,7 @@ BATCHES_WAITING = 4
 PARITY_SAMPLE = (4, 250)
 
 
-def job_requests(jobs: pd.DataFrame, settings: dict, checkpoint_bytes: int) -> pd.DataFrame:
+def job_requests(jobs: pd.DataFrame, settings: dict, checkpoint_bytes: int, residency: str = "auto") -> pd.DataFrame:
     """What jobs that embed ask for.
 
     Parameters
@@ -33,6 +34,8 @@ def job_requests(jobs: pd.DataFrame, settings: dict, checkpoint_bytes: int) -> p
         The store's settings.
     checkpoint_bytes
         Size of the checkpoint's file.
+    residency
+        As the config has it; auto asks for what resident weights take.
 
     Returns
     -------
@@ -41,14 +44,14 @@ def job_requests(jobs: pd.DataFrame, settings: dict, checkpoint_bytes: int) -> p
     seconds = START_SECONDS + checkpoint_bytes / READ_BYTES_PER_SECOND + PARITY_SECONDS
     seconds += RUNTIME_MARGIN * (1 + PARITY_SHARE) * jobs["forecast_seconds"]
     columns = {
-        "mem_mb": _host_memory_bytes(jobs, settings, checkpoint_bytes) / 1e6,
+        "mem_mb": _host_memory_bytes(jobs, settings, checkpoint_bytes, residency == "streamed") / 1e6,
         "disk_mb": DISK_MARGIN * jobs["forecast_bytes"] / 1e6,
         "runtime_minutes": seconds / 60,
     }
     return pd.DataFrame({name: np.ceil(values).astype(int) for name, values in columns.items()}, index=jobs.index)
 
 
-def _host_memory_bytes(jobs: pd.DataFrame, settings: dict, checkpoint_bytes: int) -> pd.Series:
+def _host_memory_bytes(jobs: pd.DataFrame, settings: dict, checkpoint_bytes: int, streamed: bool) -> pd.Series:
     """Process, checkpoint, work order and results; on a CPU the weights and the forward pass too."""
     device, shape = settings["device"], shape_of(settings)
     batches_at_once = MOST_AT_ONCE if device == "cpu" else 1
@@ -57,13 +60,21 @@ def _host_memory_bytes(jobs: pd.DataFrame, settings: dict, checkpoint_bytes: int
     result_tokens = np.maximum(longest_tokens, batches_at_once * AUTO_BATCH_TOKENS[device])
     result_tokens += BATCHES_WAITING * np.maximum(longest_tokens, AUTO_BATCH_TOKENS[device])
     result_bytes = result_tokens * shape.embed_dim * len(settings["layers"]) * 4
-    # The checkpoint is mapped into memory while it loads.
-    total = PROCESS_BYTES[device] + checkpoint_bytes + work_order_bytes + result_bytes
+    total = PROCESS_BYTES[device] + work_order_bytes + result_bytes
+    itemsize = 4 if settings["precision"] == "float32" else 2
+    stored_bytes = shape.embed_dim * len(settings["layers"]) * 4
+    if streamed:
+        # On a GPU's host: the layer that is read, a copy in the compute type, and two in pinned memory.
+        tokens = jobs["residues"] + 2 * jobs["sequences"]
+        on_cpu = device == "cpu"
+        total += wave_bytes(shape, device, itemsize, stored_bytes, tokens) if on_cpu else 4 * layer_bytes(shape, 4)
+    else:
+        total += checkpoint_bytes  # mapped into memory while it loads
+        total += shape.parameters * itemsize if device == "cpu" else 0
     if device == "cpu":
-        itemsize = 4 if settings["precision"] == "float32" else 2
-        total += shape.parameters * itemsize
         total += shape.resident_bytes(itemsize, AUTO_BATCH_TOKENS[device], batches_at_once)
         total += shape.resident_bytes_alone(itemsize, 1) * jobs["longest"]
         # The parity receipt: a layer of fair-esm in float64, and this engine in float32.
-        total += shape.reference_bytes(8, *PARITY_SAMPLE) + (shape.parameters * 4 if itemsize == 2 else 0)
+        twin = LAYERS_HELD[device] * layer_bytes(shape, 4) if streamed else shape.parameters * 4
+        total += shape.reference_bytes(8, *PARITY_SAMPLE) + (twin if itemsize == 2 else 0)
     return total

@@ -46,6 +46,7 @@ def plan(
     jobs_tsv: Path,
     memory_bytes: int = 1 << 30,
     retry_rejected: bool = False,
+    residency: str = "auto",
 ) -> pd.DataFrame:
     """Write the work orders of new work, the table of all jobs that the datasets need, and the plan's record.
 
@@ -63,6 +64,8 @@ def plan(
         Memory for joins and sorts; what does not fit is spilled to disk.
     retry_rejected
         Whether to plan again the sequences that fitted into no device's memory so far.
+    residency
+        As the config has it: streamed weights take less memory.
 
     Returns
     -------
@@ -86,7 +89,7 @@ def plan(
         with _existing_jobs(store, sequence_tables, scratch, memory_bytes) as existing:
             table = _jobs_table(existing, datasets_of_job, list(sequences), settings, sizes.slowdown)
     checkpoint_bytes = read_json(store / "weights.json", "bytes")["bytes"]
-    table = table.join(job_requests(table, settings, checkpoint_bytes))[JOBS_COLUMNS]
+    table = table.join(job_requests(table, settings, checkpoint_bytes, residency))[JOBS_COLUMNS]
     with atomic(jobs_tsv) as part:
         table.to_csv(part, sep="\t", index=False)
     remove_rivals(store, table["job"])

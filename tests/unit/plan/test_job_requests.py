@@ -23,7 +23,7 @@ def settings_of(model: str, device: str) -> dict:
     return make(CONFIG | {"device": device}, receipt, device)
 
 
-def request_of(settings: dict, checkpoint_bytes: float = 2.6e9, **job) -> dict:
+def request_of(settings: dict, checkpoint_bytes: float = 2.6e9, residency: str = "auto", **job) -> dict:
     usual = {
         "sequences": 10_000,
         "residues": 3_000_000,
@@ -31,7 +31,7 @@ def request_of(settings: dict, checkpoint_bytes: float = 2.6e9, **job) -> dict:
         "forecast_bytes": 8e9,
         "forecast_seconds": 1200.0,
     }
-    return job_requests(pd.DataFrame([usual | job]), settings, int(checkpoint_bytes)).iloc[0].to_dict()
+    return job_requests(pd.DataFrame([usual | job]), settings, int(checkpoint_bytes), residency).iloc[0].to_dict()
 
 
 def test_a_plan_says_what_each_job_asks_for(small_store, random_proteins):
@@ -61,6 +61,16 @@ def test_more_of_something_asks_for_more_of_what_it_takes(device, more, grows):
     assert {name for name in usual if larger[name] > usual[name]} == grows
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("model", "share"), [("esm2_t36_3B_UR50D", 0.8), ("esm2_t48_15B_UR50D", 0.4)])
+def test_streamed_weights_ask_for_less_memory(model, share, device):
+    settings, checkpoint_bytes = settings_of(model, device), 2 * MODELS[model].parameters
+    resident = request_of(settings, checkpoint_bytes)
+    streamed = request_of(settings, checkpoint_bytes, "streamed")
+    assert streamed["mem_mb"] < share * resident["mem_mb"]
+    assert streamed | {"mem_mb": 0} == resident | {"mem_mb": 0}
+
+
 def test_a_store_asks_for_room_for_what_it_writes():
     assert request_of(settings_of("esm2_t33_650M_UR50D", "cuda"))["disk_mb"] >= 8_000
 
@@ -69,20 +79,24 @@ PEAK = """
 import sys
 from pathlib import Path
 from lengthwise.jobs.embed_job import embed_job
-embed_job(*map(Path, sys.argv[1:]))
+embed_job(*map(Path, sys.argv[2:]), residency=sys.argv[1])
 lines = dict(line.split(":") for line in open("/proc/self/status"))
 print(int(lines["VmHWM"].split()[0]) / 1e3)
 """
 
 
-@pytest.mark.parametrize("longest", [60, 2 * AUTO_BATCH_TOKENS["cpu"]], ids=["batches", "one long protein"])
+@pytest.mark.parametrize(
+    ("longest", "residency"),
+    [(60, "resident"), (2 * AUTO_BATCH_TOKENS["cpu"], "resident"), (60, "streamed")],
+    ids=["batches", "one long protein", "streamed"],
+)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_job_stays_within_the_memory_that_it_asks_for(small_store, random_proteins, longest):
+def test_a_job_stays_within_the_memory_that_it_asks_for(small_store, random_proteins, longest, residency):
     store = small_store()
     store.ingest("a", random_proteins(800) | {"long": "M" * longest})
-    (job,) = store.plan(shard_bytes=1 << 20)["job"]
+    (job,) = store.plan(shard_bytes=1 << 20, residency=residency)["job"]
     paths = store.path, work_order_path(store.path, job), job_record_path(store.path, job)
-    done = subprocess.run([sys.executable, "-c", PEAK, *paths], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", PEAK, residency, *paths], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (asked,) = store.jobs["mem_mb"]
     assert 0.25 * asked < float(done.stdout) < 0.9 * asked  # most of a small request is PROCESS_BYTES

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from lengthwise.esm2.residency import LAYERS_HELD, layer_bytes
 from lengthwise.esm2.shapes import MEMORY_MARGIN, MODELS, ModelConfig
 from lengthwise.report.study.schema import FAIR_ESM
 
@@ -124,9 +125,9 @@ def longest(fit: Fit, free_bytes: float) -> int | None:
 
 
 def longest_by_formula(config: ModelConfig, device_bytes: float, itemsize: int) -> int:
-    """Residues of the longest sequence that the packed engine can embed on a device; 0 where its weights alone do not fit."""
+    """Residues of the longest sequence that the packed engine can embed on a device, its weights streamed."""
     stored = 2 * config.embed_dim  # its rows in float16
-    free = MEMORY_MARGIN * device_bytes - config.parameters * itemsize
+    free = MEMORY_MARGIN * device_bytes - LAYERS_HELD["cuda"] * layer_bytes(config, itemsize)
     return max(0, int(free / config.bytes_per_token(itemsize, stored)) - 2)
 
 
