@@ -116,10 +116,11 @@ def _precisions(study: pd.DataFrame) -> list[dict]:
 def _copies(study: pd.DataFrame) -> float | None:
     """The copies' largest share of the pass that they go with, in full batches; None where nothing is copied."""
     rows = study[study["copy_out_ms"].notna() & study["batch_tokens"].notna()]
+    rows = rows[rows["batch_tokens"] == rows["batch_tokens"].max()]  # as in the figure
     return float(((rows["copy_in_ms"] + rows["copy_out_ms"]) / rows["wall_ms"]).max()) if len(rows) else None
 
 
-def _stops(study: pd.DataFrame) -> list[str]:
+def _stops(study: pd.DataFrame) -> list[dict]:
     """Where series of the scaling study ended early, and why."""
     first = (
         study[study["status"] != OK]
@@ -128,8 +129,11 @@ def _stops(study: pd.DataFrame) -> list[str]:
         .head(1)
     )
     return [
-        f"{row.engine}, {row.precision}, {'with' if row.gradients else 'without'} gradients, "
-        f"{'one at a time' if pd.isna(row.batch_tokens) else f'batches of {row.batch_tokens:,} tokens'}: "
-        f"from {row.length:,} residues on ({STATUS_WORDS[row.status]})"
+        {
+            "series": f"{row.engine}, {row.precision}, {'with' if row.gradients else 'without'} gradients",
+            "batches": "one at a time" if pd.isna(row.batch_tokens) else f"batches of {row.batch_tokens:,} tokens",
+            "from": row.length,
+            "why": STATUS_WORDS[row.status],
+        }
         for row in first.itertuples()
     ]
