@@ -304,6 +304,7 @@ class Engine:
             status=joined([one.status for one in passes]),
             device_ms=sum(timer.elapsed_ms() for timer in timers),
             wait_launch_ms=sum(timer.wait_launch_ms() for timer in timers) if self.device.type == "cuda" else None,
+            wall_ms=started.wall_ms,
             wait_read_ms=waited_ms,
             peak_allocated_bytes=largest(one.peaks.allocated for one in passes),
             peak_reserved_bytes=largest(one.peaks.reserved for one in passes),

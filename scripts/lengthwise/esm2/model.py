@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, zip_longest
-from types import MethodType
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -113,6 +112,9 @@ class _Group:
         return out if self.places is None else out.index_select(0, self.places)  # [t, H, C]
 
 
+_Projected = tuple[Tensor, Tensor, Tensor]  # q, k, v: [T, H, C] each
+
+
 class ESM2(nn.Module):
     """The packed forward pass; weights come from `lengthwise.esm2.checkpoint.load_model`."""
 
@@ -151,14 +153,17 @@ class ESM2(nn.Module):
         if 0 in wanted:
             hidden[0] = x
         stack = [cast(Layer, layer) for layer in self.layers][: max(wanted)]  # slicing the ModuleList would copy it
-        projected = [layer.project(x, rotary) for layer in stack[:1]]  # the next q, k and v: [T, H, C] each
+        run = self._run
+        projected: list[_Projected] = [
+            run("project", layer, x, rotary) for layer in stack[:1]
+        ]  # the next q, k and v: [T, H, C] each
         for index, (layer, following) in enumerate(zip_longest(stack, stack[1:]), start=1):
             attended = attention(*projected.pop(), packing)  # [T, H, C]; the memory of q, k and v is free from here on
             if following and self.compiled:
-                x, *projected = layer.finish_and_project(x, attended, following, rotary)  # [T, D]
+                x, *projected = run("finish_and_project", layer, x, attended, following, rotary)  # [T, D]
             else:
-                x = layer.finish(x, attended)  # [T, D]
-                projected = [following.project(x, rotary)] if following else []
+                x = run("finish", layer, x, attended)  # [T, D]
+                projected = [run("project", following, x, rotary)] if following else []
             if index in wanted:
                 hidden[index] = self.representation(index, x)
         return hidden
@@ -166,6 +171,16 @@ class ESM2(nn.Module):
     def begin(self, tokens: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
         """What goes into the first layer: the scaled embedding [T, D] in float32, and the angles [T, 1, 1, C / 2, 2]."""
         return self.embed_tokens(tokens.int()) * TOKEN_DROPOUT_SCALE, rotary_angles(self.inv_freq, packing.positions)
+
+    def advance(self, layer: "Layer", x: Tensor, rotary: Tensor, packing: Packing) -> Tensor:
+        """The residual sums before a layer, of this model or of its shape, to those behind it: [T, D] to [T, D]."""
+        projected: _Projected = self._run("project", layer, x, rotary)
+        return self._run("finish", layer, x, attention(*projected, packing))
+
+    def _run(self, part: str, layer: "Layer", *arguments: Any) -> Any:
+        """A part of a layer, compiled if there is code for it. Bound to the layer, that code would keep it in memory."""
+        compiled = self.compiled_parts.get(part)
+        return compiled(layer, *arguments) if compiled else getattr(layer, part)(*arguments)
 
     def representation(self, index: int, x: Tensor) -> Tensor:
         """The hidden representation behind a layer (counted from 1), from the residual sums: [T, D] to [T, D]."""
@@ -183,19 +198,9 @@ class ESM2(nn.Module):
         torch._dynamo.reset()
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         self.compiled_parts = {name: torch.compile(getattr(Layer, name), dynamic=True) for name in COMPILED_PARTS}
-        for layer in self.layers:
-            self.use_compiled(cast(Layer, layer))
-
-    def use_compiled(self, layer: "Layer") -> None:
-        """Let a layer of this shape run the compiled code, if there is any."""
-        for name, part in self.compiled_parts.items():
-            setattr(layer, name, MethodType(part, layer))
 
     def uncompile(self) -> None:
         """Undo `compile`."""
-        for layer in self.layers:
-            for name in self.compiled_parts:
-                delattr(layer, name)
         self.compiled_parts = {}
 
     @property
@@ -217,10 +222,6 @@ class Layer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(d, eps=LAYER_NORM_EPS)
         self.fc1 = Linear(d, 4 * d)
         self.fc2 = Linear(4 * d, d)
-
-    def forward(self, x: Tensor, rotary: Tensor, packing: Packing) -> Tensor:
-        """The residual sums before the layer to those behind it: [T, D] to [T, D]."""
-        return self.finish(x, attention(*self.project(x, rotary), packing))
 
     def project(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both rotated) and values: [T, H, C] each, in the compute type."""

@@ -24,6 +24,7 @@ class BatchResult:
     status: np.ndarray  # [N] uint8, values of Status; rows of sequences that are not GOOD are NaN
     device_ms: float  # forward pass and pooling, by the device's own clock
     wait_launch_ms: float | None  # of these, the most that a GPU may have waited for the host's launches; None on a CPU
+    wall_ms: float | None  # the batch's share of its wave's time; None where batches come one by one
     wait_read_ms: float  # the engine's wait until the batch was tokenised
     peak_allocated_bytes: int | None
     peak_reserved_bytes: int | None
@@ -51,6 +52,7 @@ class Pass:
     copied: torch.cuda.Event | None  # recorded after the copies to the host
     on_device: object  # keeps the copies' sources allocated until `settle`
     peaks: Peaks
+    wall_ms: float | None = None  # its share of the time of a wave
 
     def settle(self) -> None:
         """Wait for the copies to the host, then release the device's memory."""
@@ -65,6 +67,12 @@ class StartedBatch:
 
     passes: list[Pass]
     oom_splits: int
+
+    @property
+    def wall_ms(self) -> float | None:
+        """Its share of the time of a wave; None where batches come one by one."""
+        shares = [one.wall_ms for one in self.passes if one.wall_ms is not None]
+        return sum(shares) if shares else None
 
 
 class Timer:

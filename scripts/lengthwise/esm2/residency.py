@@ -75,7 +75,7 @@ def wave_bytes(
     tokens
         Tokens of the job, or of several jobs.
     """
-    most = wave_tokens(shape, device, itemsize, stored_bytes, float("inf"), 0)
+    most = tokens_in_time(shape, device, itemsize)
     in_a_wave = min(tokens, most) if isinstance(tokens, int) else tokens.clip(upper=most)
     return LAYERS_HELD[device] * layer_bytes(shape, itemsize) + in_a_wave * _wave_bytes_per_token(shape, stored_bytes)
 
@@ -85,16 +85,10 @@ def _wave_bytes_per_token(shape: ModelConfig, stored_bytes: int) -> int:
     return 4 * shape.embed_dim + 4 * shape.head_dim + stored_bytes
 
 
-def wave_tokens(
-    shape: ModelConfig,
-    device: str,
-    itemsize: int,
-    stored_bytes: int,
-    free_bytes: float,
-    beside_bytes: float,
-    flops_per_second: float | None = None,
+def tokens_in_memory(
+    shape: ModelConfig, device: str, itemsize: int, stored_bytes: int, free_bytes: float, beside_bytes: float
 ) -> int:
-    """Tokens of a wave: what memory holds, but no more than are computed in `WAVE_SECONDS` or while all weights are read.
+    """Tokens of a wave that memory holds, one at least.
 
     Parameters
     ----------
@@ -106,11 +100,27 @@ def wave_tokens(
         Free memory of the device before a layer is loaded.
     beside_bytes
         What computing takes beside weights and sums.
-    flops_per_second
-        Measured speed, if there is one.
     """
-    rate = flops_per_second or ASSUMED_FLOPS[device]
-    seconds = max(WAVE_SECONDS, itemsize * shape.parameters / WEIGHTS_PER_SECOND[device])
-    in_time = rate * seconds / (shape.flops(300) / 302)
     left = MEMORY_MARGIN * free_bytes - LAYERS_HELD[device] * layer_bytes(shape, itemsize) - beside_bytes
-    return max(1, int(min(in_time, left / _wave_bytes_per_token(shape, stored_bytes))))
+    return max(1, int(left / _wave_bytes_per_token(shape, stored_bytes)))
+
+
+def tokens_in_time(
+    shape: ModelConfig,
+    device: str,
+    itemsize: int,
+    flops_per_second: float | None = None,
+    read_seconds: float | None = None,
+) -> int:
+    """Tokens of a wave that are computed in `WAVE_SECONDS`, or while all weights are read if that takes longer.
+
+    Parameters
+    ----------
+    shape, device, itemsize
+        As of `tokens_in_memory`.
+    flops_per_second, read_seconds
+        Measured, if they are: speed without waiting for weights, and the time of reading them.
+    """
+    read_seconds = read_seconds or itemsize * shape.parameters / WEIGHTS_PER_SECOND[device]
+    rate = flops_per_second or ASSUMED_FLOPS[device]
+    return max(1, int(rate * max(WAVE_SECONDS, read_seconds) / (shape.flops(300) / 302)))

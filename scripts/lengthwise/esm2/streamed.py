@@ -25,10 +25,19 @@ from lengthwise.esm2.meters import Peaks
 from lengthwise.esm2.model import ESM2, Layer, Packing
 from lengthwise.esm2.outputs import Output, finite_status
 from lengthwise.esm2.passes import Batch, BatchResult, Pass, StartedBatch, Timer, if_memory_holds
-from lengthwise.esm2.residency import LAYERS_HELD, computing_bytes, fits_resident, layer_bytes, wave_tokens
+from lengthwise.esm2.residency import (
+    LAYERS_HELD,
+    computing_bytes,
+    fits_resident,
+    layer_bytes,
+    tokens_in_memory,
+    tokens_in_time,
+)
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MOST_AT_ONCE
 
 log = logging.getLogger("lengthwise")
+# Smaller products do not keep a core busy.
+MIN_BATCH_TOKENS = 256
 
 
 def open_engine(
@@ -83,7 +92,12 @@ class StreamedEngine(Engine):
     """An engine that has two layers' weights in memory: one that computes, and the next, which is being loaded."""
 
     leaves_more_memory = ""
-    flops_per_second: float | None = None  # of the last wave
+    # Of the last wave: speed while it computed, and how long reading its weights took.
+    flops_per_second: float | None = None
+    read_seconds = 0.0
+    memory_tokens: int | None = (
+        None  # of a wave, by what was free before the first: what a wave frees the allocator may keep
+    )
 
     def _load(self) -> ESM2:
         if self.device.type == "cuda":
@@ -99,8 +113,13 @@ class StreamedEngine(Engine):
                 started[number] = None  # its results may be large
 
     def auto_batch_tokens(self) -> int:
-        """Tokens per batch where the config says `auto`, by the formula: a measured pass would read all weights."""
-        return AUTO_BATCH_TOKENS["cpu"] if self.device.type == "cpu" else self._fitting_tokens()[1]
+        """Tokens per batch where the config says `auto`, by the formula: a measured pass would read all weights.
+
+        On a CPU a wave has a batch for each core, so batches are small where a wave is.
+        """
+        if self.device.type == "cuda":
+            return self._fitting_tokens()[1]
+        return max(MIN_BATCH_TOKENS, min(AUTO_BATCH_TOKENS["cpu"], min(self._wave_tokens()) // self.at_once))
 
     def _fitting_tokens(self) -> tuple[float, int]:
         """Half of the memory that layers leave is for a batch, the other half for the sums of a wave."""
@@ -108,34 +127,33 @@ class StreamedEngine(Engine):
         return self._fit(max(0.0, free_bytes(self.device) - held) / 2)
 
     def _cut_waves(self, prepared: Iterable[tuple[Batch, float]]) -> Iterator[list[tuple[Batch, float]]]:
-        """Batches in waves, each of what memory and time allow when it begins."""
+        """Batches in waves, each of what memory and time allow when it begins; a batch for each core if memory holds them."""
         wave: list[tuple[Batch, float]] = []
-        tokens, most = 0, 0
+        tokens, in_time, in_memory = 0, 0, 0
         for batch, waited_ms in prepared:
-            if wave and tokens + len(batch.tokens) > most:
+            with_it = tokens + len(batch.tokens)
+            if wave and (with_it > in_memory or (with_it > in_time and len(wave) >= self.at_once)):
                 yield wave
                 wave, tokens = [], 0
-            most = most if wave else self._wave_tokens()
+            if not wave:
+                in_time, in_memory = self._wave_tokens()
             wave.append((batch, waited_ms))
             tokens += len(batch.tokens)
         if wave:
             yield wave
 
-    def _wave_tokens(self) -> int:
+    def _wave_tokens(self) -> tuple[int, int]:
+        """Tokens of a wave by time, and by memory."""
         shape, output, itemsize = self.model.config, self.output, DTYPES[self.precision].itemsize
-        stored_bytes = result_bytes_per_token(shape.embed_dim, 1, output.outputs, output.stored_dtype.itemsize)
-        beside = computing_bytes(shape, self.device.type, itemsize, self.at_once)
-        if self.device.type == "cuda":
-            beside = self._fitting_tokens()[1] * self.bytes_per_token
-        return wave_tokens(
-            shape,
-            self.device.type,
-            itemsize,
-            stored_bytes * len(output.layers),
-            free_bytes(self.device),
-            beside,
-            self.flops_per_second,
-        )
+        if self.memory_tokens is None:
+            stored_bytes = result_bytes_per_token(shape.embed_dim, 1, output.outputs, output.stored_dtype.itemsize)
+            beside = computing_bytes(shape, self.device.type, itemsize, self.at_once)
+            if self.device.type == "cuda":
+                beside = self._fitting_tokens()[1] * self.bytes_per_token
+            free, stored_bytes = free_bytes(self.device), stored_bytes * len(output.layers)
+            self.memory_tokens = tokens_in_memory(shape, self.device.type, itemsize, stored_bytes, free, beside)
+        in_time = tokens_in_time(shape, self.device.type, itemsize, self.flops_per_second, self.read_seconds)
+        return in_time, self.memory_tokens
 
     def _start_unsplit(self, batch: Batch) -> StartedBatch | None:
         return self._start_wave([batch])[0]
@@ -144,19 +162,29 @@ class StreamedEngine(Engine):
     def _start_wave(self, batches: list[Batch]) -> list[StartedBatch | None]:
         """The forward passes of a wave; None for a batch that memory did not hold beside the others."""
         began, waited_ms = time.perf_counter(), 0.0
+        self.read_seconds = 0.0
         with self.memory.measure() as peaks, self._cores() as run:
             wave: _Wave = [if_memory_holds(self._begin, batch) for batch in batches]
             for index, (layer, layer_waited_ms) in enumerate(self._stream_layers(), start=1):
                 waited_ms += layer_waited_ms
                 wave = run(partial(self._advance, index, layer), wave)
                 del layer
+                if not any(wave):
+                    break
             started = [None if one is None else if_memory_holds(self._end, one, peaks) for one in wave]
         seconds, shape = time.perf_counter() - began, self.model.config
-        self.flops_per_second = sum(shape.flops(len(s)) for batch in batches for s in batch.sequences) / seconds
-        tokens, share = sum(len(batch.tokens) for batch in batches), waited_ms / 1000 / seconds
-        log.info(
-            "a wave of %s tokens: %.1f s, %.0f %% of them waiting for weights", f"{tokens:,}", seconds, 100 * share
-        )
+        flops = [sum(shape.flops(len(sequence)) for sequence in batch.sequences) for batch in batches]
+        tokens, waited = sum(len(batch.tokens) for batch in batches), waited_ms / 1000
+        for one, own in zip(started, flops, strict=True):
+            if one is not None:
+                one.wall_ms = 1000 * seconds * own / sum(flops)
+        if self.device.type == "cpu":
+            # A GPU's host launches ahead: what it waits for is room for the next layer.
+            self.flops_per_second = sum(flops) / max(seconds - waited, 1e-9)
+            share = waited / seconds
+            log.info("a wave of %s tokens: %.1f s, %.0f %% waiting for weights", f"{tokens:,}", seconds, 100 * share)
+        else:
+            log.info("a wave of %s tokens: launched in %.1f s", f"{tokens:,}", seconds)
         return [None if one is None else StartedBatch([one], 0) for one in started]
 
     def _begin(self, batch: Batch) -> _Between:
@@ -170,7 +198,7 @@ class StreamedEngine(Engine):
     def _advance(self, index: int, layer: Layer, one: _Between) -> _Between:
         """Take a batch through a layer; index counts from 1."""
         timer = Timer(self.device)
-        one.x = layer(one.x, one.rotary, one.packing)  # [T, D]
+        one.x = self.model.advance(layer, one.x, one.rotary, one.packing)  # [T, D]
         if index in self.output.layers:
             one.results |= self.output.pool({index: self.model.representation(index, one.x)}, one.packing)
         timer.stop()
@@ -224,15 +252,23 @@ class StreamedEngine(Engine):
 
     def _load_layer(self, done: list[torch.cuda.Event], index: int) -> tuple[Layer, torch.cuda.Event | None]:
         """Load a layer, on a thread. On a GPU once the layer before the last is done: two have room there."""
-        dtype = DTYPES[self.precision]
+        began, dtype = time.perf_counter(), DTYPES[self.precision]
+        layer = load_layer(self.checkpoint, index, torch.device("cpu"), dtype, pack=self.device.type == "cpu")
+        self.read_seconds += time.perf_counter() - began
         if self.device.type == "cpu":
-            return load_layer(self.checkpoint, index, self.device, dtype), None
-        layer = load_layer(self.checkpoint, index, torch.device("cpu"), dtype, pack=False)
+            return layer, None
         if index > 1:
             done[index - 2].synchronize()
+        if copied := if_memory_holds(self._copy_layer, layer):
+            return layer, copied
+        self._release_memory()
+        return layer, self._copy_layer(layer)
+
+    def _copy_layer(self, layer: Layer) -> torch.cuda.Event:
+        """Start the copies of a layer to the GPU."""
         with torch.cuda.stream(self.weights):
             pinned = {name: tensor.pin_memory() for name, tensor in layer.state_dict().items()}
             on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in pinned.items()}
             layer.load_state_dict(on_device, assign=True)
-            self.model.use_compiled(layer)
-            return layer.requires_grad_(False), self.weights.record_event()
+            layer.requires_grad_(False)
+            return self.weights.record_event()

@@ -176,7 +176,7 @@ class ShardPipeline:
                 current = self.open[0]
                 self._submit_write(current, *current.bounds[len(current.rows)], result, self.engine)
                 if len(current.rows) == len(current.bounds):
-                    if self.engine.device.type == "cpu" or isinstance(self.engine, StreamedEngine):
+                    if self.engine.device.type == "cpu" and not isinstance(self.engine, StreamedEngine):
                         _share_wall_time(current.rows, self.engine.at_once)
                     self._repair(current)
                     made.add(current.planned.name)
@@ -238,13 +238,13 @@ class ShardPipeline:
         current.writes.append(write)
         current.status[start:stop] = result.status
         is_repair = engine is not self.engine  # its residues were counted before
-        wall_ms = self.progress.batch_done(0 if is_repair else int(lengths.sum()))
+        since_last_ms = self.progress.batch_done(0 if is_repair else int(lengths.sum()))
         row = {
             "job": self.progress.job,
             "shard": current.planned.name,
             "batch": len(current.rows),
             **_batch_metrics(engine, lengths, result),
-            "wall_ms": wall_ms,
+            "wall_ms": since_last_ms if result.wall_ms is None else result.wall_ms,
             "wait_write_ms": wait_write_ms,
             "device": self.device,
         }
@@ -275,6 +275,8 @@ class ShardPipeline:
             write.result()  # raises if a write failed, so that the shard is not committed
         if self.work_order:
             require_same(self.store, self.settings)
+            if isinstance(self.engine, StreamedEngine):  # which read the checkpoint again for each wave
+                require_unchanged(self.store, self.settings["weights_sha256"])
         write_metrics(metrics_path(self.store, finished.planned.name), finished.rows)
         finished.writer.commit()
 
@@ -287,12 +289,11 @@ class ShardPipeline:
 
 
 def _share_wall_time(rows: list[dict], cores: int) -> None:
-    """Divide the shard's wall time among its batches by the core time of each: several are computed at once."""
+    """Divide the shard's wall time among its batches by the core time of each: on a CPU several are computed at once."""
     core_ms = [row["device_ms"] * (cores if row["n_tokens"] > AUTO_BATCH_TOKENS["cpu"] else 1) for row in rows]
     wall_ms = sum(row["wall_ms"] for row in rows)
     for row, own_ms in zip(rows, core_ms, strict=True):
         row["wall_ms"] = wall_ms * own_ms / sum(core_ms) if any(core_ms) else wall_ms / len(rows)
-        row["gpu_busy"] = _gpu_busy(row)
 
 
 def _gpu_busy(row: dict) -> float | None:

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,25 +62,79 @@ def test_the_numbers_are_those_of_the_resident_order_to_the_bit(weights, batches
     assert_same(embed(StreamedEngine(weights, CPU, precision, output), batches), expected)
 
 
-@pytest.mark.parametrize("most", [1, 100, 500, 10**9])
-def test_a_wave_ends_where_memory_or_time_does_and_order_and_numbers_stay(weights, batches, monkeypatch, most):
+@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("in_memory", [1, 500, 10**9])
+@pytest.mark.parametrize("in_time", [1, 100, 500, 10**9])
+def test_a_wave_ends_where_memory_or_time_does_and_order_and_numbers_stay(
+    weights, batches, monkeypatch, in_time, in_memory, at_once
+):
     output = Output((4,), ("residue",), "float32")
     expected = embed(Engine(weights, CPU, "float32", output), batches)
     engine, waves, start = StreamedEngine(weights, CPU, "float32", output), [], StreamedEngine._start_wave
-    monkeypatch.setattr(streamed, "wave_tokens", lambda *_: most)
+    engine.at_once = at_once
+    monkeypatch.setattr(streamed, "tokens_in_time", lambda *_: in_time)
+    monkeypatch.setattr(streamed, "tokens_in_memory", lambda *_: in_memory)
     monkeypatch.setattr(StreamedEngine, "_start_wave", lambda self, wave: waves.append(wave) or start(self, wave))
     assert_same(embed(engine, batches), expected)
     tokens = [[len(batch.tokens) for batch in wave] for wave in waves]
     assert [n for wave in tokens for n in wave] == [sum(map(len, batch)) + 2 * len(batch) for batch in batches]
-    assert all(len(wave) == 1 or sum(wave) <= most for wave in tokens)
-    assert all(sum(wave) + following[0] > most for wave, following in itertools.pairwise(tokens))
+    for wave, following in itertools.pairwise([*tokens, [10**10]]):
+        assert len(wave) == 1 or sum(wave) <= in_memory
+        assert len(wave) <= at_once or sum(wave) <= in_time
+        assert sum(wave) + following[0] > in_memory or (sum(wave) + following[0] > in_time and len(wave) >= at_once)
+
+
+def test_waves_stay_as_large_as_the_first_whatever_the_allocator_keeps_of_it(weights, batches, monkeypatch):
+    engine = StreamedEngine(weights, CPU, "float32", Output((4,), ("residue",), "float32"))
+    monkeypatch.setattr(streamed, "free_bytes", lambda _: 1_000_000_000)
+    first = engine._wave_tokens()[1]
+    embed(engine, batches)
+    monkeypatch.setattr(streamed, "free_bytes", lambda _: 0)
+    assert engine._wave_tokens()[1] == first > 10_000
+
+
+def test_slow_storage_makes_waves_longer_and_waiting_does_not_count_as_computing(weights, batches, monkeypatch):
+    load = streamed.load_layer
+
+    def slowly(*given, **options):
+        time.sleep(0.2)
+        return load(*given, **options)
+
+    output = Output((4,), ("residue",), "float32")
+    quick, slow = (StreamedEngine(weights, CPU, "float32", output) for _ in range(2))
+    monkeypatch.setattr(residency, "WAVE_SECONDS", 0.0)
+    embed(quick, batches)
+    monkeypatch.setattr(streamed, "load_layer", slowly)
+    embed(slow, batches)
+    assert 0.8 <= slow.read_seconds < 2
+    assert slow.flops_per_second > 0.2 * quick.flops_per_second
+    assert slow._wave_tokens()[0] > quick._wave_tokens()[0]
+
+
+def test_a_models_batches_are_small_where_a_wave_is_so_that_each_core_has_one(monkeypatch):
+    monkeypatch.setattr(streamed, "load_ends", lambda *_: type("", (), {"config": MODELS["esm2_t48_15B_UR50D"]}))
+    monkeypatch.setattr(streamed, "free_bytes", lambda _: 32_000_000_000)
+    engine = StreamedEngine(None, CPU, "bfloat16", Output((48,), ("residue",), "float16"))
+    engine.at_once = 2
+    assert streamed.MIN_BATCH_TOKENS <= engine.auto_batch_tokens() < 400
+
+
+def test_a_batchs_time_is_its_share_of_the_wave(weights, batches):
+    results = embed(StreamedEngine(weights, CPU, "float32", Output((4,), ("mean",), "float32")), batches)
+    assert all(result.wall_ms > 0 for result in results)
+    by_operations = [sum(SHAPE.flops(len(sequence)) for sequence in batch) for batch in batches]
+    shares = np.array([result.wall_ms for result in results]) / by_operations
+    np.testing.assert_allclose(shares, shares[0])
 
 
 def test_a_layer_is_read_once_a_wave_and_no_further_than_the_last_that_is_stored(weights, batches, monkeypatch):
     read, load = [], streamed.load_layer
-    monkeypatch.setattr(
-        streamed, "load_layer", lambda path, index, *rest: read.append(index) or load(path, index, *rest)
-    )
+
+    def noted(path, index, *rest, **options):
+        read.append(index)
+        return load(path, index, *rest, **options)
+
+    monkeypatch.setattr(streamed, "load_layer", noted)
     engine = StreamedEngine(weights, CPU, "float32", Output((3, 1), ("mean",), "float32"))
     embed(engine, batches)
     assert read == [0, 1, 2]
@@ -185,12 +240,13 @@ def test_the_float32_twin_of_what_does_not_fit_streams_too(weights, batches, mon
 def test_a_wave_of_any_model_hides_its_reading_and_fits(name, device, gigabytes):
     shape, itemsize = MODELS[name], 2
     beside = residency.computing_bytes(shape, device, itemsize, 2)
-    tokens = residency.wave_tokens(shape, device, itemsize, 2 * shape.embed_dim, gigabytes * 1e9, beside)
+    in_memory = residency.tokens_in_memory(shape, device, itemsize, 2 * shape.embed_dim, gigabytes * 1e9, beside)
+    tokens = min(in_memory, residency.tokens_in_time(shape, device, itemsize))
     flops = tokens * shape.flops(300) / 302
     reading = itemsize * shape.parameters / residency.WEIGHTS_PER_SECOND[device]
     assert flops / residency.ASSUMED_FLOPS[device] >= 0.95 * reading
     held = residency.LAYERS_HELD[device] * residency.layer_bytes(shape, itemsize)
-    assert held + beside + tokens * 6 * shape.embed_dim < gigabytes * 1e9
+    assert held + beside + in_memory * 6 * shape.embed_dim < gigabytes * 1e9
 
 
 @pytest.fixture
