@@ -159,6 +159,7 @@ def _read_shards(
     try:
         shards = list(read_work_order(work_order, fingerprint))
         receipt.bring_back(shard.name for shard in shards)
+        receipt.quarantine_unproven(shard.name for shard in shards)
         pending = [s for s in shards if not is_complete(shard_path(store, s.name), s.digests, fingerprint)]
         add_sequences(store, pending)
     except DamagedError as error:
@@ -192,7 +193,8 @@ def _make(
     tokens = engine.auto_batch_tokens() if isinstance(batch_tokens, str) else batch_tokens
     load_seconds = time.perf_counter() - began
     progress.start()
-    with ShardPipeline(store, settings, engine, progress, deadline, work_order, receipt.require_no_miss) as pipeline:
+    check, maker = receipt.require_no_miss, receipt.maker_name
+    with ShardPipeline(store, settings, engine, progress, deadline, work_order, check, maker) as pipeline:
         made: set[str] = set()
         if receipt.is_due:  # of the shortest sequences, because the comparison takes a share of the job's time
             first, pending = pending[:1], pending[1:]

@@ -16,8 +16,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from lengthwise.errors import LengthwiseError
@@ -26,7 +24,8 @@ from lengthwise.esm2.engine import Engine
 from lengthwise.jobs import comparison
 from lengthwise.jobs.parity_sample import choose_sample
 from lengthwise.plan.process import PARITY_SECONDS, PARITY_SHARE
-from lengthwise.store.paths import find_metrics, quarantined, shard_path
+from lengthwise.store.metrics import maker_of
+from lengthwise.store.paths import quarantined, shard_path
 from lengthwise.system.files import fsync_folder, read_json, write_json, writing
 from lengthwise.system.machine import host_available
 
@@ -59,9 +58,14 @@ class Parity:
         self.store, self.settings, self.maker, self.policy = store, settings, maker, policy
         name = re.sub(r"[^A-Za-z0-9]+", "_", maker["device"])[:60].strip("_")
         key = hashlib.sha256(json.dumps(maker, sort_keys=True).encode()).hexdigest()[:8]
-        self.path = store / "parity" / f"{name}-{key}.json"
+        self.path = _receipt_path(store, f"{name}-{key}")
         self.skipped = "parity: off" if policy == "off" else ""  # why nothing was compared
         self._warned = False
+
+    @property
+    def maker_name(self) -> str:
+        """Names device and versions, in metrics and in quarantine."""
+        return self.path.stem
 
     @property
     def is_due(self) -> bool:
@@ -70,10 +74,7 @@ class Parity:
 
     def read(self) -> dict | None:
         """The receipt; None where there is none, or a damaged one."""
-        with suppress(FileNotFoundError, LengthwiseError):
-            receipt = read_json(self.path, "parity")["parity"]
-            return receipt if "stored" in receipt else None  # earlier versions had another form
-        return None
+        return _read(self.path)
 
     def result(self) -> dict:
         """What the job record says: the receipt, or {"skipped": why there is none}."""
@@ -144,10 +145,10 @@ class Parity:
             self._skip(receipt["skipped"])
             return
         receipt["seconds"] = round(perf_counter() - began, 3)
-        self._judge(receipt, sorted({path.stem for path in sample.shards}), made)
+        self._judge(receipt, {path.stem for path in sample.shards}, [shard.name for shard in shards], made)
 
     def quarantine_missed(self, shards: Iterable[str]) -> str:
-        """Quarantine those shards that were made on this device, if a miss is recorded; nothing reads them then.
+        """Quarantine those shards that this device and these versions made, if a miss is recorded; nothing reads them then.
 
         Returns
         -------
@@ -155,7 +156,21 @@ class Parity:
         """
         if "miss" not in (self.read() or {}):
             return ""
-        return self._quarantine(shard for shard in shards if self._may_have_made(shard))
+        return self._quarantine(shard for shard in shards if maker_of(self.store, shard) in (self.maker_name, ""))
+
+    def quarantine_unproven(self, shards: Iterable[str]) -> None:
+        """Quarantine shards of an unfinished job that others made without a receipt, or with a miss: they are made again here."""
+        if self.policy != "fail":
+            return
+        proven = {self.maker_name, ""}  # and those of earlier versions, which do not say who made them
+        for shard in shards:
+            maker = maker_of(self.store, shard)
+            if maker not in proven:
+                receipt = _read(_receipt_path(self.store, maker))
+                if receipt and "miss" not in receipt:
+                    proven.add(maker)
+                elif moved := self._quarantine([shard], maker):
+                    log.warning("made without a parity receipt by %s, and made again here%s", maker, moved)
 
     def bring_back(self, shards: Iterable[str]) -> None:
         """Take shards out of quarantine that a miss on this device put there, where the policy accepts it."""
@@ -163,7 +178,7 @@ class Parity:
             return
         for shard in shards:
             path = shard_path(self.store, shard)
-            there = quarantined(path, self.path.stem)
+            there = quarantined(path, self.maker_name)
             if there.exists() and not path.exists():
                 with writing(path):
                     there.rename(path)
@@ -173,46 +188,50 @@ class Parity:
         self.skipped = reason
         log.info("not compared with fair-esm: %s", reason)
 
-    def _judge(self, receipt: dict, compared: list[str], made: Collection[str]) -> None:
+    def _judge(self, receipt: dict, compared: set[str], shards: list[str], made: Collection[str]) -> None:
         """Write the receipt, and act on a miss."""
-        _log(receipt, self.settings["precision"])
+        missed = [part for part in ("engine", "stored") if receipt[part] and not receipt[part]["share_of_limit"] <= 1]
+        _log(receipt, self.settings["precision"], warns="engine" not in missed)
         earlier = self.read()
         if earlier and "miss" in earlier:  # of another job, meanwhile
             self.require_no_miss()
             return
-        missed = [part for part in ("engine", "stored") if receipt[part] and not receipt[part]["share_of_limit"] <= 1]
         if not missed:
             self._write(receipt)
             return
         receipt["miss"] = _miss_in_words(missed[0], receipt, self.settings["precision"])
-        made_elsewhere = missed == ["stored"] and set(compared).isdisjoint(made)
+        made_elsewhere = missed == ["stored"] and compared.isdisjoint(made)
         if made_elsewhere and self.policy == "fail":  # which says nothing of this device
-            raise ParityError(f"{receipt['miss']}; run again, which makes them again{self._quarantine(compared)}")
+            raise ParityError(f"{receipt['miss']}; run again, which makes them again{self._quarantine(shards)}")
         self._write(receipt)
         self.require_no_miss()
 
     def _write(self, receipt: dict) -> None:
         write_json(self.path, {**self.maker, "parity": receipt})
 
-    def _may_have_made(self, shard: str) -> bool:
-        """Whether metrics do not say that another device made a shard."""
-        path = find_metrics(self.store, shard)
-        with suppress(OSError, pa.ArrowException):
-            return path is None or self.maker["device"] in pq.read_table(path, columns=["device"])["device"].to_pylist()
-        return True
-
-    def _quarantine(self, shards: Iterable[str]) -> str:
-        """Rename shards; returns what was moved, in words."""
+    def _quarantine(self, shards: Iterable[str], maker: str = "") -> str:
+        """Rename shards, with their maker's name or this one's; returns what was moved, in words."""
         moved = []
         for shard in shards:
             path = shard_path(self.store, shard)
             if path.exists():
                 with writing(path):
-                    path.rename(quarantined(path, self.path.stem))
+                    path.rename(quarantined(path, maker or self.maker_name))
                     fsync_folder(path.parent)
-                moved.append(quarantined(path, self.path.stem))
+                moved.append(quarantined(path, maker or self.maker_name))
         more = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
         return f"; in quarantine: {moved[0]}{more}" if moved else ""
+
+
+def _receipt_path(store: Path, maker: str) -> Path:
+    return store / "parity" / f"{maker}.json"
+
+
+def _read(path: Path) -> dict | None:
+    with suppress(FileNotFoundError, LengthwiseError):
+        receipt = read_json(path, "parity")["parity"]
+        return receipt if "stored" in receipt else None  # earlier versions had another form
+    return None
 
 
 _WAY_OUT = "use another device or other versions, or set parity: warn to go on with these rows"
@@ -229,7 +248,8 @@ def _miss_in_words(part: str, receipt: dict, precision: str) -> str:
     )
 
 
-def _log(receipt: dict, precision: str) -> None:
+def _log(receipt: dict, precision: str, warns: bool) -> None:
+    """Say what was compared; `warns` of a type that is too coarse, which says nothing where the engine is wrong."""
     lengths = ", ".join(str(each["residues"]) for each in receipt["compared"])
     parts = [
         f"{name} at {receipt[part]['share_of_limit']:.0%} of the limit"
@@ -242,7 +262,7 @@ def _log(receipt: dict, precision: str) -> None:
     moves = receipt["moves"]
     if moves is not None:
         log.info("%s", moves_in_words(receipt, precision))
-        if moves > COARSE and precision != "float32":
+        if warns and moves > COARSE and precision != "float32":
             log.warning(
                 "%s is too coarse for this model: it moves a channel by %s of its spread; take precision: %s",
                 precision,

@@ -126,6 +126,8 @@ class ShardPipeline:
         are of no plan.
     check
         Called before a shard is opened; raises where the job must stop.
+    maker
+        Who makes the shards, for `lengthwise.store.metrics.maker_of`.
     """
 
     def __init__(
@@ -137,9 +139,11 @@ class ShardPipeline:
         deadline: float = math.inf,
         work_order: Path | None = None,
         check: Callable[[], None] | None = None,
+        maker: str = "",
     ):
         self.store, self.settings, self.engine = store, settings, engine
         self.progress, self.deadline, self.work_order, self.check = progress, deadline, work_order, check
+        self.maker = maker
         self.device = device_name(engine.device)  # once: on a CPU it reads a file
         self.open: deque[_OpenShard] = deque()  # opened, and not yet handed to the writer for commit
         self.opened_residues = 0  # of all shards opened so far
@@ -277,7 +281,7 @@ class ShardPipeline:
             require_same(self.store, self.settings)
             if isinstance(self.engine, StreamedEngine):  # which read the checkpoint again for each wave
                 require_unchanged(self.store, self.settings["weights_sha256"])
-        write_metrics(metrics_path(self.store, finished.planned.name), finished.rows)
+        write_metrics(metrics_path(self.store, finished.planned.name), finished.rows, self.maker)
         finished.writer.commit()
 
     def __enter__(self) -> "ShardPipeline":

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -57,10 +58,20 @@ _ENCODED = pa.schema(
 )
 
 
-def write_metrics(path: Path, rows: list[dict]) -> None:
-    """Write the rows of one shard's batches atomically."""
+def write_metrics(path: Path, rows: list[dict], maker: str = "") -> None:
+    """Write the rows of one shard's batches atomically; the file's metadata say who made the shard."""
+    table = pa.Table.from_pylist(rows, METRICS.with_metadata({"maker": maker}))
     with atomic(path) as part, writing(path):
-        pq.write_table(pa.Table.from_pylist(rows, METRICS), part, write_page_checksum=True)
+        pq.write_table(table, part, write_page_checksum=True)
+
+
+def maker_of(store: Path, shard: str) -> str:
+    """Who made a shard, as `write_metrics` was told; empty where nothing says it."""
+    path = find_metrics(store, shard)
+    with suppress(OSError, pa.ArrowException):
+        if path:
+            return (pq.read_schema(path).metadata or {}).get(b"maker", b"").decode()
+    return ""
 
 
 def find_undamaged(store: Path, shards: Iterable[str], job_records: list[dict]) -> list[Path]:

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from lengthwise.esm2 import engine
+from lengthwise.esm2 import checkpoint, engine
 from lengthwise.esm2.checkpoint import reference_model
 from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.outputs import Output
 from lengthwise.esm2.status import Status
 from lengthwise.ingest.digests import digest_name
-from lengthwise.jobs import comparison, embed_job, parity, parity_sample, pipeline
+from lengthwise.jobs import comparison, embed_job, parity, parity_sample
 from lengthwise.maintain.prune import prune
 from lengthwise.store import paths
 from lengthwise.store.paths import QUARANTINE_ENDING, job_record_path, shard_path
@@ -221,21 +221,6 @@ def test_shards_of_a_wrong_engine_whose_process_was_killed_before_it_compared_ar
     assert left.name.removesuffix(".safetensors") in quarantined(store)
 
 
-def test_a_miss_leaves_the_shards_of_another_device(new, refused, wrong_frequencies, monkeypatch):
-    store, (job, other, *_) = new(job_seconds=4e-4)
-    with monkeypatch.context() as patch:
-        patch.setattr(parity.Parity, "compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        patch.setattr(pipeline, "device_name", lambda _: "another")
-        with pytest.raises(KeyboardInterrupt):
-            store.embed(job)
-    before = store.shard_files()
-    assert len(before) == 1
-    for each in (other, job):
-        with refused("times the limit"):
-            store.embed(each)
-    assert store.shard_files() == before
-
-
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", ["layer_0", "layer_2", "mean_0", "mean_2", "bos_0", "bos_2"])
 def test_whichever_tensor_is_wrong_is_found(new, refused, monkeypatch, name, precision):
@@ -283,6 +268,8 @@ def test_what_is_compared_is_what_is_stored(new, refused, monkeypatch):
 
 
 def test_wrong_rows_of_another_process_are_made_again_and_not_held_against_this_device(new, refused, monkeypatch):
+    right, (job,) = new()
+    right.embed(job, parity="off")
     store, (job,) = new()
     write = ShardWriter.write
 
@@ -292,19 +279,54 @@ def test_wrong_rows_of_another_process_are_made_again_and_not_held_against_this_
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "write", wrong)
         store.embed(job, parity="off")
-    before = store.rows()
     job_record_path(store.path, job).unlink()
     with refused("as it is stored", "in quarantine", "run again"):
         store.embed(job)
     assert not (store.path / "parity").exists()
-    assert len(quarantined(store)) > 0
-    while True:  # a shard or two at a time: those that were compared
-        try:
-            store.embed(job)
-            break
-        except parity.ParityError:
-            pass
-    assert store.rows() != before
+    assert store.shard_files() == []
+    store.embed(job)
+    assert store.rows() == right.rows()
+
+
+@pytest.mark.parametrize("end", ["killed before it compares", "warned of a miss"])
+def test_wrong_rows_of_other_versions_in_an_unfinished_job_are_made_again(new, wrong_frequencies, monkeypatch, end):
+    store, (job,) = new()
+    versions = embed_job.versions()
+    with monkeypatch.context() as patch:
+        patch.setattr(embed_job, "versions", lambda: versions | {"torch": "9.9"})
+        if end.startswith("killed"):
+            patch.setattr(parity.Parity, "compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                store.embed(job)
+        else:
+            store.embed(job, parity="warn")
+            job_record_path(store.path, job).unlink()
+    wrong_frequencies.undo()
+    assert store.shard_files()
+    assert len(store.embed(job)["made"]) == len(store.shard_files())
+    assert quarantined(store)
+    right, (job,) = new()
+    right.embed(job, parity="off")
+    assert store.rows() == right.rows()
+
+
+def test_right_rows_of_other_versions_in_an_unfinished_job_stay_whatever_these_versions_do(
+    new, refused, wrong_frequencies, monkeypatch
+):
+    store, (job,) = new()
+    with monkeypatch.context() as patch:
+        wrong = engine.load_model
+        patch.setattr(engine, "load_model", checkpoint.load_model)
+        versions = embed_job.versions()
+        patch.setattr(embed_job, "versions", lambda: versions | {"torch": "9.9"})
+        store.embed(job)
+    assert engine.load_model is wrong
+    before = store.shard_files()
+    job_record_path(store.path, job).unlink()
+    with refused("times the limit"):
+        store.embed(job)
+    assert store.shard_files() == before
+    assert quarantined(store) == []
 
 
 def test_shards_of_a_process_that_ended_before_it_compared_are_compared(new, monkeypatch):

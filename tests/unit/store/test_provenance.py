@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,29 @@ def test_a_checkout_is_named_by_its_commit():
         return
     head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     assert head.startswith(versions.git_commit().removesuffix("-dirty"))
+
+
+def test_a_checkout_is_dirty_where_its_code_is_edited_and_not_its_config(tmp_path):
+    def git(*arguments):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True)
+
+    code, config = tmp_path / "scripts" / "lengthwise" / "system" / "versions.py", tmp_path / "config" / "config.yaml"
+    for path, text in ((code, Path(versions.__file__).read_text()), (config, "a: 1")):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    ask = "import runpy; print(runpy.run_path('scripts/lengthwise/system/versions.py')['git_commit']())"
+    found = []
+    for path in (None, config, code):
+        if path:
+            path.write_text(path.read_text() + "\n")
+        found.append(
+            subprocess.run([sys.executable, "-c", ask], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
+        )
+    assert found[0] == found[1]
+    assert found[2] == f"{found[0]}-dirty"
 
 
 def test_a_checksum_changes_with_any_sequence(finished, tmp_path):
