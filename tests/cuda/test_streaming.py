@@ -70,8 +70,9 @@ def test_no_more_than_two_layers_are_on_the_card(tmp_path, compile):
             list(engine.embed(batch))
             peaks[layers] = device.peak_bytes
     one = layer_bytes(ModelConfig(1, 256, 4), 2)
-    assert peaks[2] - peaks[1] > 0.8 * one
-    assert peaks[6] - peaks[2] < 0.1 * one
+    # Whether a copy falls together with a pass's own tensors is chance; a third layer would be all of one.
+    assert peaks[2] - peaks[1] > 0.5 * one
+    assert peaks[6] - peaks[2] < 0.5 * one
 
 
 def test_a_refused_allocation_anywhere_in_a_wave_costs_no_batch(weights):
