@@ -95,9 +95,8 @@ class StreamedEngine(Engine):
     # Of the last wave: speed while it computed, and how long reading its weights took.
     flops_per_second: float | None = None
     read_seconds = 0.0
-    memory_tokens: int | None = (
-        None  # of a wave, by what was free before the first: what a wave frees the allocator may keep
-    )
+    # Of a wave, by what was free before the first: what a wave frees the allocator may keep.
+    memory_tokens: int | None = None
 
     def _load(self) -> ESM2:
         if self.device.type == "cuda":

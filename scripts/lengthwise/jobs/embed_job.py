@@ -202,6 +202,12 @@ def _make(
             began = time.perf_counter()
             seconds = progress.seconds * progress.total / max(progress.done, 1)
             receipt.compare(engine, first or shards, made, seconds)
+            if first:  # what others made was not compared
+                again = receipt.quarantine_unproven(shard.name for shard in shards)
+                left = again | {shard.name for shard in pending}
+                pending = [shard for shard in shards if shard.name in left]
+                add_sequences(store, pending)
+                progress.total += sum(int(shard.lengths.sum()) for shard in pending if shard.name in again)
             progress.exclude(time.perf_counter() - began)
         # Longest sequences first, so that one that does not fit shows at once.
         made |= pipeline.make(pending[::-1], tokens)

@@ -158,19 +158,29 @@ class Parity:
             return ""
         return self._quarantine(shard for shard in shards if maker_of(self.store, shard) in (self.maker_name, ""))
 
-    def quarantine_unproven(self, shards: Iterable[str]) -> None:
-        """Quarantine shards of an unfinished job that others made without a receipt, or with a miss: they are made again here."""
+    def quarantine_unproven(self, shards: Iterable[str]) -> set[str]:
+        """Quarantine shards of an unfinished job whose makers have a miss, or no receipt where there is one here.
+
+        Returns
+        -------
+        The shards that are to be made again.
+        """
         if self.policy != "fail":
-            return
+            return set()
+        comparable = self.read() is not None  # what fair-esm takes too long for is compared nowhere
         proven = {self.maker_name, ""}  # and those of earlier versions, which do not say who made them
+        moved = set()
         for shard in shards:
             maker = maker_of(self.store, shard)
-            if maker not in proven:
-                receipt = _read(_receipt_path(self.store, maker))
-                if receipt and "miss" not in receipt:
-                    proven.add(maker)
-                elif moved := self._quarantine([shard], maker):
-                    log.warning("made without a parity receipt by %s, and made again here%s", maker, moved)
+            if maker in proven:
+                continue
+            receipt = _read(_receipt_path(self.store, maker))
+            if "miss" not in receipt if receipt else not comparable:
+                proven.add(maker)
+            elif where := self._quarantine([shard], maker):
+                log.warning("made by %s without a good parity receipt, and made again here%s", maker, where)
+                moved.add(shard)
+        return moved
 
     def bring_back(self, shards: Iterable[str]) -> None:
         """Take shards out of quarantine that a miss on this device put there, where the policy accepts it."""

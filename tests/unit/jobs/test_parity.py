@@ -310,6 +310,21 @@ def test_wrong_rows_of_other_versions_in_an_unfinished_job_are_made_again(new, w
     assert store.rows() == right.rows()
 
 
+def test_where_nothing_can_be_compared_rows_of_other_versions_in_an_unfinished_job_stay(new, monkeypatch):
+    store, (job,) = new()
+    versions = embed_job.versions()
+    monkeypatch.setattr(parity, "choose_sample", lambda *_: "fair-esm would take too long")
+    with monkeypatch.context() as patch:
+        patch.setattr(embed_job, "versions", lambda: versions | {"torch": "9.9"})
+        patch.setattr(embed_job, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.embed(job)
+    before = store.shard_files()
+    assert store.embed(job)["made"] == []
+    assert store.shard_files() == before
+    assert quarantined(store) == []
+
+
 def test_right_rows_of_other_versions_in_an_unfinished_job_stay_whatever_these_versions_do(
     new, refused, wrong_frequencies, monkeypatch
 ):
