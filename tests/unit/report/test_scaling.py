@@ -1,6 +1,8 @@
 """The scaling study measures what its columns say, within its time and memory."""
 
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -34,14 +36,20 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def study(weights, tmp_path_factory):
-    table = tmp_path_factory.mktemp("study") / "scaling.tsv"
-    patch = pytest.MonkeyPatch()
-    patch.setitem(measure.LENGTHS, "cpu", LENGTHS)
-    try:
-        # Seconds on a quiet machine, where the repeats end it; on a busy one no length may lack time.
-        return measure.scaling(weights, "cpu", "float32", table, seconds=90.0), table
-    finally:
-        patch.undo()
+    """In a process of its own, as in a run: memory that earlier tests left to the allocator would serve its passes."""
+    folder = tmp_path_factory.mktemp("study")
+    # Seconds on a quiet machine, where the repeats end it; on a busy one no length may lack time.
+    code = f"""
+import sys
+from pathlib import Path
+from lengthwise.report.study import measure
+measure.LENGTHS["cpu"] = {LENGTHS}
+weights, folder = map(Path, sys.argv[1:])
+measure.scaling(weights, "cpu", "float32", folder / "scaling.tsv", seconds=90.0).to_pickle(folder / "rows.pkl")
+"""
+    done = subprocess.run([sys.executable, "-c", code, weights, folder], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return pd.read_pickle(folder / "rows.pkl"), folder / "scaling.tsv"
 
 
 def single(rows, engine, gradients, precision="float32"):
