@@ -44,20 +44,48 @@ def shape_of(settings: dict) -> ModelConfig:
     return ModelConfig(settings["num_layers"], settings["embed_dim"], settings["attention_heads"])
 
 
-def resolve_layers(layers: list[int], num_layers: int) -> list[int]:
+def resolve_layers(layers: list[int], num_layers: int, key: str = "layers") -> list[int]:
     """Absolute layer indices without repeats, in the given order. Negative indices count from the last layer.
 
     Raises
     ------
     LengthwiseError
-        The model does not have one of the layers.
+        The model does not have one of the layers; the error names the config's `key`.
     """
     for layer in layers:
         if not -num_layers - 1 <= layer <= num_layers:
             raise LengthwiseError(
-                f"config: layers: {layer} does not exist; the model has layers 0 to {num_layers}, or {-num_layers - 1} to -1"
+                f"config: {key}: {layer} does not exist; the model has layers 0 to {num_layers}, or {-num_layers - 1} to -1"
             )
     return list(dict.fromkeys(int(layer) % (num_layers + 1) for layer in layers))
+
+
+def order_layers(config: dict, num_layers: int) -> list[int]:
+    """The layers to store: the one that reading and exports give by themselves, then the others from the highest down.
+
+    Earlier versions kept the config's order. In every store the first one is the default.
+
+    Raises
+    ------
+    LengthwiseError
+        The model does not have one of the layers, or `default_layer` is not among `layers`.
+    """
+    layers = sorted(resolve_layers(config["layers"], num_layers), reverse=True)
+    default = _default_layer(config, num_layers)
+    if default is None:
+        return layers
+    if default not in layers:
+        raise LengthwiseError(
+            f"config: default_layer: {config['default_layer']} is not stored; 'layers' gives {_format_value(layers)}: "
+            "add it there, or leave default_layer out"
+        )
+    return [default, *(layer for layer in layers if layer != default)]
+
+
+def _default_layer(config: dict, num_layers: int) -> int | None:
+    """The config's `default_layer` as an absolute index; None for auto."""
+    asked = config["default_layer"]
+    return None if asked == "auto" else resolve_layers([asked], num_layers, "default_layer")[0]
 
 
 def make(config: dict, weights: dict, auto_device: str) -> dict:
@@ -80,7 +108,7 @@ def make(config: dict, weights: dict, auto_device: str) -> dict:
         "schema": SCHEMA,
         "model": config["model"],
         "weights_sha256": weights["sha256"],
-        "layers": resolve_layers(config["layers"], weights["num_layers"]),
+        "layers": order_layers(config, weights["num_layers"]),
         "precision": precision,
         "storage_dtype": config["storage_dtype"],
         "outputs": [output for output in OUTPUTS if output in config["outputs"]],
@@ -239,13 +267,16 @@ def guard(store: Path, config: dict, weights: dict | None = None) -> dict | None
     Raises
     ------
     LengthwiseError
-        The store holds embeddings, and the config differs in a setting of `COMPARABLE`; the error names all differences.
+        The store holds embeddings, and the config differs in a setting of `COMPARABLE` or in the default layer; the error names
+        all differences.
     """
     stored = load(store)
     if stored is None:
         return None
     asked = {**stored, "numerics": NUMERICS, "storage_dtype": config["storage_dtype"]}
-    asked["layers"] = resolve_layers(config["layers"], (weights or stored)["num_layers"])
+    num_layers = (weights or stored)["num_layers"]
+    layers = order_layers(config, num_layers)
+    asked["layers"] = stored["layers"] if set(layers) == set(stored["layers"]) else layers
     asked["outputs"] = [output for output in OUTPUTS if output in config["outputs"]]
     if config["precision"] != "auto":
         asked["precision"] = config["precision"]
@@ -256,8 +287,13 @@ def guard(store: Path, config: dict, weights: dict | None = None) -> dict | None
     differences = [
         f"{key} is {_format_value(stored[key])} there and {_format_value(asked[key])} in the config"
         for key in COMPARABLE
-        if stored[key] != asked[key]  # the order of layers counts: readers get the first by default
+        if stored[key] != asked[key]
     ]
+    default = _default_layer(config, num_layers)
+    if asked["layers"] == stored["layers"] and default not in (None, stored["layers"][0]):
+        differences.append(
+            f"default_layer is {stored['layers'][0]} there and {default} in the config (ds.layer({default}) reads it)"
+        )
     if differences:
         if not has_embedding(store):
             return None

@@ -63,7 +63,7 @@ def store(small_store, random_proteins):
     records["P00001"] = "MKVLAW"  # another id of the same accession, for another sequence
     records["duplicate"] = records["twice"] = records["NA"]
     records["rejected"] = "MK1"
-    store = small_store(layers=[-1, 1], outputs=["residue", "mean", "bos"], storage_dtype="float32")
+    store = small_store(layers=[1, -1], outputs=["residue", "mean", "bos"], storage_dtype="float32")
     store.ingest("a", records)
     store.run(shard_bytes=20_000)
     assert len(store.shard_files()) > 5

@@ -11,6 +11,7 @@ from safetensors import safe_open
 import lengthwise
 from lengthwise.esm2 import checkpoint
 from lengthwise.store.paths import shard_path
+from lengthwise.system.files import write_json
 
 # Float32 sums in another order, relative to the RMS: see test_model.
 FLOAT32_TOLERANCE = 2e-5
@@ -34,7 +35,7 @@ EMBEDDED = WHOLE | {"hidden.stop": "ACDEFGX"}
 @pytest.fixture(scope="module")
 def store(small_store):
     """A finished store in float32 of three layers and all outputs, in several shards."""
-    made = small_store(layers=[0, 1, -1], outputs=["residue", "mean", "bos"], storage_dtype="float32")
+    made = small_store(layers=[0, 1, -1], default_layer=0, outputs=["residue", "mean", "bos"], storage_dtype="float32")
     made.ingest("a", PROTEINS)
     made.ingest("whole", WHOLE)
     made.run(shard_bytes=30_000)
@@ -115,7 +116,7 @@ def test_bos_is_the_first_tokens_vector(pooled_ds, reference, layer):
 
 
 def test_a_float16_store_has_the_float32_rows_rounded_and_the_same_means(small_store, store):
-    half = small_store(layers=[0, 1, -1], outputs=["residue", "mean", "bos"])
+    half = small_store(layers=[0, 1, -1], default_layer=0, outputs=["residue", "mean", "bos"])
     half.ingest("whole", WHOLE)
     half.run(shard_bytes=30_000)
     ds, rounded = store.open("whole"), half.open("whole")
@@ -151,8 +152,8 @@ def test_a_number_outside_is_an_index_error(ds, number):
 
 
 def test_a_dataset_says_what_it_is(ds):
-    assert repr(ds) == f"<lengthwise.Dataset a: 6 records, {ds.manifest['model']}, layer 0 of [0, 1, 2]>"
-    assert repr(ds[:1].layer(-1)).endswith(" 1 record, " + ds.manifest["model"] + ", layer 2 of [0, 1, 2]>")
+    assert repr(ds) == f"<lengthwise.Dataset a: 6 records, {ds.manifest['model']}, layer 0 of [0, 2, 1]>"
+    assert repr(ds[:1].layer(-1)).endswith(" 1 record, " + ds.manifest["model"] + ", layer 2 of [0, 2, 1]>")
 
 
 def test_a_dataset_can_be_walked_through(ds):
@@ -337,12 +338,24 @@ def test_a_lost_shard_is_one_line_when_it_is_read(own_store, refused, words):
             read(own_store.open("a"))
 
 
-def test_the_first_configured_layer_is_the_one_that_reading_gives(small_store, random_proteins):
-    store = small_store(layers=[-1, 0])
+def test_reading_gives_the_highest_layer_and_repr_says_which(small_store, random_proteins):
+    store = small_store(layers=[0, -1])
     store.ingest("a", random_proteins(3))
     store.run()
     ds = store.open("a")
     assert ds.layers == [2, 0]
+    assert "layer 2 of [2, 0]" in repr(ds)
+    assert "layer 0 of [2, 0]" in repr(ds.layer(0))
     assert np.array_equal(ds["p0"], ds.layer(-1)["p0"])
     assert not np.array_equal(ds["p0"], ds.layer(0)["p0"])
     assert np.array_equal(ds.pooled(), ds.layer(2).pooled())
+
+
+def test_a_store_of_before_reads_its_first_layer(small_store, random_proteins):
+    store = small_store(layers=[0, -1])
+    write_json(store.path / "settings.json", {**store.settings, "layers": [0, 2]})  # as an earlier version wrote it
+    store.ingest("a", random_proteins(3))
+    store.run()
+    ds = store.open("a")
+    assert "layer 0 of [0, 2]" in repr(ds)
+    assert np.array_equal(ds["p0"], ds.layer(0)["p0"])

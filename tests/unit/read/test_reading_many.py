@@ -46,7 +46,7 @@ def proteins(random_proteins):
 @pytest.fixture(scope="module")
 def store(small_store, proteins):
     """A store of two layers in at least ten shards."""
-    made = small_store(layers=[0, -1], outputs=["residue", "mean"])
+    made = small_store(layers=[0, -1], default_layer=0, outputs=["residue", "mean"])
     made.ingest("a", proteins)
     made.run(shard_bytes=120_000)
     assert len(made.shard_files()) >= 10
@@ -343,7 +343,7 @@ def test_without_a_lookup_all_reads_the_same(own, stored):
 
 
 def test_a_lookup_of_another_index_is_not_believed(store, own, small_store, stored, random_proteins):
-    other = small_store(layers=[0, -1], outputs=["residue", "mean"])
+    other = small_store(layers=[0, -1], default_layer=0, outputs=["residue", "mean"])
     other.ingest("a", random_proteins(61, seed=1))
     other.run()
     shutil.copy(other.path / "datasets/a" / LOOKUP, own().path / LOOKUP)

@@ -23,6 +23,7 @@ CONFIG = {
     "precision": "auto",
     "storage_dtype": "float16",
     "layers": [-1],
+    "default_layer": "auto",
     "outputs": ["residue", "mean"],
     "batch_tokens": "auto",
     "job_minutes": 20,
@@ -99,11 +100,45 @@ def test_the_order_of_layers_and_outputs_changes_no_number(tmp_path):
     assert check(tmp_path / "one", layers=[2, 6], outputs=["residue", "mean"]) == one
 
 
-def test_another_order_of_layers_is_refused_because_reading_gives_the_first(tmp_path, refused):
-    check(tmp_path, layers=[2, 6])
+@pytest.mark.parametrize(
+    ("asked", "layers"),
+    [
+        ({"layers": [0, -1]}, [6, 0]),
+        ({"layers": [3, 0, -1]}, [6, 3, 0]),
+        ({"layers": [0, 3, -1], "default_layer": 3}, [3, 6, 0]),
+        ({"layers": [0, 3, 6], "default_layer": -7}, [0, 6, 3]),
+    ],
+    ids=str,
+)
+def test_a_new_store_reads_its_highest_layer_unless_told_otherwise(tmp_path, asked, layers):
+    made = check(tmp_path, **asked)
+    assert made["layers"] == layers
+    assert read_json(tmp_path / "settings.json")["layers"] == layers
+
+
+def test_a_store_of_before_keeps_its_first_layer(tmp_path):
+    made = check(tmp_path, layers=[2, 6])
+    write_json(tmp_path / "settings.json", {**made, "layers": [2, 6]})  # as an earlier version wrote it
     add_shard(tmp_path)
-    with refused("layers is [2, 6] there and [6, 2] in the config", "Set the config back"):
-        check(tmp_path, layers=[6, 2])
+    for layers in ([2, 6], [6, 2], [-1, 2]):
+        assert check(tmp_path, layers=layers)["layers"] == [2, 6]
+    assert check(tmp_path, layers=[2, 6], default_layer=2)["layers"] == [2, 6]
+    assert read_json(tmp_path / "settings.json")["layers"] == [2, 6]
+
+
+def test_another_default_layer_is_refused_once_there_is_an_embedding(tmp_path, refused):
+    check(tmp_path, layers=[2, 6], default_layer=2)
+    assert check(tmp_path, layers=[2, 6], default_layer=6)["layers"] == [6, 2]
+    add_shard(tmp_path)
+    assert check(tmp_path, layers=[2, 6])["layers"] == [6, 2]
+    with refused("default_layer is 6 there and 2 in the config", "ds.layer(2) reads it", "Set the config back"):
+        check(tmp_path, layers=[2, 6], default_layer=-5)
+
+
+@pytest.mark.parametrize(("default", "words"), [(3, ["is not stored", "[6, 2]"]), (7, ["does not exist", "0 to 6"])])
+def test_a_default_layer_that_is_not_stored_is_one_line(tmp_path, refused, default, words):
+    with refused("config: default_layer", f" {default} ", *words):
+        check(tmp_path, layers=[2, 6], default_layer=default)
 
 
 COMPARABLE_CHANGES = [
@@ -183,7 +218,7 @@ def test_a_store_without_an_embedding_takes_new_settings(tmp_path):
     assert settings.expected(tmp_path, {**CONFIG, **changes}, "cpu")["outputs"] == ["mean"]
     made = check(tmp_path, **changes)
     assert made == read_json(tmp_path / "settings.json") == settings.guard(tmp_path, {**CONFIG, **changes})
-    assert (made["precision"], made["layers"]) == ("bfloat16", [0, 6])
+    assert (made["precision"], made["layers"]) == ("bfloat16", [6, 0])
 
 
 @pytest.mark.parametrize("holder", ["plan/inputs.json", "datasets/a/manifest.json"])
