@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.esm2 import tokens
+from lengthwise.esm2 import tensors, tokens
 from lengthwise.esm2.checkpoint import write_random
 from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.ingest import digests
@@ -121,13 +121,12 @@ def random_rows():
     rng = np.random.default_rng(7)
 
     def make(lengths, settings: dict) -> dict[str, np.ndarray]:
-        d, arrays = settings["embed_dim"], {}
-        for layer in settings["layers"]:
-            if "residue" in settings["outputs"]:
-                arrays[f"layer_{layer}"] = rng.standard_normal((sum(lengths), d)).astype(settings["storage_dtype"])
-            for output in ("mean", "bos"):
-                if output in settings["outputs"]:
-                    arrays[f"{output}_{layer}"] = rng.standard_normal((len(lengths), d)).astype(np.float32)
+        arrays = {}
+        for name in tensors.names(settings["outputs"], settings["layers"]):
+            n = tensors.entries(name, np.array(lengths), settings).sum()
+            width = {"logits": (33,), tensors.PERPLEXITY: (), "contacts": ()}.get(name, (settings["embed_dim"],))
+            half = name == "contacts" or (tensors.by_residue(name) and settings["storage_dtype"] == "float16")
+            arrays[name] = rng.standard_normal((n, *width)).astype(np.float16 if half else np.float32)
         return arrays
 
     return make

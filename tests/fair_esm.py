@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 import checkpoints
+from lengthwise.esm2 import tensors
 from lengthwise.esm2.accuracy import Reference, Verdict, judge
 from lengthwise.esm2.devices import DTYPES
 from lengthwise.esm2.reference import reference_rows
@@ -32,8 +33,8 @@ def verdicts(
     """{tensor: verdict}"""
     found = {}
     for name, rows in arrays.items():
-        output, layer = name.split("_")
-        own = reference[int(layer)]
+        output, layer = tensors.split(name)
+        own = reference[layer]
         found[name] = judge(rows, own.right(output), own, precision, stored)
     return found
 

@@ -53,8 +53,8 @@ class Reference:
         """[n, D]: the rows that an output should have, n residues or sequences."""
         if output == "bos":
             return np.stack([rows[0] for rows in self.truth])
-        if output == "mean":
-            return np.stack([rows[1:-1].mean(0) for rows in self.truth])
+        if output in ("mean", "max", "std"):
+            return np.stack([getattr(rows[1:-1], output)(0) for rows in self.truth])
         return np.concatenate([rows[1:-1] for rows in self.truth])
 
     def share(self, error: np.ndarray) -> float:

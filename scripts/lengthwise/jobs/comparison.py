@@ -6,6 +6,7 @@ import logging
 import numpy as np
 import torch
 
+from lengthwise.esm2 import tensors as names
 from lengthwise.esm2.accuracy import FLOAT32_SHARE, SATURATED, Reference, judge, rms
 from lengthwise.esm2.devices import DTYPES, is_out_of_memory
 from lengthwise.esm2.engine import Engine
@@ -72,7 +73,7 @@ def compare(settings: dict, engine: Engine, sample: Sample) -> dict:
     if truth is None:
         return {"skipped": "; ".join(f"{what}: {why}" for what, why in not_compared.items())}
 
-    def references(kind: str) -> dict[int, Reference]:
+    def references(kind: str) -> dict[int | None, Reference]:
         fair, lacking = rows[kind] or {}, FLOAT32_SHARE if kind == "float32" else 1.0
         return {
             layer: Reference.of(right, None if fair is truth else fair.get(layer), lacking)
@@ -128,38 +129,38 @@ def _stored_rows(sample: Sample) -> dict[str, np.ndarray]:
     found: dict[str, list[np.ndarray]] = {}
     for path, number in zip(sample.shards, sample.numbers, strict=True):
         shard = Shard(path)
-        start, stop = shard["offsets"][number : number + 2].tolist()
         for name in shard.data_names:
-            one = slice(start, stop) if name.startswith("layer_") else slice(number, number + 1)
-            found.setdefault(name, []).append(np.asarray(shard[name][one]))
+            found.setdefault(name, []).append(np.asarray(shard[name][shard.entries(name, number)]))
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
 def _nearest_to_limit(
-    tensors: dict[str, np.ndarray], references: dict[int, Reference], computed: str, stored: str
+    tensors: dict[str, np.ndarray], references: dict[int | None, Reference], computed: str, stored: str
 ) -> dict:
     """The verdict on the tensor that uses most of its limit."""
     found = []
     for name, rows in tensors.items():
-        output, layer = name.split("_")
-        reference = references[int(layer)]
-        verdict = judge(rows, reference.right(output), reference, computed, stored if output == "layer" else "float32")
+        output, layer = names.split(name)
+        reference = references[layer]
+        verdict = judge(
+            rows, reference.right(output), reference, computed, stored if output == "residue" else "float32"
+        )
         found.append({"tensor": name, **vars(verdict)})
     return max(found, key=lambda each: each["share_of_limit"])
 
 
 def _moves(
-    computed: dict[str, np.ndarray] | None, references: dict[int, Reference], settings: dict, fair_esm_ran: bool
+    computed: dict[str, np.ndarray] | None, references: dict[int | None, Reference], settings: dict, fair_esm_ran: bool
 ) -> dict[str, float | None]:
     """How far rounding moves the typical channel of the tensor that it moves most."""
     moves, fair_esm, storage = [0.0], [0.0], [0.0]
     dtype = DTYPES[settings["storage_dtype"]]
     for name, rows in (computed or {}).items():
-        output, layer = name.split("_")
-        reference = references[int(layer)]
+        output, layer = names.split(name)
+        reference = references[layer]
         moves.append(reference.share(rms(rows - reference.right(output))))
         fair_esm.append(reference.share(reference.error))
-        if output == "layer":
+        if output == "residue":
             storage.append(reference.share(rms(torch.from_numpy(rows).to(dtype).float().numpy() - rows)))
     return {
         "moves": max(moves) if computed and np.isfinite(moves).all() else None,

@@ -237,7 +237,7 @@ class ShardPipeline:
         while len(self.writes) >= MAX_WAITING_WRITES:
             self.writes.popleft().result()
         wait_write_ms = (time.perf_counter() - began) * 1000
-        write = self.writer_thread.submit(current.writer.write, start, result.arrays, lengths.tolist(), result.status)
+        write = self.writer_thread.submit(current.writer.write, start, result.arrays, result.status)
         self.writes.append(write)
         current.writes.append(write)
         current.status[start:stop] = result.status

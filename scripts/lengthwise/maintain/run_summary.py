@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+from lengthwise.esm2.tensors import POOLED
 from lengthwise.maintain.killed_jobs import Evidence, FailedJob, killed_job_lines
 from lengthwise.plan.forecast_text import text
 from lengthwise.system.files import read_json
@@ -98,7 +99,8 @@ def _command_that_reads(store: Path, manifests: dict[str, dict]) -> str:
     elif "residue" in outputs:
         shown = "print(ds.ids[0], ds[0].shape)"
     else:
-        shown = f'print(ds.ids[0], ds[:1].pooled("{outputs[0]}")[0].shape)'
+        pooled = [output for output in outputs if output in POOLED]
+        shown = f'print(ds.ids[0], ds[:1].pooled("{pooled[0]}")[0].shape)' if pooled else "print(ds.records)"
     folder = json.dumps(f"{store}/datasets/{dataset}", ensure_ascii=False)
     return f"python -c {shlex.quote(f'import lengthwise; ds = lengthwise.open({folder}); {shown}')}"
 

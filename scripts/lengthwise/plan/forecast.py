@@ -15,6 +15,7 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.costs import result_bytes_per_token
 from lengthwise.esm2.residency import beside_weights, wave_bytes
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MEMORY_MARGIN, MOST_AT_ONCE, TRAINED_RESIDUES, ModelConfig
+from lengthwise.esm2.tensors import POOLED
 from lengthwise.plan.cuts import Sizes, cut_work
 from lengthwise.plan.forecast_text import text
 from lengthwise.plan.throughput import CARDS, Rate, card_precision, rates
@@ -212,7 +213,7 @@ def _smaller(own: dict) -> list[dict]:
     """Outputs that take less than `own`: residues in float16, or pooled vectors alone."""
     if "residue" not in own["outputs"]:
         return []
-    pooled = [output for output in own["outputs"] if output != "residue"]
+    pooled = [output for output in own["outputs"] if output in POOLED]
     half = [own | {"storage_dtype": "float16"}] if own["storage_dtype"] == "float32" else []
     return [*half, own | {"outputs": pooled or ["mean"]}]
 

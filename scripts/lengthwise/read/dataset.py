@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from lengthwise.errors import LengthwiseError
+from lengthwise.esm2.tensors import OF_ROWS, OUTPUTS, POOLED
 from lengthwise.read.completeness import read_complete, unless_replaced
 from lengthwise.read.ids import Ids, NoRecordError
 from lengthwise.read.shards import mismatch, open_shard
@@ -216,7 +217,8 @@ class Dataset:
         Parameters
         ----------
         kind
-            ``mean``: the mean over residues; ``bos``: the BOS token's vector.
+            ``mean``, ``max``, ``std``: over residues, in each channel; ``bos``: the BOS token's vector. What was not stored is
+            computed from stored rows, if these were: all but ``bos``. ``std`` is the population's.
 
         Returns
         -------
@@ -225,12 +227,13 @@ class Dataset:
         Raises
         ------
         LengthwiseError
-            The output was not stored; or a shard is missing, damaged, or does not match the index.
+            The output was not stored, nor what it is computed from; or a shard is missing, damaged, or does not match the index.
         """
-        if kind not in self.manifest["settings"]["outputs"]:
+        stored = self.manifest["settings"]["outputs"]
+        if kind in OUTPUTS and kind not in POOLED:
+            raise LengthwiseError(f"{self.path}: {kind!r} is not pooled; read it by id")
+        if kind not in stored and not (kind in OF_ROWS and "residue" in stored):
             raise LengthwiseError(f"{self.path}: {kind!r} was not stored; 'outputs' in the config lists what is")
-        if kind == "residue":
-            raise LengthwiseError(f"{self.path}: 'residue' is not pooled; read it by id")
         out = np.empty((len(self), self.manifest["settings"]["embed_dim"]), np.float32)
         places = self.ids.array()
         for numbers in self._by_shard():
@@ -239,7 +242,12 @@ class Dataset:
             rows = self._index.sequence_no[in_shard]
             if not shard.holds_all(rows, self._index.digest[in_shard]):
                 raise mismatch(self.path, shard)
-            out[numbers] = shard[f"{kind}_{self._layer}"][rows]
+            if kind in stored:
+                out[numbers] = shard[f"{kind}_{self._layer}"][rows]
+                continue
+            for number, place in zip(numbers.tolist(), in_shard.tolist(), strict=True):
+                start, stop = self._checked_rows(shard, place)
+                out[number] = over_rows(shard[f"layer_{self._layer}"][start:stop], kind)
         return out
 
     def torch(self) -> "TorchDataset":
@@ -349,6 +357,13 @@ class Dataset:
         order = np.lexsort((self._index.sequence_no[places], shards))
         if len(order):
             yield from np.split(order, np.flatnonzero(np.diff(shards[order])) + 1)
+
+
+def over_rows(rows: np.ndarray, kind: str) -> np.ndarray:
+    """The mean, max or std of a protein's rows (L, D), of any type: (D,) float32."""
+    if kind == "max":
+        return rows.max(axis=0).astype(np.float32)
+    return getattr(rows, kind)(axis=0, dtype=np.float64).astype(np.float32)
 
 
 def _open_shard_number(dataset: Path, store: Path, settings: dict[str, Any], names: list[str], number: int) -> Shard:

@@ -11,7 +11,13 @@ from lengthwise.store.paths import shard_path
 from lengthwise.store.shard import Shard
 
 MAX_RECORDS = 2_000
-POOLED = ("mean", "bos")  # the first that is stored is used
+# The first that is stored is used.
+POOLED = {
+    "mean": "mean over residues",
+    "bos": "BOS",
+    "max": "maximum over residues",
+    "std": "standard deviation over residues",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,10 @@ def project(store: Path, settings: dict, manifests: dict[str, Path]) -> tuple[Pr
         return None, "A map of embeddings is left out: with random weights it would mean nothing."
     pooled = next((output for output in POOLED if output in settings["outputs"]), None)
     if pooled is None:
-        return None, "A map of embeddings needs pooled vectors: 'outputs' in the config has neither mean nor bos."
+        return (
+            None,
+            "A map of embeddings needs pooled vectors: 'outputs' in the config has none of mean, bos, max and std.",
+        )
     records = _sample(manifests)
     if len(records) < 3:
         return None, "A map of embeddings needs three sequences at least."
@@ -48,8 +57,7 @@ def project(store: Path, settings: dict, manifests: dict[str, Path]) -> tuple[Pr
     good = np.isfinite(vectors).all(axis=1)
     components, shares = principal_components(vectors[good].astype(float))
     records = records.loc[good, ["dataset", "id", "length"]].assign(pc1=components[:, 0], pc2=components[:, 1])
-    what = {"mean": "mean over residues", "bos": "BOS"}[pooled]
-    return Projection(records.reset_index(drop=True), shares, f"{what}, layer {layer}"), ""
+    return Projection(records.reset_index(drop=True), shares, f"{POOLED[pooled]}, layer {layer}"), ""
 
 
 def principal_components(vectors: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:

@@ -16,12 +16,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lengthwise.errors import LengthwiseError
+from lengthwise.esm2 import tensors as names
+from lengthwise.esm2.tokens import VOCABULARY_SIZE
 
 _DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "U32": np.uint32, "U8": np.uint8}
 _DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 # Advice in the error of a damaged shard: the next run notices that the shard is missing.
 REMAKE = "remove it and run snakemake: it will be made again"
-DATA_PREFIXES = ("layer_", "mean_", "bos_")
 _ALIGNMENT_BYTES = 4096
 _MAX_HEADER_BYTES = 1 << 20
 _LENGTH_BYTES = 8  # the length of the header, little-endian, before the header
@@ -44,6 +45,11 @@ class Tensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry of the first dimension."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
 
 def layout(lengths: np.ndarray, settings: dict) -> tuple[bytes, dict[str, Tensor]]:
     """Compute the header of a shard and the positions of its tensors.
@@ -60,7 +66,7 @@ def layout(lengths: np.ndarray, settings: dict) -> tuple[bytes, dict[str, Tensor
     The bytes before the first tensor, a multiple of 4,096; and the tensors by name, in the file's order.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", "fingerprint": settings["fingerprint"]}}
-    planned, data_bytes = _planned_tensors(len(lengths), int(lengths.sum()), settings), 0
+    planned, data_bytes = _planned_tensors(lengths, settings), 0
     for name, (dtype, shape) in planned.items():
         tensor_bytes = math.prod(shape) * dtype.itemsize
         entries[name] = {
@@ -79,18 +85,18 @@ def layout(lengths: np.ndarray, settings: dict) -> tuple[bytes, dict[str, Tensor
     return header, tensors
 
 
-def _planned_tensors(n: int, residues: int, settings: dict) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """Type and shape of each tensor of a shard of `n` sequences, in the file's order."""
-    width = settings["embed_dim"]
+def _planned_tensors(lengths: np.ndarray, settings: dict) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Type and shape of each tensor of a shard of sequences of these lengths [n], in the file's order."""
+    n, stored = len(lengths), np.dtype(settings["storage_dtype"])
+    outputs = [output for output in names.OUTPUTS if output in settings["outputs"]]
     planned: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
-    for output in ("residue", "mean", "bos"):
-        if output in settings["outputs"]:
-            for layer in sorted(settings["layers"]):
-                if output == "residue":
-                    planned[f"layer_{layer}"] = np.dtype(settings["storage_dtype"]), (residues, width)
-                else:
-                    planned[f"{output}_{layer}"] = np.dtype(np.float32), (n, width)
+    for name in names.names(outputs, sorted(settings["layers"])):
+        dtype = stored if names.by_residue(name) else np.dtype(np.float16 if name == "contacts" else np.float32)
+        width = (settings["embed_dim"],) if names.is_vector(name) else (VOCABULARY_SIZE,) if name == "logits" else ()
+        planned[name] = dtype, (int(names.entries(name, lengths, settings).sum()), *width)
     planned["offsets"] = np.dtype(np.int64), (n + 1,)
+    if "contacts" in planned:
+        planned["contact_offsets"] = np.dtype(np.int64), (n + 1,)
     planned["crc32c"] = np.dtype(np.uint32), (n,)
     planned["digests"] = np.dtype(np.uint8), (n, 24)
     planned["status"] = np.dtype(np.uint8), (n,)
@@ -99,7 +105,7 @@ def _planned_tensors(n: int, residues: int, settings: dict) -> dict[str, tuple[n
 
 def is_laid_out(tensors: dict[str, Tensor], lengths: np.ndarray, settings: dict) -> bool:
     """Whether the tensors of a file, in its order, have the names, types and shapes that `layout` gives them."""
-    planned = _planned_tensors(len(lengths), int(lengths.sum()), settings)
+    planned = _planned_tensors(lengths, settings)
     found = [(name, (tensor.dtype, tensor.shape)) for name, tensor in tensors.items()]
     return found == list(planned.items())
 
@@ -125,7 +131,8 @@ def read_header(path: Path, file: BinaryIO, file_bytes: int) -> tuple[dict, dict
     """
     try:
         metadata, tensors = _parse_header(file, file_bytes)
-        _check_shapes(tensors, _read_offsets(file, tensors))
+        offsets = _read_offsets(file, tensors)
+        _check_shapes(tensors, offsets, _read_contact_offsets(file, tensors, offsets))
     except _DamagedError as error:
         raise LengthwiseError(f"{path}: damaged shard: {error}; {REMAKE}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, MemoryError) as error:
@@ -174,28 +181,49 @@ def _read_offsets(file: BinaryIO, tensors: dict[str, Tensor]) -> np.ndarray:
     return offsets
 
 
-def _check_shapes(tensors: dict[str, Tensor], offsets: np.ndarray) -> None:
+def _read_contact_offsets(file: BinaryIO, tensors: dict[str, Tensor], offsets: np.ndarray) -> np.ndarray:
+    """The first pair of each sequence and the number of pairs [n + 1]: of each sequence all pairs, or none."""
+    if "contacts" not in tensors:
+        return np.zeros(1, np.int64)
+    tensor, lengths = tensors["contact_offsets"], np.diff(offsets)
+    if tensor.dtype != np.int64 or tensor.shape != offsets.shape:
+        raise _DamagedError("contact_offsets is not for its sequences")
+    file.seek(tensor.start)
+    pairs = np.frombuffer(file.read(tensor.nbytes), np.int64)
+    counts = np.diff(pairs)
+    if pairs[0] != 0 or ((counts != 0) & (counts != lengths * (lengths + 1) // 2)).any():
+        raise _DamagedError("its contact_offsets are not those of its sequences")
+    return pairs
+
+
+def _check_shapes(tensors: dict[str, Tensor], offsets: np.ndarray, contact_offsets: np.ndarray) -> None:
     n, residues = len(offsets) - 1, int(offsets[-1])
     for name, tensor in tensors.items():
-        if not _has_expected_shape(name, tensor, n, residues):
+        if not _has_expected_shape(name, tensor, n, residues, int(contact_offsets[-1])):
             raise _DamagedError(f"{name} is not for {n} sequences of {residues:,} residues")
-    if len({tensor.shape[1] for name, tensor in tensors.items() if name.startswith(DATA_PREFIXES)}) > 1:
+    if len({tensor.shape[1] for name, tensor in tensors.items() if names.is_vector(name)}) > 1:
         raise _DamagedError("its vectors have different widths")
 
 
-def _has_expected_shape(name: str, tensor: Tensor, n: int, residues: int) -> bool:
+def _has_expected_shape(name: str, tensor: Tensor, n: int, residues: int, pairs: int) -> bool:
     """Whether a tensor has the type and, apart from its width, the shape that its name stands for."""
-    width = tensor.shape[-1:]
+    width = tensor.shape[1:2]
+    rows, pooled = ({"F16", "F32"}, (residues, *width)), ({"F32"}, (n, *width))
     expected = {
-        "layer": ({"F16", "F32"}, (residues, *width)),
-        "mean": ({"F32"}, (n, *width)),
-        "bos": ({"F32"}, (n, *width)),
+        "layer": rows,
+        **dict.fromkeys(names.POOLED, pooled),
+        "logits": ({"F16", "F32"}, (residues, VOCABULARY_SIZE)),
+        names.PERPLEXITY: ({"F32"}, (n,)),
+        "contacts": ({"F16"}, (pairs,)),
         "crc32c": ({"U32"}, (n,)),
         "digests": ({"U8"}, (n, 24)),
         "status": ({"U8"}, (n,)),
     }
     dtype_name = _DTYPE_NAMES[tensor.dtype]
-    dtypes, shape = expected.get(name.split("_")[0], ({dtype_name}, tensor.shape))
+    kind = name.split("_")[0] if names.is_vector(name) else name
+    dtypes, shape = expected.get(kind, ({dtype_name}, tensor.shape))
+    if names.is_vector(name) and len(tensor.shape) != 2:
+        return False
     return dtype_name in dtypes and tensor.shape == shape
 
 

@@ -4,10 +4,19 @@ import hashlib
 import json
 from pathlib import Path
 
+from lengthwise.esm2.tensors import POOLED
 from lengthwise.store.shard import Shard
 from lengthwise.system.text import count
 
-_STORED_TEXTS = {"residue": "a row for each residue", "mean": "the mean of its rows", "bos": "the BOS token's vector"}
+_STORED_TEXTS = {
+    "residue": "a row for each residue",
+    "mean": "the mean of its rows",
+    "bos": "the BOS token's vector",
+    "max": "the maximum of its rows in each channel",
+    "std": "the standard deviation of its rows in each channel",
+    "logits": "a logit for each residue and token, and its pseudo-perplexity",
+    "contacts": "a probability of contact for each pair of residues",
+}
 
 
 def content_sha256(shard: Shard) -> str:
@@ -55,7 +64,7 @@ def readme(manifest: dict) -> str:
     return environment.get_template("dataset_readme.md.j2").render(
         manifest,
         stored=[_STORED_TEXTS[output] for output in outputs],
-        pooled_outputs=[output for output in outputs if output != "residue"],
+        pooled_outputs=[output for output in outputs if output in POOLED],
     )
 
 

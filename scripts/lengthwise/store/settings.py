@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.shapes import MODELS, ModelConfig
+from lengthwise.esm2.tensors import OF_ROWS, OUTPUTS
 from lengthwise.system.files import read_json, sha256, stamp, write_json
 
 SCHEMA = 1
@@ -17,7 +18,6 @@ SCHEMA = 1
 NUMERICS = 1
 # The settings in the fingerprint. A config that changes one of them does not fit the store.
 COMPARABLE = ("weights_sha256", "layers", "precision", "storage_dtype", "outputs", "numerics")
-OUTPUTS = ("residue", "mean", "bos")
 # The outputs that each export needs in the store.
 EXPORT_OUTPUTS = {"h5": ("residue", "mean"), "pt": (), "biotrainer": ("residue", "mean"), "parquet": ("mean",)}
 
@@ -299,9 +299,19 @@ def guard(store: Path, config: dict, weights: dict | None = None) -> dict | None
             return None
         raise LengthwiseError(
             f"the config does not fit the embeddings in the store {store}: {'; '.join(differences)}. "
-            "Set the config back, or use another 'results' (or 'model')"
+            f"Set the config back, or use another 'results' (or 'model'){_without_embedding(stored, asked)}"
         )
     return stored
+
+
+def _without_embedding(stored: dict, asked: dict) -> str:
+    """Which of the outputs that are asked for need no forward pass, for the end of a refusal."""
+    new = [output for output in asked["outputs"] if output in OF_ROWS and output not in stored["outputs"]]
+    if not new:
+        return ""
+    if "residue" in stored["outputs"]:
+        return f". Reading computes {' and '.join(new)} from stored rows without that: ds.pooled({new[0]!r})"
+    return f". {' and '.join(new)} cannot be had without a forward pass: the store has no rows of residues"
 
 
 def create_or_check(store: Path, config: dict, weights: dict, auto_device: str) -> dict:

@@ -13,8 +13,9 @@ import numpy as np
 from crc32c import crc32c
 
 from lengthwise.errors import LengthwiseError
+from lengthwise.esm2 import tensors as names
 from lengthwise.esm2.status import Status
-from lengthwise.store.layout import DATA_PREFIXES, REMAKE, read_header, shard_name
+from lengthwise.store.layout import REMAKE, read_header, shard_name
 
 # From Python 3.13 on a map needs no file descriptor, so a process can hold more maps than open files.
 _NO_DESCRIPTOR = {"trackfd": False} if sys.version_info >= (3, 13) else {}
@@ -115,16 +116,21 @@ class Shard:
     def is_intact(self, number: int) -> bool:
         """Whether everything stored of a sequence, as the map shows it, matches its checksum."""
         crc = crc32c(self["digests"][number].tobytes() + self["status"][number].tobytes())
-        start, stop = self["offsets"][number : number + 2].tolist()
         for name in self.data_names:
-            rows = self[name][start:stop] if name.startswith("layer_") else self[name][number : number + 1]
-            crc = crc32c(rows.data, crc)
+            crc = crc32c(self[name][self.entries(name, number)].data, crc)
         return crc == self["crc32c"].item(number)
 
     @property
     def data_names(self) -> list[str]:
         """Names of the tensors that `crc32c` covers, in its order."""
-        return [name for name in self.tensors if name.startswith(DATA_PREFIXES)]
+        return [name for name in self.tensors if names.is_result(name)]
+
+    def entries(self, name: str, number: int) -> slice:
+        """The entries of a tensor's first dimension that sequence `number` has."""
+        if table := _table_of(name):
+            start, stop = self[table][number : number + 2].tolist()
+            return slice(start, stop)
+        return slice(number, number + 1)
 
     def read(self, name: str) -> np.ndarray:
         """A copy of a tensor in memory. Unlike the map, it reports a disk error as an exception.
@@ -148,11 +154,12 @@ class Shard:
         with open(self.path, "rb") as file:
             # Drop cached pages, so that the check reads the disk.
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        offsets, digests, status = self.read("offsets"), self.read("digests"), self.read("status")
+        digests, status = self.read("digests"), self.read("status")
         crc = [crc32c(digests[i].tobytes() + status[i].tobytes()) for i in range(len(status))]
         for name in self.data_names:
-            bounds = offsets if name.startswith("layer_") else np.arange(len(offsets))
-            row_bytes = self.tensors[name].nbytes // self.tensors[name].shape[0]
+            table = _table_of(name)
+            bounds = self.read(table) if table else np.arange(len(digests) + 1)
+            row_bytes = self.tensors[name].nbytes // max(self.tensors[name].shape[0], 1)
             cuts = _cut_sequences(bounds, _READ_BYTES // max(row_bytes, 1))
             parts = [(bounds[start], bounds[stop]) for start, stop in itertools.pairwise(cuts)]
             for (start, stop), rows in zip(itertools.pairwise(cuts), self._read_parts(name, parts), strict=True):
@@ -174,6 +181,11 @@ class Shard:
                     yield np.fromfile(file, tensor.dtype, n_rows * per_row).reshape(n_rows, *width)
         except (OSError, ValueError) as error:
             raise LengthwiseError(f"{self.path}: cannot be read: {error}; {REMAKE}") from error
+
+
+def _table_of(name: str) -> str:
+    """The table of a shard that says where a sequence's entries of a tensor begin; none where each sequence has one."""
+    return "offsets" if names.by_residue(name) else "contact_offsets" if name == "contacts" else ""
 
 
 def _cut_sequences(bounds: np.ndarray, max_rows: int) -> list[int]:

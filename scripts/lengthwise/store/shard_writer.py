@@ -11,6 +11,7 @@ import numpy as np
 from crc32c import crc32c
 
 from lengthwise.errors import LengthwiseError
+from lengthwise.esm2 import tensors as names
 from lengthwise.store.layout import layout
 from lengthwise.store.paths import shard_path
 from lengthwise.store.shard import is_complete
@@ -64,7 +65,9 @@ class ShardWriter:
             if self.already_there:
                 return
             header, self.tensors = layout(lengths, settings)
-            self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+            self.offsets = _bounds(lengths)
+            if "contacts" in self.tensors:
+                self.contact_offsets = _bounds(names.entries("contacts", lengths, settings))
             self.crc32c = np.zeros(len(lengths), np.uint32)
             self.status = np.zeros(len(lengths), np.uint8)
             self.file_bytes = max(tensor.start + tensor.nbytes for tensor in self.tensors.values())
@@ -112,7 +115,7 @@ class ShardWriter:
                 f"{error.strerror}; free some space and run again"
             ) from error
 
-    def write(self, first: int, arrays: dict[str, np.ndarray], lengths: list[int], status: np.ndarray) -> None:
+    def write(self, first: int, arrays: dict[str, np.ndarray], status: np.ndarray) -> None:
         """Write the sequences `first`, `first` + 1, ... of one batch.
 
         Parameters
@@ -120,39 +123,42 @@ class ShardWriter:
         first
             Number of the batch's first sequence in the shard.
         arrays
-            ``layer_<n>`` [R, D], ``mean_<n>`` and ``bos_<n>`` [n, D], in the shard's types.
-        lengths
-            Residues of each sequence of the batch.
+            The results of the batch (`lengthwise.esm2.tensors`), in the shard's types.
         status
-            [n] uint8, see `lengthwise.esm2.status`.
+            [n] uint8 of its sequences, see `lengthwise.esm2.status`.
 
         Raises
         ------
         LengthwiseError
             A write fails.
         """
-        bounds = [0, *itertools.accumulate(lengths)]
-        digests = self.digests[first : first + len(lengths)]
+        digests = self.digests[first : first + len(status)]
         crc = [crc32c(digest + bytes([each])) for digest, each in zip(digests, status.tolist(), strict=True)]
         for name in self.tensors:  # in the order that defines crc32c
             if name not in arrays:
                 continue
             array, tensor = np.ascontiguousarray(arrays[name]), self.tensors[name]
-            by_residue = name.startswith("layer_")
-            row = self.offsets[first] if by_residue else first
+            starts = self._starts(name, first, len(status))
             with writing(self.path):
-                _write_at(self._descriptor, array, tensor.start + row * array.strides[0])
+                _write_at(self._descriptor, array, tensor.start + starts[0] * tensor.entry_bytes)
             self._unflushed_bytes += array.nbytes
-            for i in range(len(crc)):
-                rows = array[bounds[i] : bounds[i + 1]] if by_residue else array[i : i + 1]
+            for i, (start, stop) in enumerate(itertools.pairwise(starts)):
+                rows = array[start - starts[0] : stop - starts[0]]
                 # Without the interpreter's lock, or the thread that launches the GPU's work gets it 5 ms late.
                 crc[i] = crc32c(rows.data, crc[i], gil_release_mode=1)
-        batch = slice(first, first + len(lengths))
+        batch = slice(first, first + len(status))
         self.crc32c[batch] = crc
         self.status[batch] = status
         if self._unflushed_bytes >= FLUSH_BYTES:
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # starts the write-back, does not wait
             self._unflushed_bytes = 0
+
+    def _starts(self, name: str, first: int, n: int) -> list[int]:
+        """Where the entries of n sequences begin in a tensor, and where the last ones' end."""
+        last = first + n + 1
+        if names.by_residue(name):
+            return self.offsets[first:last].tolist()
+        return self.contact_offsets[first:last].tolist() if name == "contacts" else list(range(first, last))
 
     def commit(self) -> None:
         """Write the remaining tensors, fsync, and rename the temporary file to the shard's name.
@@ -164,6 +170,8 @@ class ShardWriter:
         """
         digests = np.frombuffer(b"".join(self.digests), np.uint8)
         tables = {"offsets": self.offsets, "crc32c": self.crc32c, "digests": digests, "status": self.status}
+        if "contacts" in self.tensors:
+            tables["contact_offsets"] = self.contact_offsets
         with writing(self.path):
             for name, array in tables.items():
                 _write_at(self._descriptor, array, self.tensors[name].start)
@@ -191,6 +199,11 @@ class ShardWriter:
 
     def __exit__(self, *_: object) -> None:
         self.abandon()
+
+
+def _bounds(counts: np.ndarray) -> np.ndarray:
+    """[n] entries of each sequence -> [n + 1] where they begin and end."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 def _write_at(descriptor: int, array: np.ndarray, offset_bytes: int) -> None:

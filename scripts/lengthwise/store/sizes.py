@@ -5,6 +5,9 @@ from pathlib import Path
 import duckdb
 import numpy as np
 
+from lengthwise.esm2 import tensors
+from lengthwise.store.layout import layout
+
 # Bytes of an entry apart from its numbers, measured and rounded up.
 _ENTRY_BYTES = {"h5": 900, "pt": 2048, "biotrainer": 1300, "parquet": 64}
 
@@ -14,9 +17,9 @@ def tensors_of(kind: str, settings: dict) -> list[str]:
     first = settings["layers"][0]
     if kind in ("h5", "biotrainer"):
         return [f"layer_{first}", f"mean_{first}"]
-    prefixes = {"residue": "layer", "mean": "mean", "bos": "bos"}
-    outputs = [output for output in prefixes if output in settings["outputs"] and (kind == "pt" or output != "residue")]
-    return [f"{prefixes[output]}_{layer}" for output in outputs for layer in settings["layers"]]
+    kinds = tensors.POOLED if kind == "parquet" else ("residue", "mean", "bos")
+    outputs = [output for output in kinds if output in settings["outputs"]]
+    return tensors.names(outputs, settings["layers"])
 
 
 def export_bytes(kind: str, settings: dict, records: Path) -> int:
@@ -53,9 +56,12 @@ def missing_bytes(store: Path, settings: dict, datasets: list[str], kinds: list[
 
 def bytes_per_sequence(lengths: np.ndarray, settings: dict) -> np.ndarray:
     """Bytes [n] of sequences of these lengths [n] in a shard, without its header."""
-    layers, width = len(settings["layers"]), settings["embed_dim"]
-    itemsize = np.dtype(settings["storage_dtype"]).itemsize
-    residue_bytes = layers * width * itemsize if "residue" in settings["outputs"] else 0
-    pooled_bytes = sum(4 * width * layers for output in settings["outputs"] if output != "residue")
-    table_bytes = 8 + 4 + 24 + 1  # offsets, crc32c, digests, status
-    return lengths.astype(np.int64) * residue_bytes + pooled_bytes + table_bytes
+    one = np.ones(1, np.int64)
+    _, planned = layout(one, settings)  # of one sequence of one residue
+    total = np.full(len(lengths), sum(tensor.nbytes for tensor in planned.values()), np.int64)
+    total -= 8 * sum(name.endswith("offsets") for name in planned)  # these have one entry more than sequences
+    for name, tensor in planned.items():
+        if tensors.is_result(name):
+            more = tensors.entries(name, lengths, settings) - tensors.entries(name, one, settings)
+            total += more * tensor.entry_bytes
+    return total

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import checkpoints
 from fair_esm import assert_right, references, share_of_limit
-from lengthwise.esm2 import checkpoint, outputs, rotary
+from lengthwise.esm2 import checkpoint, outputs, rotary, tensors
 from lengthwise.esm2 import model as model_module
 from lengthwise.esm2 import tokens as tokens_module
 from lengthwise.esm2.accuracy import Reference
@@ -65,7 +65,7 @@ def assert_close(ours, theirs, tolerance=FLOAT32_TOLERANCE):
 
 
 def embed(path, sequences, layers, precision="float32", storage_dtype="float32"):
-    engine = Engine(path, CPU, precision, Output(tuple(layers), ("residue", "mean", "bos"), storage_dtype))
+    engine = Engine(path, CPU, precision, Output(tuple(layers), ("residue", *tensors.POOLED), storage_dtype))
     (result,) = engine.embed([sequences])
     return result
 
@@ -187,8 +187,14 @@ def test_a_gpus_padded_attention_equals_attention_sequence_by_sequence(lengths):
 def test_a_gpus_means_in_parts_are_means(lengths):
     packing = Packing.of(lengths)
     residues = torch.randn(len(packing.residues), 5, generator=torch.Generator().manual_seed(0))
-    expected = torch.stack([part.double().mean(0) for part in residues.split([length - 2 for length in lengths])])
-    torch.testing.assert_close(outputs._means_in_parts(residues, packing).double(), expected, rtol=0, atol=1e-6)
+    parts = residues.split([length - 2 for length in lengths])
+    assert torch.equal(
+        outputs._reduce_in_parts(residues, packing, "max"), torch.stack([part.amax(0) for part in parts])
+    )
+    expected = torch.stack([part.double().mean(0) for part in parts])
+    torch.testing.assert_close(
+        outputs._reduce_in_parts(residues, packing, "mean").double(), expected, rtol=0, atol=1e-6
+    )
 
 
 def test_a_rotation_written_out_equals_the_complex_product(monkeypatch):

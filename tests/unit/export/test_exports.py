@@ -63,7 +63,7 @@ def store(small_store, random_proteins):
     records["P00001"] = "MKVLAW"  # another id of the same accession, for another sequence
     records["duplicate"] = records["twice"] = records["NA"]
     records["rejected"] = "MK1"
-    store = small_store(layers=[1, -1], outputs=["residue", "mean", "bos"], storage_dtype="float32")
+    store = small_store(layers=[1, -1], outputs=["residue", "mean", "bos", "max"], storage_dtype="float32")
     store.ingest("a", records)
     store.run(shard_bytes=20_000)
     assert len(store.shard_files()) > 5
@@ -200,7 +200,8 @@ def _records(store):
 def test_parquet_has_the_pooled_vectors_in_the_order_of_the_input(exported, monkeypatch):
     folder, ds = exported
     table = pq.read_table(folder / "parquet" / "pooled.parquet")
-    assert table.column_names == ["id", "digest", "length", "mean_2", "mean_1", "bos_2", "bos_1"]
+    stored = [f"{kind}_{layer}" for kind in ("mean", "bos", "max") for layer in (2, 1)]
+    assert table.column_names == ["id", "digest", "length", *stored]
     assert table.column("id").to_pylist() == ds.ids
     assert str(table.schema.field("mean_2").type) == "fixed_size_list<element: float>[32]"
     assert all(digest.startswith("SQ.") for digest in table.column("digest").to_pylist())

@@ -33,7 +33,7 @@ def made(small_store):
                 store.path, name, rows["digest"].tolist(), rows["length"].to_numpy(), store.settings
             ) as writer:
                 zeros = np.zeros((n, store.settings["embed_dim"]), np.float32)
-                writer.write(0, {"mean_2": zeros}, rows["length"].tolist(), np.zeros(n, np.uint8))
+                writer.write(0, {"mean_2": zeros}, np.zeros(n, np.uint8))
                 writer.commit()
             sizes[name] = store.shard_path(name).stat().st_size
         maker = {

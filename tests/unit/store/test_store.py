@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from lengthwise.esm2 import tensors as names_of
 from lengthwise.store import shard_writer
-from lengthwise.store.layout import DATA_PREFIXES, shard_name
+from lengthwise.store.layout import shard_name
 from lengthwise.store.paths import find_metrics, metrics_path, shard_path
 from lengthwise.store.shard import Shard
 from lengthwise.store.shard_writer import ShardWriter
@@ -25,6 +26,7 @@ from lengthwise.store.sizes import bytes_per_sequence
 from lengthwise.system.files import atomic, scratch_folder, write_json
 
 LENGTHS = np.array([3, 1, 40, 41, 200])
+ALL = list(names_of.OUTPUTS)
 
 
 def settings(**changes) -> dict:
@@ -33,6 +35,7 @@ def settings(**changes) -> dict:
         "embed_dim": 32,
         "storage_dtype": "float16",
         "outputs": ["residue", "mean", "bos"],
+        "contacts_max_residues": 40,
         "fingerprint": "f" * 64,
         **changes,
     }
@@ -48,14 +51,15 @@ def writer_of(store: Path, how: dict | None = None, shard: str = "ab" * 16, leng
 
 def fill(writer: ShardWriter, arrays: dict[str, np.ndarray], lengths=LENGTHS, batch: int = 2) -> None:
     """Write these arrays in batches."""
-    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    bounds = {name: bounds_of(name, lengths) for name in arrays}
     for start in range(0, len(lengths), batch):
         stop = min(start + batch, len(lengths))
-        parts = {
-            name: array[bounds[start] : bounds[stop]] if name.startswith("layer_") else array[start:stop]
-            for name, array in arrays.items()
-        }
-        writer.write(start, parts, list(lengths[start:stop]), np.arange(start, stop, dtype=np.uint8) % 3)
+        parts = {name: array[bounds[name][start] : bounds[name][stop]] for name, array in arrays.items()}
+        writer.write(start, parts, np.arange(start, stop, dtype=np.uint8) % 3)
+
+
+def bounds_of(name: str, lengths=LENGTHS) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(names_of.entries(name, lengths, settings()))])
 
 
 @pytest.fixture
@@ -92,7 +96,9 @@ def join(header, data: bytes) -> bytes:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize(
-    "outputs", [["residue"], ["mean"], ["bos"], ["residue", "mean"], ["residue", "mean", "bos"]], ids="-".join
+    "outputs",
+    [["residue"], ["mean"], ["bos"], ["residue", "mean"], ["residue", "mean", "bos"], ["logits"], ["contacts"], ALL],
+    ids="-".join,
 )
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_the_stock_library_reads_every_row_that_was_written(tmp_path, random_rows, dtype, outputs, batch):
@@ -102,7 +108,8 @@ def test_the_stock_library_reads_every_row_that_was_written(tmp_path, random_row
         fill(writer, arrays, batch=batch)
         writer.commit()
     tensors, metadata = stock(writer.path)
-    assert set(tensors) == {*arrays, "offsets", "crc32c", "digests", "status"}
+    pairs = {"contact_offsets"} if "contacts" in outputs else set()
+    assert set(tensors) == {*arrays, "offsets", "crc32c", "digests", "status", *pairs}
     for name, array in arrays.items():
         assert tensors[name].dtype == array.dtype
         np.testing.assert_array_equal(tensors[name], array)
@@ -115,14 +122,48 @@ def test_the_stock_library_reads_every_row_that_was_written(tmp_path, random_row
 
 def test_a_checksum_is_googles_of_digest_status_and_all_that_is_stored_of_a_sequence(made):
     """As every version has written them."""
-    tensors, _ = stock(made[0])
-    names = [name for name in Shard(made[0]).tensors if name.startswith(DATA_PREFIXES)]
-    offsets = tensors["offsets"]
+    assert_checksums_of_all(made[0])
+
+
+def test_a_checksum_covers_logits_and_contacts_too(tmp_path, random_rows):
+    how = settings(outputs=ALL)
+    with writer_of(tmp_path, how) as writer:
+        fill(writer, random_rows(LENGTHS, how))
+        writer.commit()
+    assert_checksums_of_all(writer.path)
+    shard = Shard(writer.path)
+    assert [shard.is_intact(number) for number in range(len(LENGTHS))] == [True] * 5
+    data = bytearray(writer.path.read_bytes())
+    data[shard.tensors["contacts"].start + 2 * 6] ^= 1  # the second sequence's only pair, behind the first one's six
+    writer.path.write_bytes(data)
+    assert Shard(writer.path).damaged() == [1]
+
+
+def test_pairs_that_are_not_those_of_a_sequence_are_refused(tmp_path, random_rows, refused):
+    how = settings(outputs=["mean", "contacts"])
+    with writer_of(tmp_path, how) as writer:
+        fill(writer, random_rows(LENGTHS, how))
+        writer.commit()
+    data = bytearray(writer.path.read_bytes())
+    start = Shard(writer.path).tensors["contact_offsets"].start
+    data[start + 8 : start + 16] = (5).to_bytes(8, "little")
+    writer.path.write_bytes(data)
+    with refused("contact_offsets", str(writer.path)):
+        Shard(writer.path)
+
+
+def assert_checksums_of_all(path: Path) -> None:
+    tensors, _ = stock(path)
+    names = [
+        name
+        for name in Shard(path).tensors
+        if name not in ("crc32c", "digests", "status", "offsets", "contact_offsets")
+    ]
     for i, checksum in enumerate(tensors["crc32c"].tolist()):
         content = tensors["digests"][i].tobytes() + tensors["status"][i].tobytes()
         for name in names:
-            rows = slice(offsets[i], offsets[i + 1]) if name.startswith("layer_") else i
-            content += tensors[name][rows].tobytes()
+            bounds = bounds_of(name)
+            content += tensors[name][bounds[i] : bounds[i + 1]].tobytes()
         assert checksum == google_crc32c.value(content)
 
 
@@ -138,7 +179,7 @@ def test_checksums_leave_the_interpreters_lock_to_other_threads(tmp_path, monkey
 
         def write() -> None:
             while not stopped.is_set():
-                writer.write(0, arrays, lengths.tolist(), good)
+                writer.write(0, arrays, good)
 
         thread = threading.Thread(target=write)
         thread.start()
@@ -172,13 +213,17 @@ def test_the_data_begin_at_a_multiple_of_4096_with_the_residues_first(tmp_path, 
     assert header[f"layer_{layers[0]}"]["data_offsets"][0] == 0
 
 
-@pytest.mark.parametrize("how", [settings(), settings(outputs=["mean"]), settings(storage_dtype="float32", layers=[2])])
+@pytest.mark.parametrize(
+    "how",
+    [settings(), settings(outputs=["mean"]), settings(storage_dtype="float32", layers=[2]), settings(outputs=ALL)],
+)
 def test_the_forecast_of_bytes_is_what_the_file_has(tmp_path, random_rows, how):
     with writer_of(tmp_path, how) as writer:
         fill(writer, random_rows(LENGTHS, how))
         writer.commit()
     _, data = parts_of(writer.path)
-    assert bytes_per_sequence(LENGTHS, how).sum() + 8 == len(data)  # offsets has one entry more than sequences
+    more = 16 if "contacts" in how["outputs"] else 8  # tables of offsets have one entry more than sequences
+    assert bytes_per_sequence(LENGTHS, how).sum() + more == len(data)
 
 
 def test_a_shard_is_the_same_bytes_however_it_is_batched(tmp_path, random_rows):
@@ -481,8 +526,8 @@ def test_the_stock_library_reads_a_shard_of_more_than_4_gib(tmp_path, random_row
     lengths = np.array([30, 200, *[30_000] * 30, 300, 40])
     first, last = [random_rows(part, how) for part in (lengths[:2], lengths[-2:])]
     with writer_of(tmp_path, how, lengths=lengths) as writer:
-        writer.write(len(lengths) - 2, last, lengths[-2:].tolist(), np.zeros(2, np.uint8))
-        writer.write(0, first, lengths[:2].tolist(), np.zeros(2, np.uint8))
+        writer.write(len(lengths) - 2, last, np.zeros(2, np.uint8))
+        writer.write(0, first, np.zeros(2, np.uint8))
         writer.commit()
     assert writer.path.stat().st_size > 4 << 30
     assert writer.path.stat().st_blocks * 512 < 64 << 20

@@ -1,0 +1,80 @@
+"""The tensors of results, by name: the outputs they belong to, and which of their entries a sequence has. Imports no torch.
+
+`layer_<n>` [R, D], `logits` [R, 33]; `mean_<n>`, `bos_<n>`, `max_<n>`, `std_<n>` [N, D], `pseudo_perplexity` [N]; `contacts` [P].
+R residues, N sequences, D width, P pairs of residues: the upper triangle, diagonal included, of each sequence that has contacts.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+POOLED = ("mean", "bos", "max", "std")
+# Made from the residues' rows alone, stored ones too.
+OF_ROWS = ("mean", "max", "std")
+OUTPUTS = ("residue", *POOLED, "logits", "contacts")
+PERPLEXITY = "pseudo_perplexity"
+# By residue, or by pair; all others have one entry for each sequence.
+_BY_RESIDUE = ("layer_", "logits")
+_ALONE = ("logits", PERPLEXITY, "contacts")
+_PREFIXES = ("layer_", *(f"{output}_" for output in POOLED))
+
+
+def names(outputs: Iterable[str], layers: Iterable[int]) -> list[str]:
+    """The tensors of outputs, each layer's in the order of `layers`."""
+    found: list[str] = []
+    for output in outputs:
+        if output == "logits":
+            found += ["logits", PERPLEXITY]
+        elif output == "contacts":
+            found.append("contacts")
+        else:
+            found += [f"{'layer' if output == 'residue' else output}_{layer}" for layer in layers]
+    return found
+
+
+def split(name: str) -> tuple[str, int | None]:
+    """The output and the layer that a tensor is of; no layer for `logits`, `contacts` and `pseudo_perplexity`."""
+    if name in _ALONE:
+        return name, None
+    kind, _, layer = name.partition("_")
+    return "residue" if kind == "layer" else kind, int(layer)
+
+
+def is_result(name: str) -> bool:
+    """Whether a tensor of a shard holds results."""
+    return name in _ALONE or name.startswith(_PREFIXES)
+
+
+def is_vector(name: str) -> bool:
+    """Whether a tensor's last dimension is the model's width."""
+    return name.startswith(_PREFIXES)
+
+
+def by_residue(name: str) -> bool:
+    """Whether a tensor has a row for each residue."""
+    return name.startswith(_BY_RESIDUE)
+
+
+def pair_counts(lengths: np.ndarray, max_residues: int) -> np.ndarray:
+    """Pairs [N] in the upper triangles of sequences of these lengths [N]; none where there are more than `max_residues`."""
+    lengths = np.asarray(lengths, np.int64)
+    return np.where(lengths <= max_residues, lengths * (lengths + 1) // 2, 0)
+
+
+def entries(name: str, lengths: np.ndarray, settings: Mapping) -> np.ndarray:
+    """Entries [N] of a tensor's first dimension that each sequence has.
+
+    Parameters
+    ----------
+    name
+        The tensor.
+    lengths
+        [N] residues of each sequence.
+    settings
+        The store's settings; `contacts_max_residues` where contacts are an output.
+    """
+    if by_residue(name):
+        return np.asarray(lengths, np.int64)
+    if name == "contacts":
+        return pair_counts(lengths, settings["contacts_max_residues"])
+    return np.ones(len(lengths), np.int64)
