@@ -27,7 +27,7 @@ from Bio import SeqIO
 import lengthwise
 from lengthwise.esm2 import checkpoint, tokens
 from lengthwise.esm2.shapes import ModelConfig
-from lengthwise.ingest.digests import digest
+from lengthwise.ingest.digests import digest, digest_name
 from lengthwise.store.shard import Shard
 from lengthwise.system.files import read_json, write_json
 from lengthwise.system.locks import shared_store_lock
@@ -260,21 +260,21 @@ def second_folder(one: Project, folder: Path, **inputs: list[bytes]) -> Project:
     return two
 
 
-def served(project: Project, dataset: str) -> dict[str, bytes]:
+def served(project: Project, dataset: str) -> dict[str, str]:
     """{id: digest} of a dataset; each id's rows are read, and belong to that digest."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*RANDOM WEIGHTS")
         ds = lengthwise.open(project.store / "datasets" / dataset)
     records = ds.records[ds.records["status"] != "rejected"]
-    assert [len(rows) for rows in ds] == records["length"].tolist()
+    assert [len(rows) for rows in ds.values()] == records["length"].tolist()
     return dict(zip(records["id"], records["digest"], strict=True))
 
 
-def of_file(path: Path) -> dict[str, bytes]:
+def of_file(path: Path) -> dict[str, str]:
     """{id: digest} of a FASTA file, by another reader."""
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     records = SeqIO.parse(io.StringIO(text.decode()), "fasta")
-    return {record.id: digest(str(record.seq).encode()) for record in records}
+    return {record.id: digest_name(digest(str(record.seq).encode())) for record in records}
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:

@@ -9,16 +9,15 @@ import numpy as np
 from lengthwise.errors import LengthwiseError
 from lengthwise.export.hdf5 import HDF5File
 from lengthwise.export.source import Source
+from lengthwise.store.accessions import ACCESSION, accession
 
-# UniProt's ids are database|accession|name.
-_ACCESSION = r"^(?:sp|tr)\|([^|]+)\|"
 # Characters that an HDF5 name cannot have, and the sign of percent-encoding.
 _UNNAMEABLE = re.compile(r"[/%\0]|^\.$")
 
 
 def write_h5(source: Source, folder: Path, names: list[str]) -> int:
     """Write `per-residue.h5` and `per-protein.h5` into `folder`. Returns the number of entries."""
-    ambiguous = source.ids_sharing(f"coalesce(nullif(regexp_extract(id, '{_ACCESSION}', 1), ''), id)")
+    ambiguous = source.ids_sharing(f"coalesce(nullif(regexp_extract(id, '{ACCESSION}', 1), ''), id)")
     about = {**source.origin, "layer": source.layer}
     n = 0
     with HDF5File(folder / "per-residue.h5", about) as residues, HDF5File(folder / "per-protein.h5", about) as means:
@@ -39,8 +38,8 @@ def h5_key(record_id: str, ambiguous: Set[str] = frozenset()) -> str:
     >>> h5_key("sp|P69905|HBA_HUMAN"), h5_key("a/b")
     ('P69905', 'a%2Fb')
     """
-    accession = re.match(_ACCESSION, record_id)
-    key = accession[1] if accession and record_id not in ambiguous else record_id
+    named = accession(record_id)
+    key = named if named and record_id not in ambiguous else record_id
     return _UNNAMEABLE.sub(lambda found: f"%{ord(found[0]):02X}", key)
 
 

@@ -5,6 +5,8 @@ import hashlib
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 
 def digest(sequence: bytes) -> bytes:
@@ -40,3 +42,15 @@ def digest_all(residues: bytes, bounds: np.ndarray) -> np.ndarray:
 def digest_name(raw: bytes) -> str:
     """A digest in its text form: ``SQ.`` and base64url."""
     return "SQ." + base64.urlsafe_b64encode(raw).decode()
+
+
+def digest_names(digests: pa.ChunkedArray) -> pa.LargeStringArray:
+    """`digest_name` of each of the [n] digests; null stays null."""
+    given = pc.is_valid(digests)
+    names = np.empty((pc.sum(given).as_py() or 0, len("SQ.") + 32), np.uint8)
+    names[:, :3] = np.frombuffer(b"SQ.", np.uint8)
+    raw = b"".join(digests.drop_null().to_pylist())
+    names[:, 3:] = np.frombuffer(base64.urlsafe_b64encode(raw), np.uint8).reshape(-1, 32)
+    ends = np.append(0, np.cumsum(given.to_numpy().astype(np.int64) * names.shape[1]))
+    buffers = [pa.py_buffer(np.packbits(given.to_numpy(), bitorder="little")), pa.py_buffer(ends), pa.py_buffer(names)]
+    return pa.LargeStringArray.from_buffers(len(digests), buffers[1], buffers[2], buffers[0])

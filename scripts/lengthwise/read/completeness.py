@@ -42,6 +42,11 @@ def unless_replaced(folder: Path, manifest_stamp: Stamp | None) -> Iterator[None
         raise LengthwiseError(_in_progress(folder)) from error
 
 
+def is_store(folder: Path) -> bool:
+    """Whether a folder is a store: no dataset's folder has settings.json, or datasets."""
+    return (folder / "settings.json").exists() or (folder / "datasets").is_dir()
+
+
 def _stamp(path: Path) -> Stamp | None:
     """Size and times of a file, None if there is none."""
     try:
@@ -53,9 +58,6 @@ def _stamp(path: Path) -> Stamp | None:
 def _why_not_complete(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder}: no such folder"
-    if (folder / "settings.json").exists() and (manifests := sorted(folder.glob("datasets/*/manifest.json"))):
-        datasets = ", ".join(str(manifest.parent) for manifest in manifests)
-        return f"{folder}: is a store; open one of its datasets: {datasets}"
     if any((folder / name).exists() for name in ("index.parquet", "README.md")):
         return _in_progress(folder)
     return f"{folder}: no finished dataset here (no manifest.json); run snakemake to make it"

@@ -1,17 +1,19 @@
 """`Dataset`: the embeddings of a finished dataset by id, number, slice, mask or SQL condition."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.tensors import OF_ROWS, OUTPUTS, POOLED
 from lengthwise.read.completeness import read_complete, unless_replaced
-from lengthwise.read.ids import Ids, NoRecordError
+from lengthwise.read.embeddings import Embeddings
+from lengthwise.read.ids import Ids
+from lengthwise.read.sequences import Sequences
 from lengthwise.read.shards import mismatch, open_shard
 from lengthwise.store.layout import REMAKE
 from lengthwise.store.lookup import LOOKUP, Index
@@ -21,18 +23,17 @@ from lengthwise.system.text import count
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from lengthwise.read.torch import TorchDataset
+    import pyarrow as pa
 
 # The number of shards that stay mapped. Before Python 3.13 each map takes a file descriptor, and the usual limit is 1,024.
 OPEN_SHARDS = 128
-_WRONG_KEY = "select records by an id, a number, a slice, a list of these, or a mask of bools; {!r} is none of them"
 
 
-class Dataset:
-    """The embeddings of one FASTA file, or of a selection of its records.
+class Dataset(Embeddings):
+    """The embeddings of a dataset, or of a selection of its records: a mapping of ids to (L, D) arrays.
 
-    It has the accepted and the duplicate records, in the file's order. `records` lists the rejected ones too.
+    It has the accepted and the duplicate records, in the file's order. `records` lists the rejected ones too. It also takes
+    numbers, slices, lists and masks.
 
     Parameters
     ----------
@@ -60,8 +61,8 @@ class Dataset:
     (140, 320)
     >>> len(ds), ds.ids[0]
     (79, 'sp|P02135|HBB_LITCT')
-    >>> [rows.shape for rows in ds[:2]]  # a slice, or a list of ids, is a dataset too
-    [(140, 320), (338, 320)]
+    >>> [(record_id, rows.shape) for record_id, rows in ds[:2].items()]  # a slice, or a list of ids, is a dataset too
+    [('sp|P02135|HBB_LITCT', (140, 320)), ('sp|Q1RIB3|DHAS_RICBR', (338, 320))]
     """
 
     def __init__(self, path: str | Path):
@@ -75,9 +76,9 @@ class Dataset:
     def _load(self, path: Path) -> None:
         self.path = path
         self.manifest, manifest_stamp = read_complete(path)
-        settings = self.manifest["settings"]
+        self.settings = self.manifest["settings"]
         self.store = path.resolve().parent.parent
-        self.layers: list[int] = settings["layers"]
+        self.layers = self.settings["layers"]
         self._layer = self.layers[0]
         with unless_replaced(path, manifest_stamp):
             self._index = Index(path.absolute(), self.manifest["accepted"] + self.manifest["duplicate"])
@@ -85,8 +86,15 @@ class Dataset:
                 raise self._index.damaged()
         self.ids = Ids(self._index, range(len(self._index)))
         # A partial, not a method: a cache that refers to this object would keep the maps alive after its last use.
-        self._open_shard = partial(_open_shard_number, path, self.store, settings, self._index.shard_names)
+        self._open_shard = partial(_open_shard_number, path, self.store, self.settings, self._index.shard_names)
         self._cached_shard = lru_cache(OPEN_SHARDS)(self._open_shard)
+        inputs = self.store / "inputs" / self.manifest.get("dataset", path.resolve().name)
+        self._sequences = Sequences(inputs / "sequences.parquet")
+
+    @property
+    def name(self) -> str:
+        """The dataset's name."""
+        return self.path.resolve().name
 
     @property
     def records(self) -> "pd.DataFrame":
@@ -96,29 +104,6 @@ class Dataset:
             return frame
         return frame.iloc[np.searchsorted(frame["record_no"], self._index.record_no[self.ids.array()])]
 
-    def where(self, condition: str) -> "Dataset":
-        """The records for which a SQL condition holds.
-
-        Parameters
-        ----------
-        condition
-            In DuckDB's SQL, over the columns of `records`. It has no access to files, the network or variables.
-
-        Raises
-        ------
-        LengthwiseError
-            It is not a condition over these columns.
-
-        Examples
-        --------
-        >>> ds = lengthwise.open("results/demo/datasets/example")
-        >>> short = ds.where("length < 100 AND id LIKE 'sp|%'")
-        >>> short.pooled("mean").shape
-        (26, 320)
-        """
-        places = self.ids.array()
-        return self._view(places[self._index.where(condition)[places]], self._layer)
-
     def layer(self, layer: int) -> "Dataset":
         """The same records, read from another stored layer. A negative index counts from the model's last layer.
 
@@ -127,7 +112,7 @@ class Dataset:
         LengthwiseError
             The model does not have this layer, or it was not stored.
         """
-        last = self.manifest["settings"]["num_layers"]
+        last = self.settings["num_layers"]
         if layer not in range(-last - 1, last + 1) or (resolved := layer % (last + 1)) not in self.layers:
             raise LengthwiseError(
                 f"{self.path}: layer {layer} was not stored; stored are {self.layers}, of the model's 0 to {last}"
@@ -135,56 +120,8 @@ class Dataset:
         return self._view(self.ids.places, resolved)
 
     def __repr__(self) -> str:
-        name, model = self.path.resolve().name, self.manifest["model"]
-        return (
-            f"<lengthwise.Dataset {name}: {count(len(self), 'record')}, {model}, layer {self._layer} of {self.layers}>"
-        )
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __contains__(self, record_id: object) -> bool:
-        return record_id in self.ids
-
-    @overload
-    def __getitem__(self, key: str | int) -> np.ndarray: ...
-
-    @overload
-    def __getitem__(self, key: slice | list[str] | list[int] | np.ndarray) -> "Dataset": ...
-
-    def __getitem__(self, key: str | int | slice | list[str] | list[int] | np.ndarray) -> "np.ndarray | Dataset":
-        """The (L, D) array of one record, by its id or its number in `ids`; or a selection.
-
-        A slice, a list of ids or numbers, or a mask of bools selects records: the result is a `Dataset`.
-
-        Arrays are memory-mapped copy-on-write. Writing into one never changes the file, but later reads of the same rows in this
-        process may show it. ``np.array(ds[...])`` is a copy.
-
-        Raises
-        ------
-        KeyError
-            There is no such id (the error names similar ids), or the record was rejected (the error gives the reason).
-        IndexError
-            There is no such number, or a mask has another length.
-        LengthwiseError
-            Residues were not stored; or a shard is missing, damaged, or does not match the index.
-        """
-        if isinstance(key, str | int | np.integer) and not isinstance(key, bool):
-            return self._read(self._place(key))
-        if isinstance(key, slice):
-            return self._view(self.ids.places[key], self._layer)
-        if isinstance(key, bytes | bool) or not isinstance(key, Iterable):
-            raise TypeError(_WRONG_KEY.format(key))
-        keys = list(key)
-        if keys and all(isinstance(item, bool | np.bool_) for item in keys):
-            if len(keys) != len(self):
-                raise IndexError(f"the mask has {len(keys):,} bools for {count(len(self), 'record')}")
-            return self._view(self.ids.array()[np.array(keys)], self._layer)
-        return self._view(np.array([self._place(item) for item in keys], np.int64), self._layer)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """The (L, D) arrays in the order of `ids`. `in_storage_order` is faster."""
-        return (self._read(int(place)) for place in self.ids.places)
+        of = f"{self.name}: {count(len(self), 'record')}, {self.manifest['model']}"
+        return f"<lengthwise.Dataset {of}, layer {self._layer} of {self.layers}>"
 
     def in_storage_order(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield (id, (L, D) array) of each record, shard by shard from front to back: the fastest way to read many.
@@ -229,12 +166,12 @@ class Dataset:
         LengthwiseError
             The output was not stored, nor what it is computed from; or a shard is missing, damaged, or does not match the index.
         """
-        stored = self.manifest["settings"]["outputs"]
+        stored = self.settings["outputs"]
         if kind in OUTPUTS and kind not in POOLED:
             raise LengthwiseError(f"{self.path}: {kind!r} is not pooled; read it by id")
         if kind not in stored and not (kind in OF_ROWS and "residue" in stored):
             raise LengthwiseError(f"{self.path}: {kind!r} was not stored; 'outputs' in the config lists what is")
-        out = np.empty((len(self), self.manifest["settings"]["embed_dim"]), np.float32)
+        out = np.empty((len(self), self.settings["embed_dim"]), np.float32)
         places = self.ids.array()
         for numbers in self._by_shard():
             in_shard = places[numbers]
@@ -249,24 +186,6 @@ class Dataset:
                 start, stop = self._checked_rows(shard, place)
                 out[number] = over_rows(shard[f"layer_{self._layer}"][start:stop], kind)
         return out
-
-    def torch(self) -> "TorchDataset":
-        """A map-style torch Dataset of (id, (L, D) tensor). Its `pad` and `pack` collate a batch.
-
-        Examples
-        --------
-        >>> from torch.utils.data import DataLoader
-        >>> data = lengthwise.open("results/demo/datasets/example").torch()
-        >>> batch = next(iter(DataLoader(data, batch_size=2, collate_fn=data.pad)))
-        >>> batch.rows.shape, batch.mask.sum(dim=1).tolist()
-        (torch.Size([2, 338, 320]), [140, 338])
-        >>> batch = next(iter(DataLoader(data, batch_size=2, collate_fn=data.pack)))
-        >>> batch.rows.shape, batch.cu_seqlens.tolist()
-        (torch.Size([478, 320]), [0, 140, 478])
-        """
-        from lengthwise.read.torch import TorchDataset
-
-        return TorchDataset(self)
 
     def verify(self, good: set[str] | None = None) -> int:
         """Check the index, and size and checksums of every shard of the dataset. Returns the number of records.
@@ -316,24 +235,21 @@ class Dataset:
             raise LengthwiseError(f"{self.path}: was made again since it was opened; open it again")
         self.ids, self._layer = Ids(self._index, state["places"]), state["layer"]
 
-    def _place(self, key: str | int) -> int:
-        if isinstance(key, int | np.integer) and not isinstance(key, bool):
-            return self.ids.place_of(key)
-        if not isinstance(key, str):
-            raise TypeError(_WRONG_KEY.format(key))
-        place = self.ids.place(key)
-        if place is None:
-            raise NoRecordError(key, self._explain)
-        return place
+    def _select(self, places: range | np.ndarray) -> "Dataset":
+        return self._view(places, self._layer)
 
-    def _explain(self, record_id: str) -> str:
-        """Why this id has no embedding here."""
-        if next(self._index.find(record_id), None) is not None:
-            return f"{record_id!r} is not among the {len(self):,} selected records"
-        try:
-            return self._index.explain(record_id)
-        except LengthwiseError:
-            return f"no record {record_id!r}"
+    def _matches(self, condition: str) -> np.ndarray:
+        return self._index.where(condition, self._sequences.path)[self.ids.array()]
+
+    def _sequences_at(self, places: np.ndarray) -> "pa.LargeStringArray":
+        return self._sequences.at(self._index.digest[places])
+
+    def _identities(self) -> tuple[np.ndarray, np.ndarray]:
+        places = self.ids.array()
+        return self._index.hashes()[places], self._index.digest[places]
+
+    def _listed(self) -> int:
+        return self.manifest["records"] if len(self) == len(self._index) else len(self)
 
     def _read(self, place: int) -> np.ndarray:
         shard = self._cached_shard(self._index.shard.item(place))
@@ -341,7 +257,7 @@ class Dataset:
 
     def _checked_rows(self, shard: Shard, place: int) -> tuple[int, int]:
         """Start and stop of a record's rows, after a check that shard and index agree on them."""
-        if "residue" not in self.manifest["settings"]["outputs"]:
+        if "residue" not in self.settings["outputs"]:
             raise LengthwiseError(f"{self.path}: residues are not among the stored outputs; use pooled()")
         index = self._index
         number, start = index.sequence_no.item(place), index.row_start.item(place)

@@ -1,12 +1,20 @@
 """The ids of a dataset or of a selection, as a sequence; and the error of an unknown id."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import overload
+from typing import Protocol, overload
 
 import numpy as np
 
-from lengthwise.store.lookup import Index
+
+class Records(Protocol):
+    """The part of `lengthwise.store.lookup.Index` that ids are read from."""
+
+    def __len__(self) -> int: ...
+    def id(self, place: int) -> str: ...
+    def find(self, record_id: str) -> Iterator[int]: ...
+    def find_accession(self, accession: str) -> Iterator[int]: ...
+    def explain(self, record_id: str) -> str: ...
 
 
 class Ids(Sequence[str]):
@@ -14,14 +22,14 @@ class Ids(Sequence[str]):
 
     Parameters
     ----------
-    index
-        The dataset's index.
+    table
+        Where the ids are read: a dataset's index.
     places
-        The records' places in the index, see `Index`.
+        The records' places in it, see `lengthwise.store.lookup.Index`.
     """
 
-    def __init__(self, index: Index, places: range | np.ndarray):
-        self._index, self.places = index, places
+    def __init__(self, table: Records, places: range | np.ndarray):
+        self.table, self.places = table, places
 
     def __len__(self) -> int:
         return len(self.places)
@@ -34,11 +42,11 @@ class Ids(Sequence[str]):
 
     def __getitem__(self, number: int | slice) -> "str | Ids":
         if isinstance(number, slice):
-            return Ids(self._index, self.places[number])
-        return self._index.id(self.place_of(number))
+            return Ids(self.table, self.places[number])
+        return self.table.id(self.place_of(number))
 
     def __iter__(self) -> Iterator[str]:
-        return (self._index.id(int(place)) for place in self.places)
+        return (self.table.id(int(place)) for place in self.places)
 
     def __contains__(self, record_id: object) -> bool:
         return isinstance(record_id, str) and self.place(record_id) is not None
@@ -73,13 +81,24 @@ class Ids(Sequence[str]):
 
     def place(self, record_id: str) -> int | None:
         """The place of the first record with this id in this sequence, or None."""
-        for place in self._index.find(record_id):
+        return next((place for place in self.table.find(record_id) if self.has(place)), None)
+
+    def has(self, place: int) -> bool:
+        """Whether the record at a place is in this sequence."""
+        if isinstance(self.places, range):
+            return place in self.places
+        return place in self._sorted[(at := self._sorted.searchsorted(place)) : at + 1]
+
+    def numbers(self, places: Iterable[int], start: int = 0) -> list[int]:
+        """The numbers in this sequence, ascending and counted from `start`, of the records at these places."""
+        found: list[int] = []
+        for place in places:
             if isinstance(self.places, range):
-                if place in self.places:
-                    return place
-            elif place in self._sorted[(at := self._sorted.searchsorted(place)) : at + 1]:
-                return place
-        return None
+                found += [self.places.index(place)] if place in self.places else []
+            else:
+                first, end = (self._sorted.searchsorted(place, side) for side in ("left", "right"))
+                found += self._order[first:end].tolist()
+        return [start + number for number in sorted(found)]
 
     def array(self) -> np.ndarray:
         """The places [N], int64."""
@@ -87,8 +106,12 @@ class Ids(Sequence[str]):
         return np.arange(places.start, places.stop, places.step) if isinstance(places, range) else places
 
     @cached_property
+    def _order(self) -> np.ndarray:
+        return np.argsort(self.array(), kind="stable")
+
+    @cached_property
     def _sorted(self) -> np.ndarray:
-        return np.sort(self.array())
+        return self.array()[self._order]
 
 
 class NoRecordError(KeyError):

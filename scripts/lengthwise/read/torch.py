@@ -37,19 +37,20 @@ class Proteins(Protocol):
 
 
 class TorchDataset(torch.utils.data.Dataset[Item]):
-    """(id, (L, D) tensor) by number. The tensors are copies. Made by `Dataset.torch`.
+    """(id, (L, D) tensor) by number. The tensors are copies, of `dtype` if one is given. Made by `Dataset.torch`.
 
     A DataLoader may send it to forked or spawned workers: each worker opens the files itself.
     """
 
-    def __init__(self, dataset: Proteins):
-        self.dataset = dataset
+    def __init__(self, dataset: Proteins, dtype: torch.dtype | None = None):
+        self.dataset, self.dtype = dataset, dtype
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, number: int) -> Item:
-        return self.dataset.ids[number], torch.from_numpy(np.array(self.dataset[number]))
+        rows = torch.from_numpy(np.array(self.dataset[number]))
+        return self.dataset.ids[number], rows if self.dtype is None else rows.to(self.dtype)
 
     @staticmethod
     def pad(items: list[Item]) -> Padded:

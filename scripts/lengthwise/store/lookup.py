@@ -19,6 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lengthwise.errors import LengthwiseError
+from lengthwise.ingest.digests import digest_names
+from lengthwise.store.accessions import ACCESSION, accession
+from lengthwise.store.conditions import chosen, explain, names_sequence, sandbox
 
 if TYPE_CHECKING:
     import duckdb
@@ -44,21 +47,6 @@ _LOOKUP_SCHEMA = pa.schema(
         ("place", pa.int64()),
     ]
 )
-
-_REJECTION_QUERY = "SELECT reason FROM records WHERE id = $asked AND status = 'rejected' LIMIT 1"
-
-# The ids most similar to an unknown id. Parts between bars (`sp|P69905|HBA_HUMAN`) match alone, with or without a version.
-_SIMILAR_QUERY = r"""
-    WITH asked AS (SELECT lower($asked) AS whole, regexp_replace(lower($asked), '\.[0-9]+$', '') AS short)
-    SELECT id FROM (
-        SELECT id, record_no, CASE
-            WHEN contains(concat('|', lower(id), '|'), concat('|', whole, '|')) THEN 2
-            WHEN contains(concat('|', lower(id), '|'), concat('|', short, '|')) THEN 2
-            WHEN contains(concat('|', whole, '|'), concat('|', lower(id), '|')) THEN 2
-            ELSE jaro_winkler_similarity(lower(id), whole) END AS likeness
-        FROM records, asked WHERE status != 'rejected')
-    WHERE likeness > 0.85 ORDER BY likeness DESC, record_no LIMIT 8
-"""
 
 
 def write_lookup(index: Path, lookup: Path) -> None:
@@ -87,15 +75,20 @@ def _build_lookup(index: Path) -> pa.Table:
             for name, kind in _COLUMNS.items():
                 column = rows[name].cast(kind)
                 columns[name].append(column.dictionary_encode() if name == "shard" else column)
-            database.register("ids", pa.table({"id": columns["id"][-1]}))
-            batch_hashes = database.sql(f"SELECT (md5_number(id) & {2**64 - 1})::UBIGINT AS hash FROM ids")
-            hashes.append(batch_hashes.fetchnumpy()["hash"])
+            hashes.append(_hash_all(database, columns["id"][-1]))
     records = {
         name: _one_chunk(pa.chunked_array(columns.pop(name), _LOOKUP_SCHEMA.field(name).type)) for name in _COLUMNS
     }
     all_hashes = np.concatenate(hashes)
     place = np.argsort(all_hashes, kind="stable")
     return pa.table({**records, "hash": all_hashes[place], "place": place}, _LOOKUP_SCHEMA)
+
+
+def _hash_all(database: "duckdb.DuckDBPyConnection", texts: pa.Array) -> np.ndarray:
+    """`hash_id` of each text: [n] uint64."""
+    database.register("texts", pa.table({"text": texts}))
+    query = f"SELECT (md5_number(text) & {2**64 - 1})::UBIGINT AS hash FROM texts"
+    return np.asarray(database.sql(query).fetchnumpy()["hash"], np.uint64)
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
@@ -158,9 +151,8 @@ class Index:
         self.path = folder / "index.parquet"
         try:
             self.bytes = self.path.stat().st_size
-            self._table = _map_lookup(folder / LOOKUP, self.bytes)
-            if self._table is None:  # a store of an earlier version has none
-                self._table = _build_lookup(self.path)
+            mapped = _map_lookup(folder / LOOKUP, self.bytes)
+            self._table = mapped if mapped is not None else _build_lookup(self.path)  # an earlier version wrote none
             columns = {name: _one_chunk(self._table[name]) for name in _LOOKUP_SCHEMA.names}
             names = columns["shard"].dictionary
             names.validate(full=True)
@@ -197,14 +189,42 @@ class Index:
                 yield place
             row += 1
 
+    def find_accession(self, wanted: str) -> Iterator[int]:
+        """The places of the records whose id has this accession, ascending."""
+        hashes, places = self._by_accession
+        first, end = (hashes.searchsorted(hash_id(wanted), side) for side in ("left", "right"))
+        yield from (place for place in places[first:end].tolist() if accession(self.id(place)) == wanted)
+
+    @cached_property
+    def _by_accession(self) -> tuple[np.ndarray, np.ndarray]:
+        """The hashes of all accessions in ascending order, and the place of each. Takes some seconds for ten million records."""
+        import duckdb
+
+        query = f"SELECT regexp_extract(id, '{ACCESSION}', 1) AS text FROM ids"
+        with duckdb.connect(config={"threads": 1}) as database:
+            database.register("ids", pa.table({"id": _one_chunk(self._table["id"])}))
+            texts = database.sql(query).to_arrow_table()["text"]
+            places = np.flatnonzero(pc.not_equal(texts, "").to_numpy())
+            hashes = _hash_all(database, texts.take(places))
+        order = np.argsort(hashes, kind="stable")
+        return hashes[order], places[order]
+
+    def hashes(self) -> np.ndarray:
+        """[N] by place: the hash of the record's id."""
+        hashes = np.empty_like(self._hash)
+        hashes[self._place] = self._hash
+        return hashes
+
     @cached_property
     def frame(self) -> "pd.DataFrame":
-        """All records, rejected ones too, in the FASTA file's order."""
-        import pandas as pd
+        """All records, rejected ones too, in the FASTA file's order. Digests are text."""
+        import pyarrow.parquet as pq
 
         self._require_unchanged()
         try:
-            return pd.read_parquet(self.path)
+            table = pq.read_table(self.path)
+            number = table.schema.get_field_index("digest")
+            return table.set_column(number, "digest", digest_names(table["digest"])).to_pandas()
         except _UNREADABLE as error:
             raise self.damaged() from error
 
@@ -238,8 +258,8 @@ class Index:
         if not same:
             raise LengthwiseError(f"{self.path.with_name(LOOKUP)}: damaged; remove it and run snakemake again")
 
-    def where(self, condition: str) -> np.ndarray:
-        """Evaluate a SQL condition over the columns of `frame`.
+    def where(self, condition: str, sequences: Path) -> np.ndarray:
+        """Evaluate a SQL condition: see `lengthwise.store.conditions.chosen`.
 
         Returns
         -------
@@ -248,56 +268,28 @@ class Index:
         Raises
         ------
         LengthwiseError
-            It is not a condition over these columns, or it reads anything other than these records.
+            It is not a condition over the records, or it reads anything else.
         """
-        import duckdb
-
-        records = self._sandboxed_database().view("records")
-        try:
-            chosen = records.project(f"record_no, ({condition}\n) AS chosen")
-            if chosen.columns != ["record_no", "chosen"] or chosen.types[1] != "BOOLEAN":
-                raise LengthwiseError(
-                    f"where({condition!r}): is not a condition; write one such as: length < 512 AND id LIKE 'sp|%'"
-                )
-            numbers = chosen.filter("chosen").project("record_no").fetchnumpy()["record_no"]
-        except duckdb.Error as error:
-            what = str(error).splitlines()[0]
-            raise LengthwiseError(
-                f"where({condition!r}): {what}; the columns are {', '.join(records.columns)}"
-            ) from error
-        return np.isin(self.record_no, numbers)
+        database = self._database(sequences if names_sequence(condition) else None)
+        return np.isin(self.record_no, chosen(database, condition))
 
     def explain(self, record_id: str) -> str:
         """Why there is no embedding under this id: the reason of its rejection, or similar ids."""
         import duckdb
 
-        asked = {"asked": record_id.encode("utf-8", "replace").decode()}
-        database = self._sandboxed_database()
         try:
-            rejected, similar = (
-                database.execute(query, asked).fetchall() for query in (_REJECTION_QUERY, _SIMILAR_QUERY)
-            )
+            return explain(self._database(), record_id)
         except duckdb.Error as error:
             raise self.damaged() from error
-        if rejected:
-            return f"{record_id!r} was rejected: {rejected[0][0]}"
-        names = list(dict.fromkeys(name for (name,) in similar))[:3]
-        return f"no record {record_id!r}" + (f"; near it: {', '.join(names)}" if names else "")
 
-    def _sandboxed_database(self) -> "duckdb.DuckDBPyConnection":
-        """A database with the view `records` and no access to other files, the network or Python variables."""
+    def _database(self, sequences: Path | None = None) -> "duckdb.DuckDBPyConnection":
         import duckdb
 
         self._require_unchanged()
-        database = duckdb.connect(config={"python_enable_replacements": "false"})
-        database.execute("SET allowed_paths = ?", [[str(self.path)]])
-        database.execute("SET enable_external_access = false")
         try:
-            database.read_parquet(str(self.path)).create_view("records")
+            return sandbox(self.path, sequences)
         except duckdb.Error as error:
             raise self.damaged() from error
-        database.execute("SET lock_configuration = true")
-        return database
 
     def _require_unchanged(self) -> None:
         if not self.path.exists() or self.path.stat().st_size != self.bytes:

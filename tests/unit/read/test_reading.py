@@ -157,7 +157,7 @@ def test_a_dataset_says_what_it_is(ds):
 
 
 def test_a_dataset_can_be_walked_through(ds):
-    assert [len(rows) for rows in ds] == [len(sequence) for sequence in EMBEDDED.values()]
+    assert [len(rows) for rows in ds.values()] == [len(sequence) for sequence in EMBEDDED.values()]
 
 
 def test_a_record_is_in_the_dataset_unless_it_was_rejected(ds):
