@@ -68,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--out", type=Path, default=Path("benchmark"), help="folder for tables and figures; rows too, for a while"
     )
+    emulated_help = "time types too that the device has no instructions for (slower than float32)"
+    bench.add_argument("--emulated", action="store_true", help=emulated_help)
+    esm_cpp_help = "virtual environment with esm-cpp (default: benchmark/esm-cpp); the command says how to make it"
+    bench.add_argument("--esm-cpp", type=Path, default=Path("benchmark/esm-cpp"), help=esm_cpp_help)
     bench.set_defaults(run=_benchmark)
     return parser
 

@@ -20,6 +20,7 @@ import torch
 
 from lengthwise.benchmark.card import description
 from lengthwise.benchmark.cell import Row
+from lengthwise.benchmark.contenders import Choice
 from lengthwise.benchmark.measure import OUT_OF_MEMORY, Benchmark, Limits
 from lengthwise.benchmark.sequences import random_sequences, read_fasta
 from lengthwise.benchmark.tables import markdown, write_figure, write_markdown, write_table
@@ -46,6 +47,7 @@ class Request:
     limits: Limits
     threads: int
     out: Path
+    choice: Choice
 
 
 def run(given: argparse.Namespace, measure: Callable[[Request], tuple[list[Row], str]] | None = None) -> int:
@@ -70,6 +72,7 @@ def run(given: argparse.Namespace, measure: Callable[[Request], tuple[list[Row],
             Limits(given.rounds, given.seconds, deadline),
             given.threads,
             given.out,
+            Choice(given.esm_cpp, given.emulated),
         )
         try:
             spawn = multiprocessing.get_context("spawn")
@@ -90,6 +93,7 @@ def measure_model(request: Request) -> tuple[list[Row], str]:
     set_threads(request.threads)
     samples = _samples(request)
     title = f"{request.name} on {description(request.device)}"
+    print(f"{title}: {_in_words(samples)}, {request.limits.rounds} rounds; tables in {request.out}", flush=True)
 
     def write(rows: list[Row]) -> None:
         write_table(rows, request.out / f"{request.name}.tsv")
@@ -103,7 +107,7 @@ def measure_model(request: Request) -> tuple[list[Row], str]:
         if request.checkpoint is None:
             write_weights(weights, MODELS[request.name])
         log = partial(print, flush=True)
-        rows = Benchmark(weights, samples, request.device, request.limits, work, write, log).run()
+        rows = Benchmark(weights, samples, request.device, request.limits, work, request.choice, write, log).run()
     finally:
         shutil.rmtree(work, ignore_errors=True)
     if rows:
@@ -121,6 +125,13 @@ def _samples(request: Request) -> dict[str, list[bytes]]:
             sequence for sequence, total in zip(sequences, totals, strict=True) if total <= request.residues
         ]
     }
+
+
+def _in_words(samples: dict[str, list[bytes]]) -> str:
+    return "; ".join(
+        f"{name}: {len(sequences):,} sequences, {sum(map(len, sequences)):,} residues"
+        for name, sequences in samples.items()
+    )
 
 
 def _work_folder(out: Path) -> Path:

@@ -1,6 +1,6 @@
 """The contenders of the benchmark: every installed engine, in each precision that it is timed in."""
 
-import importlib.util
+import importlib
 import itertools
 import shutil
 import tempfile
@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lengthwise.benchmark import peers
+from lengthwise.benchmark import esm_cpp, peers
 from lengthwise.benchmark.peers import Embed, Part
 from lengthwise.esm2.batching import cut_batches
+from lengthwise.esm2.devices import DTYPES
 from lengthwise.esm2.engine import Engine
+from lengthwise.esm2.model import onednn_serves
 from lengthwise.esm2.outputs import Output
 from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.ingest.digests import digest
@@ -25,6 +27,14 @@ RESIDUE, MEAN, DISK = "Lengthwise", "Lengthwise, means alone", "Lengthwise, to d
 SHARD_BYTES = 1 << 30  # the config's default
 # Larger models run in half precision alone, the type of their published checkpoints.
 FLOAT32_PARAMETERS = 1e9
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which contenders take part, where the user has a choice."""
+
+    esm_cpp: Path  # a virtual environment that has it, if it exists
+    emulated: bool = False  # types too that the device has no instructions for
 
 
 @dataclass(frozen=True)
@@ -52,9 +62,14 @@ class Contender:
 
 
 def contenders_of(
-    weights: Path, config: ModelConfig, device: torch.device, rows_folder: Path, log: Callable[[str], None]
+    weights: Path,
+    config: ModelConfig,
+    device: torch.device,
+    rows_folder: Path,
+    choice: Choice,
+    log: Callable[[str], None],
 ) -> Iterator[Contender]:
-    """The contenders that can run on a device with the packages that are installed.
+    """The chosen contenders that can run on a device with the packages that are installed.
 
     Parameters
     ----------
@@ -66,32 +81,56 @@ def contenders_of(
         Where to run.
     rows_folder
         Rows are written there, and removed.
+    choice
+        Who takes part.
     log
-        Takes a line about a contender that is left out.
+        Takes a line about each contender that is left out.
     """
     is_cuda = device.type == "cuda"
     production = "float16" if is_cuda else "float32"
-    yield Contender((EXTRACT,), "float32", True, partial(_load_peer, EXTRACT, peers.load_extract_loop, weights, device))
-    if importlib.util.find_spec("transformers"):
-        for precision in (production,) if is_cuda else ("float32", "bfloat16"):
-            load = partial(_load_peer, "transformers", peers.load_transformers, weights, config, device, precision)
-            yield Contender(("transformers",), precision, precision == production, load)
-        if importlib.util.find_spec("esm_cpp") and not is_cuda:
-            load = partial(_load_peer, "esm-cpp", peers.load_esm_cpp, weights, config)
-            yield Contender(("esm-cpp",), "float32", True, load)
     precisions = ["float16", "bfloat16"] if is_cuda else ["float32", "bfloat16"]
     if is_cuda and config.parameters < FLOAT32_PARAMETERS:
         precisions.append("float32")
+    if not choice.emulated:
+        for precision in [each for each in precisions if is_emulated(device, each)]:
+            precisions.remove(precision)
+            log(f"left out, {precision}: this device emulates it (--emulated times it all the same)")
+    yield Contender((EXTRACT,), "float32", True, partial(_load_peer, EXTRACT, peers.load_extract_loop, weights, device))
+    if error := _missing("transformers.models.esm"):
+        log(f"left out, transformers: {error}; the extra [benchmark] has it")
+    else:
+        for precision in (production,) if is_cuda else precisions:
+            load = partial(_load_peer, "transformers", peers.load_transformers, weights, config, device, precision)
+            yield Contender(("transformers",), precision, precision == production, load)
+    if not is_cuda and esm_cpp.python_of(choice.esm_cpp).exists():
+        load = partial(_load_peer, "esm-cpp", esm_cpp.load, weights, config, choice.esm_cpp, rows_folder)
+        yield Contender(("esm-cpp",), "float32", True, load)
+    elif not is_cuda:
+        log(f"left out, esm-cpp: it is not installed; {esm_cpp.how_to_install(choice.esm_cpp)}")
     names: tuple[str, ...] = (RESIDUE, MEAN, DISK)
-    try:
-        import lengthwise.jobs.pipeline  # noqa: F401
-    except ImportError as error:  # missing, or a pyarrow built for another numpy than the peers'
+    if error := _missing("lengthwise.jobs.pipeline"):
         log(f"left out, rows written to disk: {error}")
         names = names[:2]
     for precision in precisions:
         chosen = names if precision == production else names[:1]
         load = partial(_load_lengthwise, weights, config, device, precision, chosen, rows_folder)
         yield Contender(chosen, precision, precision == production, load)
+
+
+def _missing(module: str) -> str:
+    """Why a module cannot be imported: it or what it needs is missing, or of another version. Empty if it can."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
+def is_emulated(device: torch.device, precision: str) -> bool:
+    """Whether a device has no instructions for a type, so that it is slower than float32. torch knows."""
+    if device.type == "cuda":
+        return precision == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return precision != "float32" and not onednn_serves(DTYPES[precision])
 
 
 def _load_peer(name: str, load: Callable[..., Embed], *given: object) -> Loaded:

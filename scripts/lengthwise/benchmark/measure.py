@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from lengthwise.benchmark.cell import Cell, Row, errors_of, most_tokens, stride_of
-from lengthwise.benchmark.contenders import EXTRACT, Contender, Loaded, contenders_of
+from lengthwise.benchmark.contenders import EXTRACT, Choice, Contender, Loaded, contenders_of
 from lengthwise.benchmark.matmul import matmul_rate, synchronize
 from lengthwise.benchmark.peers import reference
+from lengthwise.benchmark.tables import said
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2 import checkpoint
 from lengthwise.esm2.devices import DTYPES, is_out_of_memory
@@ -63,6 +64,8 @@ class Benchmark:
         How much is measured.
     folder
         Rows are written there for a while.
+    choice
+        Who takes part.
     write
         Takes the rows so far, after each round.
     log
@@ -81,11 +84,12 @@ class Benchmark:
         device: torch.device,
         limits: Limits,
         folder: Path,
+        choice: Choice,
         write: Callable[[list[Row]], None],
         log: Callable[[str], None] = print,
     ):
         self.weights, self.device, self.limits = weights, device, limits
-        self.folder, self.write, self.log = folder, write, log
+        self.folder, self.choice, self.write, self.log = folder, choice, write, log
         self.config: ModelConfig = checkpoint.read(weights)[0]
         self.samples = {name: sorted(sequences, key=len) for name, sequences in samples.items()}
         self.cells: list[Cell] = []
@@ -97,7 +101,8 @@ class Benchmark:
         compared = first[:: max(1, len(first) // COMPARED_SEQUENCES)][:COMPARED_SEQUENCES]
         expected: list[np.ndarray] = []
         self._or_status("fair-esm's rows", lambda: expected.extend(reference(self.weights, compared, self.device)))
-        contenders = list(contenders_of(self.weights, self.config, self.device, self.folder, self.log))
+        chosen = contenders_of(self.weights, self.config, self.device, self.folder, self.choice, self.log)
+        contenders = list(chosen)
         for group in [[each] for each in contenders] if self.device.type == "cuda" else [contenders]:
             self._measure_group(group, compared, expected)
             gc.collect()
@@ -123,22 +128,35 @@ class Benchmark:
                 continue
             strides = {cell: self._stride(run, cell, sequences) for run, cell in pairs}
             for part in range(self.limits.rounds):
-                matmul_rates: dict[tuple[str, int], float] = {}
-                for run, cell in pairs:
-                    if not cell.status and sum(cell.seconds) <= self.limits.seconds:
-                        stride = strides[cell]
-                        some = sequences[part % min(stride, len(sequences)) :: stride]
-                        work = partial(self._pass, run, cell, some, matmul_rates)
-                        cell.status = self._or_status(f"{run.name}, {sample}", work)
-                        if run.name == EXTRACT:
-                            self.extract_rates[sample] = cell.rates
+                self._measure_round(part, sample, sequences, pairs, strides)
                 self.write(self.rows)
-                times = [
-                    f"{run.name} {run.contender.precision} {cell.seconds[part]:.2f} s"
-                    for run, cell in pairs
-                    if len(cell.seconds) > part
-                ]
-                self.log(f"{sample}, round {part + 1} of {self.limits.rounds}: {', '.join(times)}")
+
+    def _measure_round(
+        self,
+        part: int,
+        sample: str,
+        sequences: list[bytes],
+        pairs: list[tuple[_Run, Cell]],
+        strides: Mapping[Cell, int],
+    ) -> None:
+        """A pass of each contender that has time left; says the rate of those that are done."""
+        matmul_rates: dict[tuple[str, int], float] = {}
+        for run, cell in pairs:
+            if cell.status or sum(cell.seconds) > self.limits.seconds:
+                continue
+            some = sequences[part % min(strides[cell], len(sequences)) :: strides[cell]]
+            cell.status = self._or_status(f"{run.name}, {sample}", partial(self._pass, run, cell, some, matmul_rates))
+            if run.name == EXTRACT:
+                self.extract_rates[sample] = cell.rates
+            is_last = part + 1 == self.limits.rounds or sum(cell.seconds) > self.limits.seconds
+            if is_last and cell.seconds:
+                self.log(said(cell.row(self.extract_rates.get(sample, []))))
+        times = [
+            f"{run.name} {run.contender.precision} {cell.seconds[part]:.2f} s"
+            for run, cell in pairs
+            if len(cell.seconds) > part
+        ]
+        self.log(f"{sample}, round {part + 1} of {self.limits.rounds}: {', '.join(times)}")
 
     def _load(self, contender: Contender, compared: list[bytes], expected: list[np.ndarray]) -> list[_Run]:
         """Load a contender and compare its rows, which warms it up too; no runs if that fails."""
@@ -161,6 +179,7 @@ class Benchmark:
 
         if not self._has_time(what):
             return []
+        self.log(f"loading {what}")
         if status := self._or_status(what, load):
             failed = contender.names[len(runs) :]
             sample = next(iter(self.samples))

@@ -1,6 +1,5 @@
-"""The other engines: fair-esm, transformers and esm-cpp, each with the same weights."""
+"""The other engines in torch: fair-esm and transformers, with the same weights."""
 
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,7 +74,7 @@ def load_transformers(weights: Path, config: ModelConfig, device: torch.device, 
             model = EsmModel(_hugging_face_config(config), add_pooling_layer=False)
     finally:
         torch.set_default_dtype(default)
-    missing = model.load_state_dict(_hugging_face_tensors(weights), strict=False).missing_keys
+    missing = model.load_state_dict(hugging_face_tensors(weights), strict=False).missing_keys
     if wanted := [name for name in missing if not name.startswith(("embeddings.position", "contact_head"))]:
         raise LengthwiseError(
             f"benchmark: the installed transformers has another name for the weights {wanted[0]}; install another version"
@@ -94,36 +93,7 @@ def load_transformers(weights: Path, config: ModelConfig, device: torch.device, 
     return embed
 
 
-def load_esm_cpp(weights: Path, config: ModelConfig) -> Embed:
-    """esm-cpp's packed scheduler. It returns logits alone, so the first call, whose rows are compared, reads hidden states."""
-    import esm_cpp
-    from safetensors.torch import save_file
-
-    state = checkpoint.read(weights)[1]
-    tensors = {f"esm.{name}": tensor for name, tensor in _hugging_face_tensors(weights).items()}
-    tensors |= {
-        name: tensor for name, tensor in state.items() if name.startswith("lm_head.") and name != "lm_head.weight"
-    }
-    tensors["lm_head.decoder.weight"] = state["lm_head.weight"]
-    with tempfile.TemporaryDirectory() as folder:
-        _hugging_face_config(config).save_pretrained(folder)
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, Path(folder) / "model.safetensors")
-        model = esm_cpp.Model.load_from_safetensors(str(Path(folder) / "model.safetensors"))
-    is_first_call = True
-
-    def embed(sequences: list[bytes]) -> Iterator[Part]:
-        nonlocal is_first_call
-        tokens = [tokenize(sequence).astype(np.int32) for sequence in sequences]
-        if is_first_call:
-            is_first_call = False
-            yield Part([model.forward_with_hidden_states(each)[1][-1][1:-1] for each in tokens])
-        else:
-            model.forward_scheduled(tokens)
-
-    return embed
-
-
-def _hugging_face_tensors(weights: Path) -> dict[str, torch.Tensor]:
+def hugging_face_tensors(weights: Path) -> dict[str, torch.Tensor]:
     """The encoder of a fair-esm checkpoint under Hugging Face's names."""
     parts = {
         "self_attn_layer_norm": "attention.LayerNorm",

@@ -88,6 +88,13 @@ def _text(name: str, form: str, value: Value) -> str:
     return form.format(value / _UNITS[name] if name in _UNITS and not isinstance(value, str) else value)
 
 
+def said(row: Row) -> str:
+    """A measured row in a line, for the log."""
+    times = f", {row['times_extract']:.2f} times fair-esm's extract.py" if row["times_extract"] is not None else ""
+    rate = f"{row['residues_per_second']:,.0f} residues/s"
+    return f"{row['sample']}: {row['engine']}, {row['precision']}: {rate}{times}"
+
+
 def write_figure(rows: Sequence[Row], title: str, path: Path) -> None:
     """Draw a bar of residues per second for each row of the first sample; nothing where matplotlib is not installed."""
     try:

@@ -4,6 +4,7 @@ import argparse
 import csv
 import math
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -17,10 +18,10 @@ import psutil
 import pytest
 import torch
 
-from lengthwise.__main__ import main
+from lengthwise.__main__ import _parser, main
 from lengthwise.benchmark import card, command, contenders, matmul, peers, weights
 from lengthwise.benchmark.cell import stride_of, timed
-from lengthwise.benchmark.contenders import DISK, EXTRACT, MEAN, RESIDUE, Loaded
+from lengthwise.benchmark.contenders import DISK, EXTRACT, MEAN, RESIDUE, Choice, Loaded
 from lengthwise.benchmark.measure import Limits
 from lengthwise.benchmark.peers import Part
 from lengthwise.benchmark.sequences import random_sequences, read_fasta
@@ -47,7 +48,7 @@ ABSENT = (
     "h5py",
     "isal",
 )
-ABSENT += ("backports", "snakemake", "Bio")
+ABSENT += ("backports", "snakemake", "Bio", "transformers")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,10 @@ def table(folder: Path) -> list[dict]:
 
 def request(tiny: Path, out: Path, lengths=(60,), residues=3_000, **limits) -> command.Request:
     out.mkdir(exist_ok=True)
-    return command.Request("tiny", tiny, CPU, None, lengths, residues, Limits(**{"rounds": 2, **limits}), 2, out)
+    limits = Limits(**{"rounds": 2, **limits})
+    return command.Request(
+        "tiny", tiny, CPU, None, lengths, residues, limits, 2, out, Choice(out / "absent", emulated=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +76,7 @@ def rows(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
     fasta = folder / "in.fasta"
     fasta.write_text("".join(f">{i}\n{s.decode()}\n" for i, s in enumerate(random_sequences(60, 3000))) + ">bad\nM-K\n")
-    arguments = ["--checkpoint", str(tiny), "--fasta", str(fasta), "--rounds", "2"]
+    arguments = ["--checkpoint", str(tiny), "--fasta", str(fasta), "--rounds", "2", "--emulated", "--esm-cpp", "absent"]
     assert main(["benchmark", *arguments, "--device", "cpu", "--out", str(folder / "out")]) == 0
     assert (folder / "out" / "tiny.png").stat().st_size > 5_000
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["tiny.md", "tiny.png", "tiny.tsv"]
@@ -120,6 +124,7 @@ def test_every_length_is_measured_and_an_engine_embeds_what_its_time_suffices_fo
     assert {row["sample"] for row in table(tmp_path)} == {"60", "200"}
     for row in found:
         assert 0 < row["residues"] < 2_000_000
+    found = [row for row in found if row["engine"] != "transformers"]  # if it is installed
     assert {(row["engine"], row["precision"]) for row in found if row["sample"] == "200"} == {
         (EXTRACT, "float32"),
         *((name, "float32") for name in (RESIDUE, MEAN, DISK)),
@@ -206,7 +211,7 @@ def pid_of(_: command.Request) -> tuple[list, str]:
 def test_each_model_has_a_process_of_its_own(tmp_path, capsys):
     given = argparse.Namespace(device="cpu", minutes=1, out=tmp_path, checkpoint=None, model=["a", "b"], length=[60])
     given.residues = given.fasta = given.threads = None
-    given.rounds, given.seconds = 1, 1
+    given.rounds, given.seconds, given.emulated, given.esm_cpp = 1, 1, False, tmp_path
     assert command.run(given, pid_of) == 0
     pids = [line for line in capsys.readouterr().out.splitlines() if line.startswith("process ")]
     assert len({*pids, f"process {os.getpid()}"}) == 3
@@ -215,6 +220,50 @@ def test_each_model_has_a_process_of_its_own(tmp_path, capsys):
 def run_command(*arguments: object, **options) -> subprocess.Popen:
     command_line = [sys.executable, "-m", "lengthwise", "benchmark", *map(str, arguments)]
     return subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def test_each_engine_is_printed_as_it_ends_and_what_is_left_out_is_said(tiny, tmp_path, capsys):
+    found, title = command.measure_model(request(tiny, tmp_path, (60, 90), residues=600))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(
+        f"{title}: 60: 10 sequences, 600 residues; 90: 6 sequences, 540 residues, 2 rounds; tables in "
+    )
+    for row in found:
+        (end,) = (
+            i for i, x in enumerate(lines) if x.startswith(f"{row['sample']}: {row['engine']}, {row['precision']}: ")
+        )
+        assert f" {row['residues_per_second']:,.0f} residues/s, {row['times_extract']:.2f} times" in lines[end]
+        # By the last round's line the loading is long over.
+        loading, round_ends = f"loading {row['engine']}", f"{row['sample']}, round 2 of 2: "
+        assert next(i for i, x in enumerate(lines) if x.startswith(loading.split(",")[0])) < end
+        assert end < next(i for i, x in enumerate(lines) if x.startswith(round_ends))
+    (line,) = (line for line in lines if line.startswith("left out, esm-cpp: "))
+    assert line.endswith("esm_cpp_requirements.txt")
+
+
+def test_an_engine_whose_time_is_over_is_printed_once(tiny, tmp_path, capsys):
+    command.measure_model(request(tiny, tmp_path, residues=6_000, rounds=50, seconds=0.01))
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(f"60: {EXTRACT}, float32: ") for line in lines) == 1
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN can be limited on x86 alone")
+def test_a_type_that_the_device_emulates_is_left_out_unless_asked_for(tiny, tmp_path):
+    """oneDNN, limited to AVX2, has no products in bfloat16."""
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS), "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    for more, precisions in ((), {"float32"}), (("--emulated",), {"float32", "bfloat16"}):
+        arguments = ["--checkpoint", tiny, "--device", "cpu", "--out", tmp_path, "--residues", 600, "--rounds", 1]
+        said, _ = run_command(*arguments, *more, env=environment, cwd=tmp_path).communicate()
+        assert {row["precision"] for row in table(tmp_path)} == precisions
+        assert ("left out, bfloat16: this device emulates it" in said) == (not more)
+
+
+def test_git_ignores_the_folder_of_the_tables():
+    root = SCRIPTS.parent
+    (out,) = {_parser().parse_args(["benchmark"]).out, _parser().parse_args(["benchmark"]).esm_cpp.parent}
+    if not (root / ".git").exists():
+        pytest.skip("this is no clone")
+    assert subprocess.run(["git", "check-ignore", "-q", f"{out}/"], cwd=root).returncode == 0
 
 
 def test_a_killed_run_leaves_what_it_measured_and_no_process(tiny, tmp_path):
@@ -250,8 +299,10 @@ def test_torch_numpy_safetensors_and_fair_esm_suffice_with_three_more_for_rows_o
         for name in more:
             (stubs / f"{name}.py").write_text(f"raise ModuleNotFoundError('{name} is absent')\n")
         arguments = ["--checkpoint", tiny, "--device", "cpu", "--out", tmp_path, "--residues", 600, "--rounds", 1]
-        run = run_command(*arguments, env=environment)
-        assert run.wait() == 0, run.stdout.read()
+        run = run_command(*arguments, env=environment, cwd=tmp_path)
+        said, _ = run.communicate()
+        assert run.returncode == 0, said
+        assert "left out, transformers: transformers is absent; the extra [benchmark] has it" in said.splitlines()
         assert {row["engine"] for row in table(tmp_path)} == engines
 
 
