@@ -110,4 +110,4 @@ def test_a_job_that_its_control_group_kills_for_memory_is_named(project, job, sm
         f"lengthwise: error: embed, job {job}: killed for memory (oom_kill in {small_memory.parent}/"
     )
     assert "rose by 1; limit: 280 MB); it had asked for mem_mb=" in line
-    assert line.endswith("a smaller batch_tokens or fewer jobs at once (--resources gpu=1 mem_mb=280)")
+    assert line.endswith("residency: streamed or fewer jobs at once (--resources gpu=1 mem_mb=280)")

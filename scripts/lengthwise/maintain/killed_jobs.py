@@ -157,13 +157,13 @@ def _error_line(jobs: list[tuple[FailedJob, _End]]) -> str:
 
 
 def _advice(job: FailedJob, end: _End) -> str:
-    smaller_batches = ["a smaller batch_tokens"] if job.rule.endswith("embed") else []
+    less_memory = ["a smaller batch_tokens", "residency: streamed"] if job.rule.endswith("embed") else []
     match end.kind:
         case "memory" if not end.in_slurm:
             fewer_jobs = f"fewer jobs at once (--resources gpu=1 mem_mb={round(host_total() / 1e6)})"
-            return _run_again("more memory", *smaller_batches, fewer_jobs)
+            return _run_again("more memory", *less_memory, fewer_jobs)
         case "memory":
-            return _run_again(*_larger_requests(job, "mem_mb"), *smaller_batches)
+            return _run_again(*_larger_requests(job, "mem_mb"), *less_memory)
         case "time":
             return _run_again(*_larger_requests(job, "runtime"))
         case "unknown":

@@ -154,7 +154,7 @@ def test_a_job_that_gave_its_reason_gets_no_second_line(run):
     [
         (
             "killed by SLURM's own sampling",
-            f"{MEMORY_ADVICE}, more --retries (each asks for more) or a smaller batch_tokens",
+            f"{MEMORY_ADVICE}, more --retries (each asks for more), a smaller batch_tokens or residency: streamed",
         ),
         ("out of time", f"{MEMORY_ADVICE.replace('mem_mb=800', 'runtime=60')} or more --retries (each asks for more)"),
         ("a node failed", "run again, or with more --retries"),
@@ -228,7 +228,8 @@ def test_a_kill_for_memory_on_this_machine_is_known_by_the_kernels_count(run, co
     (line,) = run.lines(run.job(mark={}))
     assert line == (
         f"embed, job {JOB}: killed for memory (oom_kill in {COUNTER} rose by 1; limit: 2.0 GB); it had asked for mem_mb=400,"
-        " runtime=30: run again with more memory, a smaller batch_tokens or fewer jobs at once (--resources gpu=1 mem_mb=2000)"
+        " runtime=30: run again with more memory, a smaller batch_tokens, residency: streamed or fewer jobs at once"
+        " (--resources gpu=1 mem_mb=2000)"
     )
 
 
