@@ -1,5 +1,7 @@
 """Weights streamed to a pretended card: its order, its memory, and the numbers of the resident engine."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,12 @@ from order import Event, OutOfOrder, Stream
 from pretend import Card, Device
 from rehearsal import BATCHES, HOPPER, OUTPUTS, TURING, load, pretended, random_sequences, rows
 
+from lengthwise.esm2 import streamed
 from lengthwise.esm2.checkpoint import write_random
 from lengthwise.esm2.devices import DTYPES
 from lengthwise.esm2.outputs import Output
-from lengthwise.esm2.residency import layer_bytes
-from lengthwise.esm2.shapes import ModelConfig
+from lengthwise.esm2.residency import LAYERS_ON_HOST, PINNED_SHARE, layer_bytes
+from lengthwise.esm2.shapes import MEMORY_MARGIN, ModelConfig
 from lengthwise.esm2.status import Status
 from lengthwise.esm2.streamed import StreamedEngine, open_engine
 
@@ -48,6 +51,52 @@ def test_compiled_layers_stream_too(weights):
         (result,) = engine.embed(BATCHES[:1])
         assert (result.status == Status.GOOD).all()
         assert device.counts["compile"] > 0
+
+
+def test_compiling_reads_two_layers_once_and_its_time_is_no_waves(weights, monkeypatch):
+    read, load_layer = [], streamed.load_layer
+    monkeypatch.setattr(
+        streamed,
+        "load_layer",
+        lambda path, index, *rest, **more: read.append(index) or load_layer(path, index, *rest, **more),
+    )
+    with pretended():
+        engine = stream(weights, compile=True)
+    assert engine.model.compiled
+    assert read == [0, 1]
+    assert engine.output.layers == (5, 6)
+    assert engine.flops_per_second is None
+
+
+def test_results_of_a_wave_are_no_more_than_the_host_holds_in_pinned_memory(weights, monkeypatch):
+    output = Output((5, 6), OUTPUTS, "float32")
+
+    def pinned(wave):
+        # In two layers: a row of float32 for each residue, and two for each sequence, its mean and BOS.
+        return 2 * 4 * SHAPE.embed_dim * sum(len(batch.tokens) for batch in wave)
+
+    room = 2 * 4 * SHAPE.embed_dim * 500
+    free = (room / PINNED_SHARE + LAYERS_ON_HOST * layer_bytes(SHAPE, 4)) / MEMORY_MARGIN
+    monkeypatch.setattr(streamed, "host_available", lambda: free + 1)
+    waves, through = [], StreamedEngine._through_layers
+    monkeypatch.setattr(StreamedEngine, "_through_layers", lambda self, wave: waves.append(wave) or through(self, wave))
+    with pretended():
+        engine = StreamedEngine(weights, CUDA, "float16", output)
+        (*_, last) = engine.embed(BATCHES)
+    assert sum(array.nbytes for array in last.arrays.values()) == pinned(waves[-1][-1:])
+    for wave, following in itertools.pairwise(waves):
+        assert pinned(wave) <= room or len(wave) == 1
+        assert pinned([*wave, following[0]]) > room
+
+
+def test_the_speed_of_a_wave_is_measured_so_that_the_next_lasts_no_longer_than_it_should(weights):
+    with pretended():
+        engine = stream(weights)
+        assumed = engine._wave_limits()[0]
+        results = list(engine.embed(BATCHES[:2]))
+    assert engine.flops_per_second > 0
+    assert engine._wave_limits()[0] != assumed
+    assert all(result.wall_ms > 0 for result in results)
 
 
 def test_within_a_wave_the_host_waits_for_nothing_but_the_loading_thread_for_room(weights):

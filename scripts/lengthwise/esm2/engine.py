@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from weakref import WeakSet
 
@@ -63,6 +64,7 @@ class Engine:
     """
 
     leaves_more_memory = ", or here with residency: streamed"  # what a user may try, in words
+    twin_residency = "auto"  # float32 may not fit where half precision does
 
     def __init__(self, checkpoint: Path, device: torch.device, precision: str, output: Output, compile: bool = False):
         self.checkpoint = checkpoint
@@ -147,7 +149,7 @@ class Engine:
         if self.twin is None:
             from lengthwise.esm2.streamed import open_engine  # here: a streamed engine is an engine
 
-            self.twin = open_engine(self.checkpoint, self.device, "float32", self.output)
+            self.twin = open_engine(self.checkpoint, self.device, "float32", self.output, residency=self.twin_residency)
         return self.twin
 
     def auto_batch_tokens(self) -> int:
@@ -195,16 +197,19 @@ class Engine:
         return free, fitting_tokens(free, self.bytes_per_token, AUTO_BATCH_TOKENS["cuda"])
 
     def _compile(self) -> None:
-        """Compile the layers in passes of the usual size: inductor chooses the kernels' launch configurations in the first."""
+        """Compile the layers in passes of the usual size: inductor chooses the kernels' launch configurations in the first.
+
+        Two layers have all the parts that are compiled.
+        """
         began = time.perf_counter()
         self.model.compile()
         tokens = self._fitting_tokens()[1] if self.device.type == "cuda" else AUTO_BATCH_TOKENS["cpu"]
+        output, self.output = self.output, replace(self.output, layers=(min(2, self.model.config.num_layers),))
         try:
             if self.precision == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
                 raise RuntimeError("torch compiles nothing in bfloat16 for this GPU, which emulates it")
-            for n in (tokens // 302, tokens // 604):
-                # An odd number of tokens is no other size of the model, which torch would take to be the same.
-                list(self.embed([[b"A" * 300] * (n - 1) + [b"A" * 299]]))
+            # An odd number of tokens is no other size of the model, which torch would take to be the same.
+            list(self.embed([b"A" * 300] * (n - 1) + [b"A" * 299] for n in (tokens // 302, tokens // 604)))
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -215,6 +220,8 @@ class Engine:
             )
         else:
             log.info("compiled the layers in %.1f s", time.perf_counter() - began)
+        finally:
+            self.output = output
 
     def _prepare(self, sequences: list[bytes]) -> Batch:
         """Tokenise a batch; runs on a thread while the device computes."""
@@ -234,8 +241,12 @@ class Engine:
             if n == 1:
                 return StartedBatch([self._does_not_fit(batch)], 1)
             self.token_limit = len(batch.tokens) - 1
-        halves = [self._start(self._prepare(half)) for half in (batch.sequences[: n // 2], batch.sequences[n // 2 :])]
+        halves = [self._start(half) for half in self._halves(batch)]
         return StartedBatch([part for half in halves for part in half.passes], 1 + sum(h.oom_splits for h in halves))
+
+    def _halves(self, batch: Batch) -> list[Batch]:
+        middle = len(batch.sequences) // 2
+        return [self._prepare(half) for half in (batch.sequences[:middle], batch.sequences[middle:])]
 
     def _start_unsplit(self, batch: Batch) -> StartedBatch | None:
         """One forward pass of the whole batch; None if memory does not hold it."""

@@ -58,7 +58,7 @@ class Pass:
         """Wait for the copies to the host, then release the device's memory."""
         if self.copied is not None:
             self.copied.synchronize()
-        self.on_device = None
+        self.copied = self.on_device = None
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,17 @@ class Timer:
             self.began_meanwhile = self.events[0].query()
         self.seconds.append(time.perf_counter())
 
-    def elapsed_ms(self) -> float:
-        return self.events[0].elapsed_time(self.events[1]) if self.events else self._host_ms()
+    def elapsed_ms(self, since: "Timer | None" = None) -> float:
+        """Milliseconds from the creation of `since`, or its own, to `stop`."""
+        first = since or self
+        return first.events[0].elapsed_time(self.events[1]) if self.events else first._host_ms(self)
 
     def wait_launch_ms(self) -> float:
         """The most that the GPU may have waited for launches: none if it began after the last of them."""
-        return min(self.elapsed_ms(), self._host_ms()) if self.began_meanwhile else 0.0
+        return min(self.elapsed_ms(), self._host_ms(self)) if self.began_meanwhile else 0.0
 
-    def _host_ms(self) -> float:
-        return (self.seconds[1] - self.seconds[0]) * 1000
+    def _host_ms(self, last: "Timer") -> float:
+        return (last.seconds[1] - self.seconds[0]) * 1000
 
 
 def _recorded_event() -> torch.cuda.Event:

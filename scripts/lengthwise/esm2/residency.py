@@ -4,6 +4,7 @@ Streamed, all batches of a wave pass through a layer before the next one: its we
 wave computes with them the next layer's are read. Two layers' weights and the sums of the wave are in memory. Imports no torch.
 """
 
+from math import ceil
 from typing import TYPE_CHECKING, overload
 
 from lengthwise.esm2.costs import ASSUMED_FLOPS
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 WAVE_SECONDS = 300.0
 # Layers in memory: one that computes, one that is loaded, and what loading takes beside: the checkpoint's pages and a copy.
 LAYERS_HELD = {"cpu": 4, "cuda": 2}
+# On a GPU's host, in float32 at most: the layer that is read, its copy in the compute type, and two in pinned memory.
+LAYERS_ON_HOST = 4
+# torch rounds a tensor in pinned memory up to a power of two.
+PINNED_SHARE = 0.5
 # Bytes of a checkpoint that are read in a second, on the slow side; a wave is no shorter than reading all layers takes.
 WEIGHTS_PER_SECOND = {"cpu": 0.5e9, "cuda": 2e9}
 
@@ -77,23 +82,21 @@ def wave_bytes(
     """
     most = tokens_in_time(shape, device, itemsize)
     in_a_wave = min(tokens, most) if isinstance(tokens, int) else tokens.clip(upper=most)
-    return LAYERS_HELD[device] * layer_bytes(shape, itemsize) + in_a_wave * _wave_bytes_per_token(shape, stored_bytes)
+    return LAYERS_HELD[device] * layer_bytes(shape, itemsize) + in_a_wave * (sums_bytes(shape) + stored_bytes)
 
 
-def _wave_bytes_per_token(shape: ModelConfig, stored_bytes: int) -> int:
-    """The residual sums and the angles in float32, and the results."""
-    return 4 * shape.embed_dim + 4 * shape.head_dim + stored_bytes
+def sums_bytes(shape: ModelConfig) -> int:
+    """The residual sums of a token and its angles, in float32."""
+    return 4 * shape.embed_dim + 4 * shape.head_dim
 
 
-def tokens_in_memory(
-    shape: ModelConfig, device: str, itemsize: int, stored_bytes: int, free_bytes: float, beside_bytes: float
-) -> int:
-    """Tokens of a wave that memory holds, one at least.
+def room_for_wave(shape: ModelConfig, device: str, itemsize: int, free_bytes: float, beside_bytes: float) -> float:
+    """Bytes that a device has for the sums and the results of a wave.
 
     Parameters
     ----------
-    shape, itemsize, stored_bytes
-        As of `ModelConfig.bytes_per_token`; the results of a whole wave wait in memory.
+    shape, itemsize
+        As of `ModelConfig.bytes_per_token`.
     device
         cpu or cuda.
     free_bytes
@@ -101,8 +104,21 @@ def tokens_in_memory(
     beside_bytes
         What computing takes beside weights and sums.
     """
-    left = MEMORY_MARGIN * free_bytes - LAYERS_HELD[device] * layer_bytes(shape, itemsize) - beside_bytes
-    return max(1, int(left / _wave_bytes_per_token(shape, stored_bytes)))
+    return MEMORY_MARGIN * free_bytes - LAYERS_HELD[device] * layer_bytes(shape, itemsize) - beside_bytes
+
+
+def room_for_results(shape: ModelConfig, free_bytes: float) -> float:
+    """Bytes that a GPU's host has for the results of a wave, which wait in pinned memory; of the host's free memory."""
+    return PINNED_SHARE * (MEMORY_MARGIN * free_bytes - LAYERS_ON_HOST * layer_bytes(shape, 4))
+
+
+def streamed_seconds(shape: ModelConfig, computing: float, reading: float) -> float:
+    """Seconds of a job that computes for `computing` seconds and reads all weights in `reading`, with streamed weights.
+
+    Of a wave's layers all but the first are read beside the work.
+    """
+    waves = max(1, ceil(computing / max(WAVE_SECONDS, reading)))
+    return max(computing, waves * reading) + waves * reading / shape.num_layers
 
 
 def tokens_in_time(
@@ -117,7 +133,7 @@ def tokens_in_time(
     Parameters
     ----------
     shape, device, itemsize
-        As of `tokens_in_memory`.
+        As of `room_for_wave`.
     flops_per_second, read_seconds
         Measured, if they are: speed without waiting for weights, and the time of reading them.
     """

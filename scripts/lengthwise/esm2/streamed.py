@@ -6,11 +6,13 @@ memory and on a stream of its own. The sums of a wave stay on the device, and be
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -18,7 +20,6 @@ from torch import Tensor
 
 from lengthwise.esm2.batching import prefetch
 from lengthwise.esm2.checkpoint import load_ends, load_layer, read
-from lengthwise.esm2.costs import result_bytes_per_token
 from lengthwise.esm2.devices import DTYPES
 from lengthwise.esm2.engine import Engine, free_bytes
 from lengthwise.esm2.meters import Peaks
@@ -30,10 +31,13 @@ from lengthwise.esm2.residency import (
     computing_bytes,
     fits_resident,
     layer_bytes,
-    tokens_in_memory,
+    room_for_results,
+    room_for_wave,
+    sums_bytes,
     tokens_in_time,
 )
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MOST_AT_ONCE
+from lengthwise.system.machine import host_available
 
 log = logging.getLogger("lengthwise")
 # Smaller products do not keep a core busy.
@@ -86,30 +90,34 @@ class _Between:
 
 
 _Wave = list[_Between | None]  # None: memory did not hold the batch beside the others
+_Part = tuple[int, int, Batch]  # of a wave's batches the number, of its sequences the first, and these
 
 
 class StreamedEngine(Engine):
     """An engine that has two layers' weights in memory: one that computes, and the next, which is being loaded."""
 
-    leaves_more_memory = ""
+    leaves_more_memory, twin_residency = "", "streamed"
     # Of the last wave: speed while it computed, and how long reading its weights took.
     flops_per_second: float | None = None
     read_seconds = 0.0
-    # Of a wave, by what was free before the first: what a wave frees the allocator may keep.
-    memory_tokens: int | None = None
+    # For a wave, on the device and on a GPU's host, by what was free before the first: what it frees the allocators may keep.
+    rooms: tuple[float, float] | None = None
 
     def _load(self) -> ESM2:
         if self.device.type == "cuda":
             self.weights = torch.cuda.Stream(self.device)
         return load_ends(self.checkpoint, self.device)
 
+    def _compile(self) -> None:
+        super()._compile()
+        self.flops_per_second = None  # the time of compiling is in it
+
     def embed(self, batches: Iterable[list[bytes]]) -> Iterator[BatchResult]:
         """Embed batches, in order. Those of a wave come together."""
         for wave in self._cut_waves(prefetch(self._prepare, batches)):
             started = self._start_wave([batch for batch, _ in wave])
-            for number, (batch, waited_ms) in enumerate(wave):
-                yield self._finish(started[number] or self._start(batch), waited_ms)
-                started[number] = None  # its results may be large
+            for _, waited_ms in wave:
+                yield self._finish(started.popleft(), waited_ms)  # popped: its results may be large
 
     def auto_batch_tokens(self) -> int:
         """Tokens per batch where the config says `auto`, by the formula: a measured pass would read all weights.
@@ -118,7 +126,10 @@ class StreamedEngine(Engine):
         """
         if self.device.type == "cuda":
             return self._fitting_tokens()[1]
-        return max(MIN_BATCH_TOKENS, min(AUTO_BATCH_TOKENS["cpu"], min(self._wave_tokens()) // self.at_once))
+        in_time, (room, _) = self._wave_limits()
+        usual = self._prepare([b"A" * 300])
+        in_memory = int(room / self._bytes_of([usual])[0] * len(usual.tokens))
+        return max(MIN_BATCH_TOKENS, min(AUTO_BATCH_TOKENS["cpu"], min(in_time, in_memory) // self.at_once))
 
     def _fitting_tokens(self) -> tuple[float, int]:
         """Half of the memory that layers leave is for a batch, the other half for the sums of a wave."""
@@ -128,40 +139,96 @@ class StreamedEngine(Engine):
     def _cut_waves(self, prepared: Iterable[tuple[Batch, float]]) -> Iterator[list[tuple[Batch, float]]]:
         """Batches in waves, each of what memory and time allow when it begins; a batch for each core if memory holds them."""
         wave: list[tuple[Batch, float]] = []
-        tokens, in_time, in_memory = 0, 0, 0
         for batch, waited_ms in prepared:
-            with_it = tokens + len(batch.tokens)
-            if wave and (with_it > in_memory or (with_it > in_time and len(wave) >= self.at_once)):
+            if wave and self._is_full([before for before, _ in wave], batch):
                 yield wave
-                wave, tokens = [], 0
-            if not wave:
-                in_time, in_memory = self._wave_tokens()
+                wave = []
             wave.append((batch, waited_ms))
-            tokens += len(batch.tokens)
         if wave:
             yield wave
 
-    def _wave_tokens(self) -> tuple[int, int]:
-        """Tokens of a wave by time, and by memory."""
-        shape, output, itemsize = self.model.config, self.output, DTYPES[self.precision].itemsize
-        if self.memory_tokens is None:
-            stored_bytes = result_bytes_per_token(shape.embed_dim, 1, output.outputs, output.stored_dtype.itemsize)
-            beside = computing_bytes(shape, self.device.type, itemsize, self.at_once)
+    def _is_full(self, wave: list[Batch], following: Batch) -> bool:
+        """Whether memory or time does not allow the following batch in a wave."""
+        in_time, rooms = self._wave_limits()
+        with_it = [*wave, following]
+        exceeds = any(needed > room for needed, room in zip(self._bytes_of(with_it), rooms, strict=True))
+        return exceeds or (len(wave) >= self.at_once and sum(len(batch.tokens) for batch in with_it) > in_time)
+
+    def _wave_limits(self) -> tuple[int, tuple[float, float]]:
+        """Tokens of a wave by time, and its bytes by memory: on the device, and on a GPU's host."""
+        shape, itemsize = self.model.config, DTYPES[self.precision].itemsize
+        if self.rooms is None:
+            beside, on_host = computing_bytes(shape, self.device.type, itemsize, self.at_once), 0.0
             if self.device.type == "cuda":
                 beside = self._fitting_tokens()[1] * self.bytes_per_token
-            free, stored_bytes = free_bytes(self.device), stored_bytes * len(output.layers)
-            self.memory_tokens = tokens_in_memory(shape, self.device.type, itemsize, stored_bytes, free, beside)
+                on_host = room_for_results(shape, host_available())
+            self.rooms = room_for_wave(shape, self.device.type, itemsize, free_bytes(self.device), beside), on_host
         in_time = tokens_in_time(shape, self.device.type, itemsize, self.flops_per_second, self.read_seconds)
-        return in_time, self.memory_tokens
+        return in_time, self.rooms
 
-    def _start_unsplit(self, batch: Batch) -> StartedBatch | None:
-        return self._start_wave([batch])[0]
+    def _bytes_of(self, batches: Sequence[Batch]) -> tuple[int, int]:
+        """What a wave's sums and results take on the device, and its results on a GPU's host."""
+        tokens, sequences = sum(len(batch.tokens) for batch in batches), sum(len(batch.sequences) for batch in batches)
+        results = self.output.bytes_of(self.model.config.embed_dim, tokens, sequences)
+        return sums_bytes(self.model.config) * tokens + results, results if self.device.type == "cuda" else 0
+
+    def _start_wave(self, batches: list[Batch]) -> deque[StartedBatch]:
+        """The forward passes of a wave. What memory did not hold beside the rest goes through the layers again, together.
+
+        If it holds nothing of a wave, batches are halved, and sequences are tried alone.
+        """
+        passes: list[dict[int, Pass]] = [{} for _ in batches]  # {first sequence: its pass}
+        too_long = [0] * len(batches)
+        waves = deque([[part for number, batch in enumerate(batches) for part in self._parts((number, 0, batch))]])
+        again, held = None, 0
+        while waves:
+            wave = waves.popleft()
+            computed, refused = self._compute(wave)
+            for (number, first, _), one in computed:
+                passes[number][first] = one
+            held = max(held, self._bytes_of([batch for (_, _, batch), _ in computed])[0])
+            if computed and wave is again:  # beside fewer others: later waves are no larger than what memory held
+                rooms = self._wave_limits()[1]
+                self.rooms = min(rooms[0], held), rooms[1]
+            if computed and refused:
+                waves.append(again := refused)
+            elif whole := [batch for *_, batch in refused if len(batch.sequences) > 1]:
+                self.token_limit = max(len(half.tokens) for batch in whole for half in self._halves(batch))
+                waves.append([piece for part in refused for piece in self._parts(part)])
+            elif len(refused) > 1:
+                waves.extend([part] for part in refused)
+            elif refused:
+                ((number, first, batch),) = refused
+                passes[number][first] = self._does_not_fit(batch)
+                too_long[number] += 1
+        return deque(
+            StartedBatch([one for _, one in sorted(parts.items(), key=itemgetter(0))], len(parts) - 1 + lost)
+            for parts, lost in zip(passes, too_long, strict=True)
+        )
+
+    def _parts(self, part: _Part) -> list[_Part]:
+        """A part of a wave, cut where it is larger than what memory held before."""
+        number, first, batch = part
+        if len(batch.sequences) == 1 or len(batch.tokens) <= self.token_limit:
+            return [part]
+        left, right = self._halves(batch)
+        return self._parts((number, first, left)) + self._parts((number, first + len(left.sequences), right))
+
+    def _compute(self, wave: list[_Part]) -> tuple[list[tuple[_Part, Pass]], list[_Part]]:
+        """The parts of a wave that memory held, with their passes, and the others."""
+        for _ in range(2):  # if it held none, the second time after all other memory was released
+            found = list(zip(wave, self._through_layers([batch for *_, batch in wave]), strict=True))
+            computed = [(part, one) for part, one in found if one is not None]
+            if len(computed) < len(found):
+                self._release_memory()
+            if computed:
+                break
+        return computed, [part for part, one in found if one is None]
 
     @torch.inference_mode()
-    def _start_wave(self, batches: list[Batch]) -> list[StartedBatch | None]:
-        """The forward passes of a wave; None for a batch that memory did not hold beside the others."""
-        began, waited_ms = time.perf_counter(), 0.0
-        self.read_seconds = 0.0
+    def _through_layers(self, batches: list[Batch]) -> list[Pass | None]:
+        """A forward pass of each batch, layer by layer; None for a batch that memory did not hold beside the others."""
+        waited_ms, self.read_seconds = 0.0, 0.0
         with self.memory.measure() as peaks, self._cores() as run:
             wave: _Wave = [if_memory_holds(self._begin, batch) for batch in batches]
             for index, (layer, layer_waited_ms) in enumerate(self._stream_layers(), start=1):
@@ -170,21 +237,30 @@ class StreamedEngine(Engine):
                 del layer
                 if not any(wave):
                     break
-            started = [None if one is None else if_memory_holds(self._end, one, peaks) for one in wave]
-        seconds, shape = time.perf_counter() - began, self.model.config
-        flops = [sum(shape.flops(len(sequence)) for sequence in batch.sequences) for batch in batches]
-        tokens, waited = sum(len(batch.tokens) for batch in batches), waited_ms / 1000
-        for one, own in zip(started, flops, strict=True):
-            if one is not None:
-                one.wall_ms = 1000 * seconds * own / sum(flops)
-        if self.device.type == "cpu":
-            # A GPU's host launches ahead: what it waits for is room for the next layer.
-            self.flops_per_second = sum(flops) / max(seconds - waited, 1e-9)
-            share = waited / seconds
-            log.info("a wave of %s tokens: %.1f s, %.0f %% waiting for weights", f"{tokens:,}", seconds, 100 * share)
-        else:
-            log.info("a wave of %s tokens: launched in %.1f s", f"{tokens:,}", seconds)
-        return [None if one is None else StartedBatch([one], 0) for one in started]
+            passes = [None if one is None else if_memory_holds(self._end, one, peaks) for one in wave]
+        computed = [(batch, one) for batch, one in zip(batches, passes, strict=True) if one is not None]
+        if computed:
+            self._measure(computed, waited_ms)
+        return passes
+
+    def _measure(self, wave: list[tuple[Batch, Pass]], waited_ms: float) -> None:
+        """Wait for a wave; note its speed, and give each batch its share of the time by its operations."""
+        shape, first = self.model.config, wave[0][1].timers[0]
+        for _, one in wave:
+            one.settle()
+        wall_ms = max(one.timers[-1].elapsed_ms(since=first) for _, one in wave)
+        if self.device.type == "cuda":  # the host launched ahead, so by the GPU's own clock
+            waited_ms = wall_ms - sum(timer.elapsed_ms() for _, one in wave for timer in one.timers)
+        flops = [sum(shape.flops(len(sequence)) for sequence in batch.sequences) for batch, _ in wave]
+        for (_, one), own in zip(wave, flops, strict=True):
+            one.wall_ms = wall_ms * own / sum(flops)
+        self.flops_per_second = 1000 * sum(flops) / max(wall_ms - waited_ms, 1e-6)
+        log.info(
+            "a wave of %s tokens: %.1f s, %.0f %% waiting for weights",
+            f"{sum(len(batch.tokens) for batch, _ in wave):,}",
+            wall_ms / 1000,
+            100 * waited_ms / wall_ms,
+        )
 
     def _begin(self, batch: Batch) -> _Between:
         tokens, packing = self._on_device(batch)

@@ -6,7 +6,7 @@ Generous where nothing was measured; retries multiply memory and minutes (`workf
 import numpy as np
 import pandas as pd
 
-from lengthwise.esm2.residency import LAYERS_HELD, layer_bytes, wave_bytes
+from lengthwise.esm2.residency import LAYERS_HELD, LAYERS_ON_HOST, layer_bytes, wave_bytes
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MOST_AT_ONCE
 from lengthwise.plan.process import PARITY_SECONDS, PARITY_SHARE, PROCESS_BYTES, START_SECONDS
 from lengthwise.store.settings import shape_of
@@ -64,10 +64,10 @@ def _host_memory_bytes(jobs: pd.DataFrame, settings: dict, checkpoint_bytes: int
     itemsize = 4 if settings["precision"] == "float32" else 2
     stored_bytes = shape.embed_dim * len(settings["layers"]) * 4
     if streamed:
-        # On a GPU's host: the layer that is read, a copy in the compute type, and two in pinned memory.
         tokens = jobs["residues"] + 2 * jobs["sequences"]
-        on_cpu = device == "cpu"
-        total += wave_bytes(shape, device, itemsize, stored_bytes, tokens) if on_cpu else 4 * layer_bytes(shape, 4)
+        of_wave = wave_bytes(shape, device, itemsize, stored_bytes, tokens)
+        # On a GPU's host a wave is what room there is for results.
+        total += of_wave if device == "cpu" else LAYERS_ON_HOST * layer_bytes(shape, 4)
     else:
         total += checkpoint_bytes  # mapped into memory while it loads
         total += shape.parameters * itemsize if device == "cpu" else 0

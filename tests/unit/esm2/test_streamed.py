@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from lengthwise.esm2 import residency, streamed
 from lengthwise.esm2.checkpoint import write_random
 from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.outputs import Output
-from lengthwise.esm2.shapes import MODELS, ModelConfig
+from lengthwise.esm2.shapes import MEMORY_MARGIN, MODELS, ModelConfig
 from lengthwise.esm2.status import Status
 from lengthwise.esm2.streamed import StreamedEngine, open_engine
 from lengthwise.esm2.tokens import RESIDUES
@@ -42,6 +43,19 @@ def batches():
     return [[bytes(rng.choices(RESIDUES, k=length)) for length in each] for each in lengths]
 
 
+@pytest.fixture
+def layers_read(monkeypatch):
+    """The layers that are read, in order."""
+    read, load = [], streamed.load_layer
+
+    def noted(path, index, *rest, **options):
+        read.append(index)
+        return load(path, index, *rest, **options)
+
+    monkeypatch.setattr(streamed, "load_layer", noted)
+    return read
+
+
 def embed(engine, batches):
     return list(engine.embed(batches))
 
@@ -62,6 +76,15 @@ def test_the_numbers_are_those_of_the_resident_order_to_the_bit(weights, batches
     assert_same(embed(StreamedEngine(weights, CPU, precision, output), batches), expected)
 
 
+@pytest.mark.parametrize("outputs", [("residue", "mean", "bos"), ("mean",), ("residue",)], ids=str)
+def test_the_bytes_of_results_are_what_is_stored(weights, batches, outputs):
+    output = Output((0, 4), outputs, "float16")
+    for batch, result in zip(batches, embed(Engine(weights, CPU, "float32", output), batches), strict=True):
+        tokens = sum(len(sequence) + 2 for sequence in batch)
+        stored = sum(array.nbytes for array in result.arrays.values())
+        assert output.bytes_of(SHAPE.embed_dim, tokens, len(batch)) == stored
+
+
 @pytest.mark.parametrize("at_once", [1, 2])
 @pytest.mark.parametrize("in_memory", [1, 500, 10**9])
 @pytest.mark.parametrize("in_time", [1, 100, 500, 10**9])
@@ -73,24 +96,36 @@ def test_a_wave_ends_where_memory_or_time_does_and_order_and_numbers_stay(
     engine, waves, start = StreamedEngine(weights, CPU, "float32", output), [], StreamedEngine._start_wave
     engine.at_once = at_once
     monkeypatch.setattr(streamed, "tokens_in_time", lambda *_: in_time)
-    monkeypatch.setattr(streamed, "tokens_in_memory", lambda *_: in_memory)
+    per_token = residency.sums_bytes(SHAPE) + 4 * SHAPE.embed_dim
+    monkeypatch.setattr(streamed, "room_for_wave", lambda *_: in_memory * per_token)
     monkeypatch.setattr(StreamedEngine, "_start_wave", lambda self, wave: waves.append(wave) or start(self, wave))
     assert_same(embed(engine, batches), expected)
     tokens = [[len(batch.tokens) for batch in wave] for wave in waves]
     assert [n for wave in tokens for n in wave] == [sum(map(len, batch)) + 2 * len(batch) for batch in batches]
-    for wave, following in itertools.pairwise([*tokens, [10**10]]):
-        assert len(wave) == 1 or sum(wave) <= in_memory
-        assert len(wave) <= at_once or sum(wave) <= in_time
-        assert sum(wave) + following[0] > in_memory or (sum(wave) + following[0] > in_time and len(wave) >= at_once)
+
+    def taken(wave):
+        """Of the room: each token's sums, each residue's row."""
+        residues = sum(len(batch.tokens) - 2 * len(batch.sequences) for batch in wave)
+        return (
+            sum(len(batch.tokens) for batch in wave) * residency.sums_bytes(SHAPE) + 4 * SHAPE.embed_dim * residues
+        ) / per_token
+
+    for wave, following in itertools.pairwise([*waves, waves[0]]):
+        more, last = [*wave, following[0]], following is waves[0]
+        assert len(wave) == 1 or taken(wave) <= in_memory
+        assert len(wave) <= at_once or sum(len(batch.tokens) for batch in wave) <= in_time
+        over_time = sum(len(batch.tokens) for batch in more) > in_time and len(wave) >= at_once
+        assert last or taken(more) > in_memory or over_time
 
 
 def test_waves_stay_as_large_as_the_first_whatever_the_allocator_keeps_of_it(weights, batches, monkeypatch):
     engine = StreamedEngine(weights, CPU, "float32", Output((4,), ("residue",), "float32"))
     monkeypatch.setattr(streamed, "free_bytes", lambda _: 1_000_000_000)
-    first = engine._wave_tokens()[1]
+    first = engine._wave_limits()[1]
     embed(engine, batches)
     monkeypatch.setattr(streamed, "free_bytes", lambda _: 0)
-    assert engine._wave_tokens()[1] == first > 10_000
+    assert engine._wave_limits()[1] == first
+    assert first[0] > 10_000
 
 
 def test_slow_storage_makes_waves_longer_and_waiting_does_not_count_as_computing(weights, batches, monkeypatch):
@@ -108,7 +143,7 @@ def test_slow_storage_makes_waves_longer_and_waiting_does_not_count_as_computing
     embed(slow, batches)
     assert 0.8 <= slow.read_seconds < 2
     assert slow.flops_per_second > 0.2 * quick.flops_per_second
-    assert slow._wave_tokens()[0] > quick._wave_tokens()[0]
+    assert slow._wave_limits()[0] > quick._wave_limits()[0]
 
 
 def test_a_models_batches_are_small_where_a_wave_is_so_that_each_core_has_one(monkeypatch):
@@ -127,17 +162,10 @@ def test_a_batchs_time_is_its_share_of_the_wave(weights, batches):
     np.testing.assert_allclose(shares, shares[0])
 
 
-def test_a_layer_is_read_once_a_wave_and_no_further_than_the_last_that_is_stored(weights, batches, monkeypatch):
-    read, load = [], streamed.load_layer
-
-    def noted(path, index, *rest, **options):
-        read.append(index)
-        return load(path, index, *rest, **options)
-
-    monkeypatch.setattr(streamed, "load_layer", noted)
+def test_a_layer_is_read_once_a_wave_and_no_further_than_the_last_that_is_stored(weights, batches, layers_read):
     engine = StreamedEngine(weights, CPU, "float32", Output((3, 1), ("mean",), "float32"))
     embed(engine, batches)
-    assert read == [0, 1, 2]
+    assert layers_read == [0, 1, 2]
 
 
 def test_two_layers_are_in_memory_at_a_time(weights, batches, monkeypatch):
@@ -163,22 +191,74 @@ def test_two_layers_are_in_memory_at_a_time(weights, batches, monkeypatch):
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_a_batch_that_memory_does_not_hold_beside_the_others_is_computed_after_them(
-    weights, batches, monkeypatch, layer
+def test_batches_that_memory_does_not_hold_beside_the_others_are_computed_after_them_together(
+    weights, batches, monkeypatch, layers_read, layer
 ):
     output = Output((2, 4), ("residue", "mean"), "float32")
     expected = embed(Engine(weights, CPU, "float32", output), batches)
-    advance, refused = StreamedEngine._advance, []
+    advance, refused = StreamedEngine._advance, set()
 
     def lacking(self, index, loaded, one):
-        if index == layer + 1 and len(one.batch.sequences) == 5 and not refused:
-            refused.append(one)
+        number = len(one.batch.sequences)
+        if index == layer + 1 and number in (5, 2, 6) and number not in refused:
+            refused.add(number)
             raise MemoryError
         return advance(self, index, loaded, one)
 
     monkeypatch.setattr(StreamedEngine, "_advance", lacking)
-    assert_same(embed(StreamedEngine(weights, CPU, "float32", output), batches), expected)
-    assert refused
+    found = embed(StreamedEngine(weights, CPU, "float32", output), batches)
+    assert_same(found, expected)
+    assert refused == {5, 2, 6}
+    assert layers_read == 2 * [0, 1, 2, 3]
+    assert [result.oom_splits for result in found] == [0] * len(batches)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The tokens of each pass through the layers; there is time for 1,000 in a wave."""
+    found, through = [], StreamedEngine._through_layers
+    monkeypatch.setattr(streamed, "tokens_in_time", lambda *_: 1_000)
+
+    def noted(self, wave):
+        found.append(sum(len(batch.tokens) for batch in wave))
+        return through(self, wave)
+
+    monkeypatch.setattr(StreamedEngine, "_through_layers", noted)
+    return found
+
+
+def test_what_a_wave_learns_of_memory_holds_for_the_following_waves(weights, monkeypatch, passes):
+    begin, begun = StreamedEngine._begin, Counter()
+
+    def lacking(self, batch):
+        if begun[len(passes)] + len(batch.tokens) > 600:
+            raise MemoryError
+        begun[len(passes)] += len(batch.tokens)
+        return begin(self, batch)
+
+    monkeypatch.setattr(StreamedEngine, "_begin", lacking)
+    engine = StreamedEngine(weights, CPU, "float32", Output((4,), ("mean",), "float32"))
+    results = embed(engine, [[b"A" * 98] * 2] * 13)
+    assert all((result.status == Status.GOOD).all() and result.oom_splits == 0 for result in results)
+    assert passes == [1_000, 400, 600, 600, 400]
+
+
+def test_batches_of_a_size_that_memory_did_not_hold_are_halved_in_the_following_waves(weights, monkeypatch, passes):
+    advance = StreamedEngine._advance
+
+    def lacking(self, index, layer, one):
+        if len(one.batch.tokens) > 150:
+            raise MemoryError
+        return advance(self, index, layer, one)
+
+    monkeypatch.setattr(StreamedEngine, "_advance", lacking)
+    engine, tokens = StreamedEngine(weights, CPU, "float32", Output((4,), ("mean",), "float32")), []
+    for result in engine.embed([[b"A" * 98] * 2] * 10):
+        assert (result.status == Status.GOOD).all()
+        assert result.oom_splits == 1
+        tokens.append(list(passes))
+    # Nothing was computed twice, the second time after all memory was released; then halves, and in the next wave at once.
+    assert tokens == 5 * [[1_000, 1_000, 1_000]] + 5 * [[1_000] * 4]
 
 
 def test_a_batch_that_memory_never_holds_is_halved_and_a_sequence_alone_is_named(weights, batches, monkeypatch):
@@ -235,18 +315,31 @@ def test_the_float32_twin_of_what_does_not_fit_streams_too(weights, batches, mon
     assert_same(embed(twin, batches), embed(Engine(weights, CPU, "float32", output), batches))
 
 
+def test_the_float32_twin_of_a_streamed_engine_streams_where_all_would_fit_too(weights):
+    engine = open_engine(weights, CPU, "bfloat16", Output((4,), ("residue",), "float32"), residency="streamed")
+    assert type(engine.in_float32()) is StreamedEngine
+
+
 @pytest.mark.parametrize(("device", "gigabytes"), [("cpu", 8), ("cuda", 8), ("cuda", 24), ("cuda", 80)])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_wave_of_any_model_hides_its_reading_and_fits(name, device, gigabytes):
     shape, itemsize = MODELS[name], 2
     beside = residency.computing_bytes(shape, device, itemsize, 2)
-    in_memory = residency.tokens_in_memory(shape, device, itemsize, 2 * shape.embed_dim, gigabytes * 1e9, beside)
+    room = residency.room_for_wave(shape, device, itemsize, gigabytes * 1e9, beside)
+    in_memory = int(room / (residency.sums_bytes(shape) + 2 * shape.embed_dim))
     tokens = min(in_memory, residency.tokens_in_time(shape, device, itemsize))
     flops = tokens * shape.flops(300) / 302
     reading = itemsize * shape.parameters / residency.WEIGHTS_PER_SECOND[device]
     assert flops / residency.ASSUMED_FLOPS[device] >= 0.95 * reading
     held = residency.LAYERS_HELD[device] * residency.layer_bytes(shape, itemsize)
-    assert held + beside + in_memory * 6 * shape.embed_dim < gigabytes * 1e9
+    assert held + beside + in_memory * 6 * shape.embed_dim <= MEMORY_MARGIN * gigabytes * 1e9
+
+
+def test_reading_is_hidden_but_for_a_waves_first_layer_and_bounds_what_computes_less():
+    shape = MODELS["esm2_t48_15B_UR50D"]
+    assert residency.streamed_seconds(shape, 1.0, 48.0) == 48.0 + 1.0
+    assert residency.streamed_seconds(shape, 3_600.0, 48.0) == 3_600.0 + 12 * 1.0  # waves of `WAVE_SECONDS`
+    assert residency.streamed_seconds(shape, 500.0, 480.0) == 2 * 480.0 + 2 * 10.0  # a second wave reads as much
 
 
 @pytest.fixture
