@@ -13,12 +13,12 @@ import pandas as pd
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.costs import result_bytes_per_token
-from lengthwise.esm2.residency import beside_weights, wave_bytes
+from lengthwise.esm2.residency import beside_weights, streamed_seconds, wave_bytes
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MEMORY_MARGIN, MOST_AT_ONCE, TRAINED_RESIDUES, ModelConfig
 from lengthwise.esm2.tensors import POOLED
 from lengthwise.plan.cuts import Sizes, cut_work
 from lengthwise.plan.forecast_text import text
-from lengthwise.plan.throughput import CARDS, Rate, card_precision, rates
+from lengthwise.plan.throughput import CARDS, HERE, Rate, card_precision, rates
 from lengthwise.store.layout import layout
 from lengthwise.store.settings import shape_of
 from lengthwise.store.sizes import bytes_per_sequence, missing_bytes
@@ -87,7 +87,8 @@ def forecast(
         "work": work,
         "disk": _disk(store, settings, datasets, sizes, wanted, left, work, exports, weights),
         "memory": _memory(settings, shape, batch_tokens, threads, left, work, known[0].loaded_bytes, residency) | card,
-        "time": [_time(rate, shape, left, sizes) for rate in known],
+        "time": [_time(rate, shape, left, sizes, residency == "streamed") for rate in known[: len(known) - len(card)]]
+        + [_time(known[-1], shape, left, sizes, one["streamed"]) for one in card.values()],
     }
 
 
@@ -311,10 +312,13 @@ def _card(name: str, settings: dict, shape: ModelConfig, batch_tokens: int | str
     }
 
 
-def _time(rate: Rate, shape: ModelConfig, left: pd.DataFrame, sizes: Sizes) -> dict:
-    """Seconds on one device: forward passes with writing, and loading the weights once per job."""
+def _time(rate: Rate, shape: ModelConfig, left: pd.DataFrame, sizes: Sizes, streamed: bool) -> dict:
+    """Seconds on one device: forward passes with writing, and loading the weights once per job, or beside the passes."""
     embed = float((rate.seconds(shape, left["length"].to_numpy()) * left["n"].to_numpy()).sum())
-    seconds = embed + rate.load_seconds * math.ceil(embed / sizes.job_seconds)
+    jobs = math.ceil(embed / sizes.job_seconds)
+    seconds = embed + rate.load_seconds * jobs
+    if streamed and jobs and rate.source != HERE:  # what was measured here has the reading in it
+        seconds = jobs * streamed_seconds(shape, embed / jobs, rate.load_seconds)
     return {
         "device": rate.device,
         "precision": rate.precision,

@@ -206,9 +206,9 @@ def test_streamed_weights_are_forecast_to_take_less(store):
     assert memory("streamed") < 0.5 * memory("auto") == 0.5 * memory("resident")
 
 
-def on_card(store, card: str, **settings) -> dict:
+def on_card(store, card: str, sizes: dict = SIZES, **settings) -> dict:
     folders = {name: store.inputs(name) for name in store.datasets}
-    return forecast.forecast(store.path, store.settings | settings, folders, Sizes(**SIZES), device_like=card)
+    return forecast.forecast(store.path, store.settings | settings, folders, Sizes(**sizes), device_like=card)
 
 
 def test_a_card_that_is_asked_for_is_said_the_memory_and_time_of(small_store):
@@ -247,6 +247,21 @@ def test_the_sequences_beyond_a_card_are_counted(small_store):
     assert 30_000 < card["longest_residues"] < 200_000
     assert card["batch_bytes"] < 16e9
     assert re.search(r"weights \(30\.\d GB\) streamed; .* for a batch", forecast.text(on_t4))
+
+
+def test_streamed_weights_are_read_beside_the_work_and_resident_ones_before_it(small_store):
+    store = small_store()
+    store.ingest("a", {"short": "M" * 50})
+    huge = {"num_layers": 48, "embed_dim": 5120, "attention_heads": 40, "device": "cuda", "precision": "bfloat16"}
+    one_job = {"job_seconds": 1200.0, "shard_bytes": 1 << 30}
+    reading = 4 * MODELS["esm2_t48_15B_UR50D"].parameters / throughput.READ_BYTES_PER_SECOND
+    for card, seconds in (("H200-141GB", reading), ("T4-16GB", reading + reading / 48)):
+        made = on_card(store, card, one_job, **huge)
+        assert made["time"][-1]["seconds"] == pytest.approx(seconds, rel=1e-3)
+    folders = {name: store.inputs(name) for name in store.datasets}
+    sizes = Sizes(**one_job)
+    by_config = forecast.forecast(store.path, store.settings | huge, folders, sizes, residency="streamed")
+    assert by_config["time"][0]["seconds"] == pytest.approx(seconds, rel=1e-3)
 
 
 def test_the_cards_are_those_that_the_config_takes(refused):
