@@ -59,8 +59,8 @@ class Output:
     def bytes_of(self, width: int, tokens: int, sequences: int) -> int:
         """The bytes of the stored tensors of so many tokens and sequences, at a model's width."""
         residue_bytes = (tokens - 2 * sequences) * self.stored_dtype.itemsize
-        rows = sum(residue_bytes if output == "residue" else 4 * sequences for output in self.outputs)
-        return len(self.layers) * width * rows
+        names = tensors.names(self.outputs, self.layers)
+        return width * sum(residue_bytes if tensors.by_residue(name) else 4 * sequences for name in names)
 
     def of_nan(self, residues: int, width: int) -> dict[str, Tensor]:
         """The stored tensors of one sequence that does not fit into memory: NaN everywhere."""

@@ -76,7 +76,7 @@ def test_the_numbers_are_those_of_the_resident_order_to_the_bit(weights, batches
     assert_same(embed(StreamedEngine(weights, CPU, precision, output), batches), expected)
 
 
-@pytest.mark.parametrize("outputs", [("residue", "mean", "bos"), ("mean",), ("residue",)], ids=str)
+@pytest.mark.parametrize("outputs", [("residue", "mean", "bos"), ("mean", "max", "std"), ("residue",)], ids=str)
 def test_the_bytes_of_results_are_what_is_stored(weights, batches, outputs):
     output = Output((0, 4), outputs, "float16")
     for batch, result in zip(batches, embed(Engine(weights, CPU, "float32", output), batches), strict=True):
