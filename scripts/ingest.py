@@ -14,7 +14,7 @@ with reporting(snakemake.log[0]):
     from lengthwise.system.runs import recorded_inputs
 
     fasta, params, dataset = Path(snakemake.input.fasta), snakemake.params, snakemake.wildcards.dataset
-    store = Path(snakemake.output.records).parents[2]
+    long_sequences, store = dict(params.long_sequences), Path(snakemake.output.records).parents[2]
     recorded = (recorded_inputs(str(store)) or {}).get(dataset)
     if recorded and not stamp(fasta).items() <= recorded.items():
         raise LengthwiseError(f"{fasta}: changed since this run began; run again once nothing writes to it")
@@ -25,8 +25,8 @@ with reporting(snakemake.log[0]):
         Path(snakemake.output.records).with_name("summary.json"),
         Policy(
             letters=Letters(**params.letters),
-            long_policy=params.long_sequences["policy"],
-            max_residues=params.long_sequences["max_residues"],
+            long_policy=long_sequences.pop("policy"),
+            **long_sequences,
             duplicate_ids=params.duplicate_ids,
             nucleotides=params.nucleotides,
             strict=params.strict,

@@ -11,10 +11,10 @@ import jsonschema
 import yaml
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.esm2.shapes import MODELS
+from lengthwise.esm2.shapes import MODELS, TRAINED_RESIDUES
 from lengthwise.esm2.sources import DEMO, require_secure
 from lengthwise.store.paths import dataset_name
-from lengthwise.store.settings import EXPORT_OUTPUTS
+from lengthwise.store.settings import EXPORT_OUTPUTS, WINDOWED_OUTPUTS
 
 
 def validate(config: dict, schema_path: Path) -> dict:
@@ -53,6 +53,7 @@ def validate(config: dict, schema_path: Path) -> dict:
     require_secure(filled["weights_url"])
     if model.endswith(".pt") and not os.path.isfile(model):
         raise LengthwiseError(f"config: model: there is no file {model}")
+    filled["long_sequences"] = _long_sequences(filled["long_sequences"], filled["outputs"])
     for export in filled["exports"]:
         if missing := [output for output in EXPORT_OUTPUTS[export] if output not in filled["outputs"]]:
             raise LengthwiseError(
@@ -60,6 +61,36 @@ def validate(config: dict, schema_path: Path) -> dict:
                 f"{missing[0]}; take {export} out, or store that too"
             )
     return filled
+
+
+def _long_sequences(policy: dict, outputs: list[str]) -> dict:
+    """The policy for long sequences.
+
+    Windows have the length that ESM-2 was trained on and share a quarter unless it says otherwise.
+
+    Raises
+    ------
+    LengthwiseError
+        Windows would not get on, or an output cannot be joined from windows.
+    """
+    if policy["policy"] != "window":
+        return policy
+    policy = {"window_residues": TRAINED_RESIDUES, **policy}
+    policy = {"overlap": policy["window_residues"] // 4, **policy}
+    if policy["overlap"] >= policy["window_residues"]:
+        raise LengthwiseError(
+            f"config: long_sequences: overlap: {policy['overlap']} is not less than window_residues "
+            f"({policy['window_residues']}); make it less, half of it at most is usual"
+        )
+    if unfit := [output for output in outputs if output not in WINDOWED_OUTPUTS]:
+        raise LengthwiseError(
+            f"config: long_sequences: {unfit[0]} cannot be joined from windows; take it out of 'outputs', or set another policy"
+        )
+    if "residue" not in outputs:
+        raise LengthwiseError(
+            f"config: long_sequences: {outputs[0]} of a protein in windows is that of its joined rows; add residue to 'outputs'"
+        )
+    return policy
 
 
 def datasets(inputs: list[str] | dict[str, str]) -> dict[str, str]:

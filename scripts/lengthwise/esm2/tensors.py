@@ -78,3 +78,10 @@ def entries(name: str, lengths: np.ndarray, settings: Mapping) -> np.ndarray:
     if name == "contacts":
         return pair_counts(lengths, settings["contacts_max_residues"])
     return np.ones(len(lengths), np.int64)
+
+
+def over_rows(rows: np.ndarray, kind: str) -> np.ndarray:
+    """The mean, max or std of a protein's rows (L, D), of any type: (D,) float32."""
+    if kind == "max":
+        return rows.max(axis=0).astype(np.float32)
+    return getattr(rows, kind)(axis=0, dtype=np.float64).astype(np.float32)

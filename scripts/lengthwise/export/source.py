@@ -4,6 +4,7 @@ import itertools
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import duckdb
@@ -12,17 +13,20 @@ import pyarrow as pa
 
 from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
+from lengthwise.ingest.tables import WINDOWS
 from lengthwise.read.shards import mismatch, open_shard
 from lengthwise.store.layout import REMAKE
 from lengthwise.store.lookup import read_pages
 from lengthwise.store.manifest import read_manifest
 from lengthwise.store.shard import Shard
 from lengthwise.store.sizes import export_bytes
+from lengthwise.store.windows import Windows
 from lengthwise.system.files import checked_sha256, read_json
 from lengthwise.system.text import size
 
 # The size of a batch of pooled vectors.
 _GATHERED_BYTES = 64 << 20
+_OPEN_SHARDS = 128
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class Source:
         self.index_sha256 = checked_sha256(dataset / "index.parquet", self.manifest)
         if "files" not in self.manifest:  # of an earlier version
             read_pages(dataset / "index.parquet")  # DuckDB does not check the checksums of pages
+        self._windows = Windows(dataset)
+        self._window_shard = lru_cache(_OPEN_SHARDS)(self._open_shard)
         index = str(dataset / "index.parquet").replace("'", "''")  # CREATE VIEW takes no parameters
         self.database.execute(
             f"CREATE VIEW records AS SELECT * FROM read_parquet('{index}') WHERE status <> 'rejected'"
@@ -110,6 +116,14 @@ class Source:
         found = self.database.execute(f"SELECT DISTINCT id FROM records WHERE {expression} IN ({query})")
         return {record_id for (record_id,) in found.fetchall()}
 
+    def _checked_sequences(self) -> list[str]:
+        """The tables that have every sequence of the dataset, whole."""
+        summary = read_json(self.sequences.with_name("summary.json"))
+        tables = [self.sequences, *(self.sequences.with_name(name) for name in [WINDOWS] if len(self._windows))]
+        for table in tables:
+            checked_sha256(table, summary)
+        return [str(table) for table in tables]
+
     def _open_shard(self, name: str | None) -> Shard:
         if name is None or name not in self.manifest["shards"]:
             raise LengthwiseError(f"{self.dataset / 'index.parquet'}: damaged; remove it and run snakemake again")
@@ -132,9 +146,11 @@ class Source:
         """
         key, join, parameters = "NULL", "", []
         if with_key:
-            key, parameters = "key", [str(self.sequences)]
-            checked_sha256(self.sequences, read_json(self.sequences.with_name("summary.json")))
-            join = " JOIN (SELECT digest, sha256(decode(sequence) || '_' || length) AS key FROM read_parquet(?)) USING (digest)"
+            key, parameters = "key", [self._checked_sequences()]
+            join = (
+                " JOIN (SELECT digest, sha256(decode(sequence) || '_' || length) AS key"
+                " FROM read_parquet(?, union_by_name = true)) USING (digest)"
+            )
         reader = self.database.sql(
             f"SELECT id, {key} AS key, digest, shard, sequence_no, row_start, length, min(record_no) AS record_no"
             f" FROM records{join} GROUP BY ALL ORDER BY shard, sequence_no, record_no",
@@ -144,6 +160,10 @@ class Source:
         for name, group in itertools.groupby(records, key=lambda record: record["shard"]):
             shard = self._open_shard(name)
             for record in group:
+                row = self._windows.row(np.frombuffer(record["digest"], np.uint8))
+                if row is not None:
+                    yield Protein(record["id"], record["key"], self._joined(row, names))
+                    continue
                 number, start = record["sequence_no"], record["row_start"]
                 if not shard.holds(number, record["digest"], start, record["length"]):
                     raise mismatch(self.dataset, shard)
@@ -154,6 +174,19 @@ class Source:
                 rows = slice(start, start + record["length"])
                 stored = {n: shard[n][rows if n.startswith("layer_") else number] for n in names}
                 yield Protein(record["id"], record["key"], stored)
+
+    def _joined(self, row: int, names: list[str]) -> dict[str, np.ndarray]:
+        """The stored tensors of a protein in windows."""
+        for piece in self._windows.pieces(row):
+            shard = self._window_shard(piece["shard"])
+            if not shard.is_intact(piece["sequence_no"]):
+                raise LengthwiseError(f"{shard.path}: sequence {piece['sequence_no']}, a window, is damaged; {REMAKE}")
+        return {
+            name: self._windows.rows(row, name, self._window_shard)
+            if name.startswith("layer_")
+            else self._windows.pooled(name, np.array([row]), self._window_shard)[0]
+            for name in names
+        }
 
     def pooled(self, names: list[str]) -> Iterator[tuple[pa.RecordBatch, dict[str, np.ndarray]]]:
         """Yield batches of records in the input's order: their ids, digests and lengths, and these tensors [n, D] float32.
@@ -170,7 +203,10 @@ class Source:
         for batch in reader:
             gathered = {name: np.empty((len(batch), width), np.float32) for name in names}
             places = batch.select(["digest", "shard", "sequence_no"]).to_pandas()
-            for name, group in places.groupby("shard", dropna=False):
+            rows = self._windows.find(np.frombuffer(b"".join(places["digest"]), np.uint8).reshape(-1, 24))
+            for tensor, vectors in gathered.items() if (rows >= 0).any() else ():
+                vectors[rows >= 0] = self._windows.pooled(tensor, rows[rows >= 0], self._window_shard)
+            for name, group in places[rows < 0].groupby("shard", dropna=False):
                 shard, numbers = self._open_shard(name), group["sequence_no"].to_numpy()
                 digests = np.frombuffer(b"".join(group["digest"]), np.uint8).reshape(-1, 24)
                 if not shard.holds_all(numbers, digests):

@@ -43,10 +43,11 @@ def input_stamp(path: str | Path, found: dict | None = None) -> dict[str, Any]:
 
 def policy_of(config: dict) -> dict:
     """The policy for records that a checked config asks for, as `summary.json` has it."""
+    long_sequences = dict(config["long_sequences"])
     return {
         "letters": config["letters"],
-        "long_policy": config["long_sequences"]["policy"],
-        "max_residues": config["long_sequences"]["max_residues"],
+        "long_policy": long_sequences.pop("policy"),
+        **long_sequences,
         "duplicate_ids": config["duplicate_ids"],
         "nucleotides": config["nucleotides"],
         "strict": config["strict"],

@@ -6,6 +6,7 @@ the written table then check that those eight bytes were enough, and that no id 
 
 import hashlib
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from lengthwise.ingest.identity import input_stamp, require_same_content, stamps
 from lengthwise.ingest.judge import Policy, judge_chunk
 from lengthwise.ingest.nucleotides import NucleotideCounter
 from lengthwise.ingest.repeats import DIGEST_WORDS, RepeatFinder, quoted, repeats_are_repeats, settle_ids
-from lengthwise.ingest.tables import RECORDS, SEQUENCES, STATUS, TableWriter
+from lengthwise.ingest.tables import RECORDS, SEQUENCES, STATUS, WINDOWED, WINDOWS, TableWriter
+from lengthwise.ingest.windows import cut_windows, windows_are_whole
 from lengthwise.system.database import out_of_core
 from lengthwise.system.files import atomic, facts, scratch_folder, write_json
 
@@ -39,7 +41,8 @@ def ingest(
     fasta
         Plain, gzip or zstd-compressed, told apart by content.
     records, sequences, summary
-        The Parquet tables and the JSON to write, in one folder: see `RECORDS` and `SEQUENCES`.
+        The Parquet tables and the JSON to write, in one folder: see `RECORDS` and `SEQUENCES`. With the policy `window`
+        there is a third table beside them, `WINDOWS`: see `WINDOWED`.
     policy
         The policy for records that are not plain proteins.
     memory_bytes
@@ -62,42 +65,54 @@ def ingest(
     with (
         atomic(records) as records_part,
         atomic(sequences) as sequences_part,
+        atomic(folder / WINDOWS) if policy.long_policy == "window" else nullcontext() as windowed_part,
         scratch_folder(records.parent / ".spill") as spill,
         out_of_core("ingest", memory_bytes, spill, threads=1) as database,
     ):
         for word in range(DIGEST_WORDS):
-            counts = _read(fasta, records_part, sequences_part, policy, word)
-            if repeats_are_repeats(database, records_part, counts):
+            counts = _read(fasta, records_part, sequences_part, windowed_part, policy, word)
+            if repeats_are_repeats(database, records_part, counts) and (
+                windowed_part is None or windows_are_whole(database, records_part, sequences_part, windowed_part)
+            ):
                 break
         else:
             raise RuntimeError("two different digests agree in every eight-byte word; please report this file")
         settle_ids(database, fasta, records_part, counts, policy)
+        parts = {records.name: records_part, sequences.name: sequences_part}
+        parts |= {WINDOWS: windowed_part} if windowed_part else {}
         result = {
             "input": str(fasta),
             "inputs": stamps_with(folder, stamp, counts["input_sha256"]),
             **counts,
             "policy": asdict(policy),
-            "files": {path.name: facts(part) for path, part in ((records, records_part), (sequences, sequences_part))},
+            "files": {name: facts(part) for name, part in parts.items()},
         }
         write_json(summary, result)  # before the tables: other processes wait for these
+    if windowed_part is None:
+        (folder / WINDOWS).unlink(missing_ok=True)  # of an earlier policy
     return result
 
 
-def _read(fasta: Path, records: Path, sequences: Path, policy: Policy, word: int) -> dict:
-    """Write the two tables, finding duplicates by one word of their digests; returns the summary."""
+def _read(fasta: Path, records: Path, sequences: Path, windowed: Path | None, policy: Policy, word: int) -> dict:
+    """Write the tables, finding duplicates by one word of their digests; returns the summary."""
     size, sha256, repeats, nucleotides = 0, hashlib.sha256(), RepeatFinder(), NucleotideCounter(fasta)
     status: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     changes: Counter[str] = Counter()
     rare: Counter[int] = Counter()
     residues, first_rejected = 0, None
+    written = RepeatFinder()  # windows may be the same, and the same as a whole sequence
 
     def count_and_hash(raw: bytes) -> None:
         nonlocal size
         size += len(raw)
         sha256.update(raw)
 
-    with TableWriter(records, RECORDS) as record_table, TableWriter(sequences, SEQUENCES) as sequence_table:
+    with (
+        TableWriter(records, RECORDS) as record_table,
+        TableWriter(sequences, SEQUENCES) as sequence_table,
+        TableWriter(windowed, WINDOWED) if windowed else nullcontext() as windowed_table,
+    ):
         for chunk in read_chunks(fasta, count_and_hash):
             first_no = status.total() + 1
             judged = judge_chunk(fasta, chunk, first_no, policy)
@@ -105,7 +120,14 @@ def _read(fasta: Path, records: Path, sequences: Path, policy: Policy, word: int
             accepted[judged.good] = ~repeats.find(judged.digests.view(np.uint64)[judged.good, word])
             nucleotides.count(judged.letters, judged.like_nucleotides, first_no)
             record_table.append(judged.records(first_no, accepted))
-            sequence_table.append(judged.sequences().filter(pa.array(accepted)))
+            if windowed_table:
+                cut = cut_windows(judged, accepted, policy.window_residues, policy.overlap)
+                windowed_table.append(cut.proteins)
+                for rows in (judged.sequences().filter(pa.array(accepted & ~cut.chosen)), cut.windows):
+                    keys = np.frombuffer(b"".join(rows["digest"].to_pylist()), np.uint64).reshape(-1, DIGEST_WORDS)
+                    sequence_table.append(rows.filter(pa.array(~written.find(keys[:, word]))))
+            else:
+                sequence_table.append(judged.sequences().filter(pa.array(accepted)))
             residues += int(judged.lengths[accepted].sum())
             status.update(accepted=int(accepted.sum()), rejected=int((~judged.good).sum()))
             status["duplicate"] += int((judged.good & ~accepted).sum())

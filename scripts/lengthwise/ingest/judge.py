@@ -14,12 +14,13 @@ import pyarrow.compute as pc
 from lengthwise.esm2.tokens import STANDARD, is_tokens
 from lengthwise.ingest.digests import digest_all
 from lengthwise.ingest.fasta import joined, joined_lines, refuse_another_file, split_headers, split_records
-from lengthwise.ingest.normalize import Letters, normalize
+from lengthwise.ingest.normalize import ALL_X, Letters, normalize
 from lengthwise.ingest.nucleotides import look_alike, suspects
 from lengthwise.ingest.tables import RECORDS, SEQUENCES, STATUS, mostly_empty
 
 NO_ID = "no_id"
 TOO_LONG = "too_long"
+TRUNCATED = "truncated"
 LIKE_NUCLEOTIDES = "like_nucleotides"
 _NON_LETTERS = bytes(set(range(256)) - set(string.ascii_letters.encode()))
 _OTHER_CAPITALS = set(range(ord("A"), ord("Z") + 1)) - set(STANDARD)
@@ -31,7 +32,9 @@ class Policy:
 
     letters: Letters = field(default_factory=Letters)
     long_policy: str = "full"
-    max_residues: int = 1022
+    max_residues: int = 1022  # of `skip` and `truncate`
+    window_residues: int = 1022  # of `window`, and so is `overlap`
+    overlap: int = 255
     duplicate_ids: str = "error"
     nucleotides: str = "refuse"
     strict: bool = False
@@ -52,6 +55,7 @@ class Judged:
     rare: Counter[int]  # rare residues
     letters: int  # ASCII letters of all records
     like_nucleotides: dict[int, int]  # letters of the records that look like nucleotides, by index
+    full_lengths: dict[int, int]  # residues of the truncated records, by index
 
     def __post_init__(self) -> None:
         self.good = np.ones(len(self.ids), bool)
@@ -71,6 +75,7 @@ class Judged:
             pa.DictionaryArray.from_arrays(status, pa.array(STATUS)).cast(pa.string()),
             mostly_empty(self.reasons, n),
             mostly_empty(changes, n),
+            pa.array([self.full_lengths.get(i) for i in range(n)], pa.int32()),
         ]
         return pa.record_batch(columns, schema=RECORDS)
 
@@ -137,18 +142,30 @@ def judge_chunk(fasta: Path, chunk: bytes, first_no: int, policy: Policy) -> Jud
     if policy.long_policy == "skip":
         for i in np.flatnonzero(lengths > policy.max_residues).tolist():
             reasons.setdefault(i, f"{TOO_LONG}: {lengths[i]} residues, more than max_residues = {policy.max_residues}")
+    full_lengths: dict[int, int] = {}
+    if policy.long_policy == "truncate":
+        for i in sorted({*np.flatnonzero(lengths > policy.max_residues).tolist()} - reasons.keys()):
+            sequence = normalized.get(i, residues[bounds[i] : bounds[i + 1]])[: policy.max_residues]
+            if not sequence.strip(b"X"):
+                reasons[i] = f"{ALL_X}: its first {policy.max_residues} residues are"
+                continue
+            full_lengths[i], lengths[i], normalized[i] = int(lengths[i]), len(sequence), sequence
+            changed.setdefault(i, []).append(TRUNCATED)
     for i in np.flatnonzero(pc.binary_length(ids).to_numpy() == 0).tolist():
         reasons[i] = NO_ID
     for i in normalized:
         if i in reasons:
             changed.pop(i, None)
+            full_lengths.pop(i, None)
         else:
             rare.update(normalized[i].translate(None, STANDARD))
     residues, bounds = _replaced(residues, bounds, normalized)
     digests = digest_all(residues, bounds)
     for i in like.keys() - reasons.keys():
         changed.setdefault(i, []).append(LIKE_NUCLEOTIDES)
-    judged = Judged(ids, descriptions, residues, bounds, digests, lengths, reasons, changed, rare, letters, like)
+    judged = Judged(
+        ids, descriptions, residues, bounds, digests, lengths, reasons, changed, rare, letters, like, full_lengths
+    )
     if not is_tokens(residues) or (np.diff(bounds) != lengths)[judged.good].any():
         raise RuntimeError("a residue would have no token of its own; please report this file")
     return judged
@@ -170,7 +187,7 @@ def _with_unusual_bytes(residues: bytes, bounds: np.ndarray) -> list[int]:
 def _replaced(residues: bytes, bounds: np.ndarray, sequences: dict[int, bytes]) -> tuple[bytes, np.ndarray]:
     """Replace the sequences of some records; returns all residues and their new bounds."""
     parts, end, lengths = [], 0, np.diff(bounds)
-    for i, sequence in sequences.items():
+    for i, sequence in sorted(sequences.items()):
         parts += [residues[end : bounds[i]], sequence]
         end, lengths[i] = bounds[i + 1], len(sequence)
     return b"".join([*parts, residues[end:]]), np.concatenate([[0], np.cumsum(lengths)])

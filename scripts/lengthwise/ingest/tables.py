@@ -16,11 +16,17 @@ RECORDS = pa.schema(
         ("status", pa.string()),
         ("reason", pa.string()),
         ("changes", pa.string()),
+        ("full_length", pa.int32()),  # of a truncated record, residues before; else null
     ]
 )
 
 SEQUENCES = pa.schema([("digest", pa.binary(24)), ("length", pa.int32()), ("sequence", pa.binary())])
 ROWS_PER_GROUP, BYTES_PER_GROUP = 65_536, 1 << 26
+# The accepted records that are embedded in windows: the whole sequence, and of each window its first residue and its digest.
+WINDOWED = pa.schema(
+    [*SEQUENCES, ("starts", pa.list_(pa.int32())), ("windows", pa.list_(pa.binary(24)))],
+)
+WINDOWS = "windows.parquet"
 STATUS = ("accepted", "duplicate", "rejected")
 
 

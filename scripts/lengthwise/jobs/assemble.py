@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import TextIO
 
@@ -15,6 +16,8 @@ import pyarrow.parquet as pq
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.status import Status
+from lengthwise.ingest.tables import WINDOWS as WINDOWED_TABLE
+from lengthwise.jobs.join_windows import place_windowed, windowed_proteins
 from lengthwise.store.lookup import LOOKUP, write_lookup
 from lengthwise.store.manifest import SCHEMA
 from lengthwise.store.paths import job_record_path, shard_path
@@ -22,10 +25,12 @@ from lengthwise.store.provenance import content_sha256, makers, readme
 from lengthwise.store.settings import require, shape_of
 from lengthwise.store.shard import Shard, open_named
 from lengthwise.store.weights import origin
+from lengthwise.store.windows import WINDOWS, write_windows
 from lengthwise.system.database import out_of_core
 from lengthwise.system.files import atomic, checked_sha256, facts, read_json, scratch_folder, write_json
 
 _BATCH_ROWS = 1 << 17
+_OPEN_SHARDS = 128
 
 # Why a sequence has no numbers; {gigabytes} is the memory that its length needs.
 _REASONS = {
@@ -40,9 +45,10 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _JOIN = """
     SELECT record_no, id, description, digest, length,
         CASE WHEN why IS NULL THEN status ELSE 'rejected' END AS status,
-        coalesce(replace(why, '{gigabytes}', printf('%.1f', (length + 2) * ? / 1e9)), reason) AS reason, changes,
+        coalesce(replace(why, '{gigabytes}', printf('%.1f', (least(length, $longest) + 2) * $bytes_per_token / 1e9)), reason)
+            AS reason, changes, {full_length} AS full_length,
         spot.shard AS shard, spot.sequence_no AS sequence_no, spot.row_start AS row_start
-    FROM read_parquet(?) LEFT JOIN place USING (digest) LEFT JOIN reasons ON spot.verdict = reasons.verdict
+    FROM read_parquet($records) LEFT JOIN place USING (digest) LEFT JOIN reasons ON spot.verdict = reasons.verdict
     ORDER BY record_no
 """
 
@@ -91,10 +97,16 @@ def assemble(
         out_of_core("assemble", memory_bytes, scratch, threads=1) as database,
         ExitStack() as replaced,  # at its end the files of an earlier index are replaced, one right after the other
     ):
-        joined = _join_records(database, store, dataset, jobs, settings)
+        _find_places(database, store, jobs, settings["fingerprint"])
+        windowed = store / "inputs" / dataset / WINDOWED_TABLE if WINDOWED_TABLE in summary.get("files", {}) else None
+        if windowed:
+            checked_sha256(windowed, summary)
+            place_windowed(database, windowed)
+        joined = _join_records(database, store, dataset, settings, summary)
+        others = [folder / WINDOWS] if windowed else []
         parts = {
             path: replaced.enter_context(atomic(path))
-            for path in (folder / "README.md", rejected, folder / LOOKUP, index)
+            for path in (folder / "README.md", rejected, *others, folder / LOOKUP, index)
         }
         with (
             open(parts[rejected], "w", encoding="utf-8", newline="") as rejected_file,
@@ -111,10 +123,16 @@ def assemble(
                     f"dataset {dataset}: {counts['rejected']} records are rejected ({counts['reasons']}), and strict is true; "
                     "take them out, or set strict: false"
                 )
+        if windowed:
+            proteins = windowed_proteins(database, summary["policy"]["window_residues"])
+            opened = lru_cache(_OPEN_SHARDS)(lambda name: Shard(shard_path(store, name)))
+            rows.shards |= write_windows(parts[folder / WINDOWS], proteins, settings, opened)
         write_lookup(parts[index], parts[folder / LOOKUP])
         result = _manifest(store, dataset, jobs, settings, summary, counts, sorted(rows.shards))
         parts[folder / "README.md"].write_text(readme(result))
         result["files"] = {path.name: facts(part) for path, part in parts.items()}
+    if not windowed:
+        (folder / WINDOWS).unlink(missing_ok=True)  # of an earlier policy
     write_json(manifest, result)
     return result
 
@@ -145,14 +163,20 @@ def _manifest(
 
 
 def _join_records(
-    database: duckdb.DuckDBPyConnection, store: Path, dataset: str, jobs: list[str], settings: dict
+    database: duckdb.DuckDBPyConnection, store: Path, dataset: str, settings: dict, summary: dict
 ) -> pa.RecordBatchReader:
     """The rows of the index: every record in the input's order, with the place of its embedding."""
-    _find_places(database, store, jobs, settings["fingerprint"])
     itemsize = 4 if settings["precision"] == "float32" else 2
-    bytes_per_token = shape_of(settings).bytes_per_token(itemsize)
-    records = str(store / "inputs" / dataset / "records.parquet")
-    return database.sql(_JOIN, params=[bytes_per_token, records]).to_arrow_reader(_BATCH_ROWS)
+    records, policy = store / "inputs" / dataset / "records.parquet", summary.get("policy") or {}
+    # Tables of earlier versions have no such column.
+    full_length = "full_length" if "full_length" in pq.read_schema(records).names else "NULL::INTEGER"
+    values = {
+        "records": str(records),
+        "bytes_per_token": shape_of(settings).bytes_per_token(itemsize),
+        # least() ignores NULL
+        "longest": policy.get("window_residues") if policy.get("long_policy") == "window" else None,
+    }
+    return database.sql(_JOIN.replace("{full_length}", full_length), params=values).to_arrow_reader(_BATCH_ROWS)
 
 
 def _find_places(database: duckdb.DuckDBPyConnection, store: Path, jobs: list[str], fingerprint: str) -> None:

@@ -16,23 +16,33 @@ from lengthwise.esm2.status import Status
 from lengthwise.ingest.digests import digest_name
 from lengthwise.maintain.quarantine import Problem, first_line
 from lengthwise.store.shard import Shard
+from lengthwise.store.windows import Windows
 
+_STORED = """
+    CREATE VIEW stored AS
+    SELECT record_no, id, status, shard, sequence_no, row_start, length, digest FROM records
+    WHERE digest NOT IN (SELECT protein FROM windows)
+    UNION ALL
+    SELECT record_no, id, status, windows.* EXCLUDE (protein) FROM records JOIN windows ON records.digest = protein
+"""
 # Records of a damaged sequence that are named; the others are counted.
 MAX_NAMED_RECORDS = 5
 
 
 @contextmanager
 def index_database(index: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A DuckDB session with the index as the table `records`.
+    """A DuckDB session with the index as the table `records`, and as `stored` with a row for each window of a protein in windows.
 
     Raises
     ------
     LengthwiseError
-        The index is missing or damaged, or a query found it so.
+        The index, or the table of windows, is missing or damaged, or a query found it so.
     """
     try:
         with tempfile.TemporaryDirectory() as spill, duckdb.connect(config={"temp_directory": spill}) as database:
             database.register("records", pyarrow.dataset.dataset(index, format="parquet"))
+            database.register("windows", Windows(index.parent).flat())
+            database.execute(_STORED)
             yield database
     except (OSError, pa.ArrowException, duckdb.Error, ValueError, IndexError, TypeError) as error:
         raise LengthwiseError(f"{index}: missing or damaged ({first_line(error)})") from error
@@ -50,7 +60,7 @@ def check_counts(database: duckdb.DuckDBPyConnection, index: Path, manifest: dic
     expected = {status: n for status in ("accepted", "duplicate", "rejected") if (n := manifest[status])}
     if found != expected or sum(found.values()) != manifest["records"]:
         raise LengthwiseError(f"{index}: has other records ({found}) than the manifest says ({expected})")
-    shards = database.execute("SELECT DISTINCT shard FROM records WHERE shard IS NOT NULL").fetchall()
+    shards = database.execute("SELECT DISTINCT shard FROM stored WHERE shard IS NOT NULL").fetchall()
     if {shard for (shard,) in shards} != set(manifest["shards"]):
         raise LengthwiseError(f"{index}: names other shards than the manifest")
 
@@ -78,7 +88,7 @@ def sequences_that_differ(
     """
     differing: dict[str, set[int]] = {}
     batches = database.sql(
-        "SELECT shard, sequence_no, row_start, length, digest, status = 'rejected' AS rejected FROM records"
+        "SELECT shard, sequence_no, row_start, length, digest, status = 'rejected' AS rejected FROM stored"
         " WHERE shard IN (SELECT unnest(?::VARCHAR[])) ORDER BY shard",
         params=[list(shards)],
     ).to_arrow_reader(100_000)
@@ -135,7 +145,7 @@ def _records_of(index: Path, shard: Shard, numbers: list[int]) -> dict[int, list
     with suppress(LengthwiseError), index_database(index) as database:
         return dict(
             database.execute(
-                "SELECT sequence_no, list(id ORDER BY record_no) FROM records"
+                "SELECT sequence_no, list(id ORDER BY record_no) FROM stored"
                 " WHERE shard = ? AND sequence_no IN (SELECT unnest(?::INTEGER[])) GROUP BY sequence_no",
                 [shard.path.stem, numbers],
             ).fetchall()

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.esm2.tensors import OF_ROWS, OUTPUTS, POOLED
+from lengthwise.esm2.tensors import OF_ROWS, OUTPUTS, POOLED, over_rows
+from lengthwise.ingest.tables import WINDOWS as WINDOWED_SEQUENCES
 from lengthwise.read.completeness import read_complete, unless_replaced
 from lengthwise.read.embeddings import Embeddings
 from lengthwise.read.ids import Ids
@@ -19,11 +21,11 @@ from lengthwise.store.layout import REMAKE
 from lengthwise.store.lookup import LOOKUP, Index
 from lengthwise.store.paths import shard_path
 from lengthwise.store.shard import Shard
+from lengthwise.store.windows import Windows
 from lengthwise.system.text import count
 
 if TYPE_CHECKING:
     import pandas as pd
-    import pyarrow as pa
 
 # The number of shards that stay mapped. Before Python 3.13 each map takes a file descriptor, and the usual limit is 1,024.
 OPEN_SHARDS = 128
@@ -84,12 +86,15 @@ class Dataset(Embeddings):
             self._index = Index(path.absolute(), self.manifest["accepted"] + self.manifest["duplicate"])
             if not self.manifest["shards"].keys() >= set(self._index.shard_names):
                 raise self._index.damaged()
+            self._windows = Windows(path)
         self.ids = Ids(self._index, range(len(self._index)))
         # A partial, not a method: a cache that refers to this object would keep the maps alive after its last use.
         self._open_shard = partial(_open_shard_number, path, self.store, self.settings, self._index.shard_names)
         self._cached_shard = lru_cache(OPEN_SHARDS)(self._open_shard)
+        self._named_shard = lru_cache(OPEN_SHARDS)(partial(open_shard, path, self.store, self.settings))
         inputs = self.store / "inputs" / self.manifest.get("dataset", path.resolve().name)
         self._sequences = Sequences(inputs / "sequences.parquet")
+        self._windowed_sequences = Sequences(inputs / WINDOWED_SEQUENCES)
 
     @property
     def name(self) -> str:
@@ -145,6 +150,9 @@ class Dataset(Embeddings):
             in_shard = places[numbers].tolist()
             shard = self._open_shard(self._index.shard.item(in_shard[0]))
             for place in in_shard:
+                if (joined := self._joined(place)) is not None:
+                    yield self._index.id(place), joined
+                    continue
                 start, stop = self._checked_rows(shard, place)
                 yield self._index.id(place), shard[f"layer_{self._layer}"][start:stop]
 
@@ -173,7 +181,11 @@ class Dataset(Embeddings):
             raise LengthwiseError(f"{self.path}: {kind!r} was not stored; 'outputs' in the config lists what is")
         out = np.empty((len(self), self.settings["embed_dim"]), np.float32)
         places = self.ids.array()
+        in_windows = self._windows.find(self._index.digest[places])
         for numbers in self._by_shard():
+            numbers = numbers[in_windows[numbers] < 0]
+            if not len(numbers):
+                continue
             in_shard = places[numbers]
             shard = self._open_shard(self._index.shard.item(in_shard[0]))
             rows = self._index.sequence_no[in_shard]
@@ -185,6 +197,9 @@ class Dataset(Embeddings):
             for number, place in zip(numbers.tolist(), in_shard.tolist(), strict=True):
                 start, stop = self._checked_rows(shard, place)
                 out[number] = over_rows(shard[f"layer_{self._layer}"][start:stop], kind)
+        joined = np.flatnonzero(in_windows >= 0)
+        if len(joined):
+            out[joined] = self._windows.pooled(f"{kind}_{self._layer}", in_windows[joined], self._named_shard)
         return out
 
     def verify(self, good: set[str] | None = None) -> int:
@@ -242,7 +257,12 @@ class Dataset(Embeddings):
         return self._index.where(condition, self._sequences.path)[self.ids.array()]
 
     def _sequences_at(self, places: np.ndarray) -> "pa.LargeStringArray":
-        return self._sequences.at(self._index.digest[places])
+        digests = self._index.digest[places]
+        if not (in_windows := self._windows.find(digests) >= 0).any():
+            return self._sequences.at(digests)
+        parts = [self._sequences.at(digests[~in_windows]), self._windowed_sequences.at(digests[in_windows])]
+        order = np.argsort(np.concatenate([np.flatnonzero(~in_windows), np.flatnonzero(in_windows)]))
+        return pa.concat_arrays(parts).take(pa.array(order))
 
     def _identities(self) -> tuple[np.ndarray, np.ndarray]:
         places = self.ids.array()
@@ -251,7 +271,14 @@ class Dataset(Embeddings):
     def _listed(self) -> int:
         return self.manifest["records"] if len(self) == len(self._index) else len(self)
 
+    def _joined(self, place: int) -> np.ndarray | None:
+        """The rows of a protein in windows, copied together; None if it is whole in its shard."""
+        row = self._windows.row(self._index.digest[place])
+        return None if row is None else self._windows.rows(row, f"layer_{self._layer}", self._named_shard)
+
     def _read(self, place: int) -> np.ndarray:
+        if (joined := self._joined(place)) is not None:
+            return joined
         shard = self._cached_shard(self._index.shard.item(place))
         return shard.rows(f"layer_{self._layer}", *self._checked_rows(shard, place))
 
@@ -273,13 +300,6 @@ class Dataset(Embeddings):
         order = np.lexsort((self._index.sequence_no[places], shards))
         if len(order):
             yield from np.split(order, np.flatnonzero(np.diff(shards[order])) + 1)
-
-
-def over_rows(rows: np.ndarray, kind: str) -> np.ndarray:
-    """The mean, max or std of a protein's rows (L, D), of any type: (D,) float32."""
-    if kind == "max":
-        return rows.max(axis=0).astype(np.float32)
-    return getattr(rows, kind)(axis=0, dtype=np.float64).astype(np.float32)
 
 
 def _open_shard_number(dataset: Path, store: Path, settings: dict[str, Any], names: list[str], number: int) -> Shard:

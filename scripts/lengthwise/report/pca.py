@@ -9,6 +9,7 @@ import pandas as pd
 
 from lengthwise.store.paths import shard_path
 from lengthwise.store.shard import Shard
+from lengthwise.store.windows import Windows
 
 MAX_RECORDS = 2_000
 # The first that is stored is used.
@@ -52,6 +53,15 @@ def project(store: Path, settings: dict, manifests: dict[str, Path]) -> tuple[Pr
         return None, "A map of embeddings needs three sequences at least."
     layer = settings["layers"][0]
     vectors = np.empty((len(records), settings["embed_dim"]), np.float32)
+    for dataset, own in records.groupby("dataset"):
+        windows = Windows(manifests[dataset].parent)
+        rows = windows.find(np.frombuffer(b"".join(own["digest"]), np.uint8).reshape(-1, 24))
+        in_windows = own.index[rows >= 0]
+        if len(in_windows):
+            vectors[in_windows] = windows.pooled(
+                f"{pooled}_{layer}", rows[rows >= 0], lambda name: Shard(shard_path(store, name))
+            )
+            records.loc[in_windows, "shard"] = None
     for name, rows in records.groupby("shard"):
         vectors[rows.index] = Shard(shard_path(store, name))[f"{pooled}_{layer}"][rows["sequence_no"]]
     good = np.isfinite(vectors).all(axis=1)
@@ -79,7 +89,7 @@ def _sample(manifests: dict[str, Path]) -> pd.DataFrame:
         ),
     )
     return database.execute(
-        "SELECT dataset, id, length, shard, sequence_no FROM read_parquet($paths, filename = 'path')"
+        "SELECT dataset, id, length, digest, shard, sequence_no FROM read_parquet($paths, filename = 'path')"
         " JOIN datasets USING (path) WHERE status = 'accepted'"
         " ORDER BY hash(digest), dataset, record_no LIMIT $most",
         {"paths": [str(path.parent / "index.parquet") for path in manifests.values()], "most": MAX_RECORDS},

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lengthwise.errors import LengthwiseError
+from lengthwise.ingest.tables import WINDOWS
 from lengthwise.store.accessions import ACCESSION
 
 if TYPE_CHECKING:
@@ -60,25 +61,27 @@ def sandbox(index: Path, sequences: Path | None = None) -> "duckdb.DuckDBPyConne
     import duckdb
 
     database = duckdb.connect(config={"python_enable_replacements": "false"})
-    database.execute("SET allowed_paths = ?", [[str(index), *([str(sequences)] if sequences else [])]])
+    tables = [path for path in (sequences, sequences.with_name(WINDOWS)) if path.exists()] if sequences else []
+    database.execute("SET allowed_paths = ?", [[str(path) for path in (index, *tables)]])
     database.execute("SET enable_external_access = false")
     records = database.read_parquet(str(index))
     if sequences:
-        records = _with_sequences(database, records, sequences)
+        records = _with_sequences(database, records, sequences, tables)
     records.project(f"* REPLACE ({_DIGEST_NAME} AS digest)").create_view("records")
     database.execute("SET lock_configuration = true")
     return database
 
 
 def _with_sequences(
-    database: "duckdb.DuckDBPyConnection", records: "duckdb.DuckDBPyRelation", sequences: Path
+    database: "duckdb.DuckDBPyConnection", records: "duckdb.DuckDBPyRelation", sequences: Path, tables: list[Path]
 ) -> "duckdb.DuckDBPyRelation":
     """The records with the column `sequence`, null where a record is rejected."""
     import duckdb
 
     what = "is missing or damaged"
     try:
-        table = database.read_parquet(str(sequences)).project("digest AS of, decode(sequence) AS sequence")
+        table = database.read_parquet([str(path) for path in tables], union_by_name=True)
+        table = table.project("digest AS of, decode(sequence) AS sequence")
         joined = records.join(table, "digest = of", how="left").project("* EXCLUDE (of)")
         if not len(joined.filter("status <> 'rejected' AND sequence IS NULL").project("1").limit(1)):
             return joined

@@ -18,6 +18,8 @@ SCHEMA = 1
 NUMERICS = 1
 # The settings in the fingerprint. A config that changes one of them does not fit the store.
 COMPARABLE = ("weights_sha256", "layers", "precision", "storage_dtype", "outputs", "numerics")
+# The outputs that a protein in windows can have: its rows are joined from the windows', and the others are of its rows.
+WINDOWED_OUTPUTS = ("residue", *OF_ROWS)
 # The outputs that each export needs in the store.
 EXPORT_OUTPUTS = {"h5": ("residue", "mean"), "pt": (), "biotrainer": ("residue", "mean"), "parquet": ("mean",)}
 
