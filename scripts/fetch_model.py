@@ -17,6 +17,7 @@ with reporting(snakemake.log[0]):
         snakemake.config["weights_url"],
         snakemake.params.model_sha256,
         snakemake.params.contact_regression,
+        snakemake.config["weights_source"],
     )
     store = Path(snakemake.params.store)
     if not Path(receipt["path"]).is_absolute():  # relative to the store, so that it is valid in any working folder

@@ -12,7 +12,15 @@ import yaml
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.shapes import MODELS, TRAINED_RESIDUES
-from lengthwise.esm2.sources import DEMO, require_secure
+from lengthwise.esm2.sources import (
+    DEMO,
+    hub_id,
+    is_path,
+    not_served,
+    other_family,
+    require_checkpoint,
+    require_secure,
+)
 from lengthwise.store.paths import dataset_name
 from lengthwise.store.settings import EXPORT_OUTPUTS, WINDOWED_OUTPUTS
 
@@ -44,15 +52,8 @@ def validate(config: dict, schema_path: Path) -> dict:
     if error := jsonschema.exceptions.best_match(errors):
         raise LengthwiseError(f"config: {_explain(error, schema)}")
     filled = _with_defaults(config, schema)
-    model = filled["model"]
-    if model != DEMO and model not in MODELS and not model.endswith(".pt"):
-        raise LengthwiseError(
-            f"config: model: {model!r} is not a model;{_did_you_mean(model, [DEMO, *MODELS])} "
-            f"give one of {', '.join([DEMO, *MODELS])}, or the path of a fair-esm .pt file"
-        )
+    _require_model(filled["model"])
     require_secure(filled["weights_url"])
-    if model.endswith(".pt") and not os.path.isfile(model):
-        raise LengthwiseError(f"config: model: there is no file {model}")
     filled["long_sequences"] = _long_sequences(filled["long_sequences"], filled["outputs"])
     for export in filled["exports"]:
         if missing := [output for output in EXPORT_OUTPUTS[export] if output not in filled["outputs"]]:
@@ -91,6 +92,22 @@ def _long_sequences(policy: dict, outputs: list[str]) -> dict:
             f"config: long_sequences: {outputs[0]} of a protein in windows is that of its joined rows; add residue to 'outputs'"
         )
     return policy
+
+
+def _require_model(model: str) -> None:
+    if is_path(model):
+        try:
+            require_checkpoint(model)
+        except LengthwiseError as error:
+            raise LengthwiseError(f"config: model: {error}") from error
+    elif model not in (DEMO, *MODELS) and hub_id(model) is None:
+        if family := other_family(model):
+            raise LengthwiseError(f"config: model: {model!r} {not_served(family)}")
+        raise LengthwiseError(
+            f"config: model: {model!r} is not a model;{_did_you_mean(model, [DEMO, *MODELS])} give one of "
+            f"{', '.join([DEMO, *MODELS])}, an id of the Hugging Face hub (org/name), or the path of a fair-esm .pt file, of a "
+            "safetensors file or of a folder that transformers wrote"
+        )
 
 
 def datasets(inputs: list[str] | dict[str, str]) -> dict[str, str]:

@@ -39,6 +39,7 @@ from snakemake.logging import logger
 import lengthwise.config
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.shapes import MODELS
+from lengthwise.esm2.sources import is_path, weight_files
 from lengthwise.ingest.identity import input_stamp, policy_of, read_summary
 from lengthwise.maintain.cleanup import remove_leftovers
 from lengthwise.maintain.killed_jobs import REQUESTS, Evidence, FailedJob
@@ -227,9 +228,12 @@ def fasta_state(wildcards):
 
 
 def checkpoint_given(wildcards):
-    """The checkpoint file, if the config names the model by path."""
+    """The files of the checkpoint, if the config names the model by path."""
     force_stale()
-    return ancient(config["model"]) if config["model"].endswith(".pt") else []
+    model = config["model"]
+    if not is_path(model):
+        return []
+    return [ancient(str(path)) for path in weight_files(model)] if os.path.isdir(model) else ancient(model)
 
 
 def weights_of_unknown_shape(wildcards):

@@ -1,68 +1,125 @@
-"""Checkpoints in fair-esm's layout: read without running their code, loaded into a model, or written with random weights."""
+"""Checkpoints: opened in fair-esm's layout or in transformers', loaded into a model, or written with random weights."""
 
 import argparse
-import pickle
-import struct
-import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from lengthwise.errors import LengthwiseError
+from lengthwise.esm2 import fair_esm_layout, hugging_face_layout
 from lengthwise.esm2.model import ESM2, Layer, Linear
-from lengthwise.esm2.rotary import paired_rows
+from lengthwise.esm2.rotary import computed_inv_freq, paired_rows
 from lengthwise.esm2.shapes import MODELS, ModelConfig
 
 DEMO_SHAPE = MODELS["esm2_t6_8M_UR50D"]
-_RANDOM_SEED_KEY = "lengthwise_random_seed"  # marks the cfg of a checkpoint written by `write_random`
-_READ_ERRORS = (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, struct.error)
-_PREFIXES = ("encoder.sentence_encoder.", "encoder.")
 
 
-def read(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], bool]:
-    """Open a fair-esm ESM-2 checkpoint, memory-mapped. Code in the pickle is refused and never runs.
+class Checkpoint(NamedTuple):
+    """An open checkpoint: its tensors are mapped to the files, and read where they are used."""
 
-    Returns
-    -------
-    (shape, state, random)
-        `state` has fair-esm's names without their ``encoder.`` prefixes; `random` says whether `write_random` wrote it.
+    shape: ModelConfig
+    state: dict[str, torch.Tensor]  # under fair-esm's names without their ``encoder.`` prefixes
+    random: bool  # whether `write_random` wrote it
+    has_frequencies: bool  # whether its rotary frequencies are the files' own, or else computed in float32
+
+
+def read(path: Path) -> Checkpoint:
+    """Open an ESM-2 checkpoint, memory-mapped. Code in a pickle is refused and never runs.
+
+    Parameters
+    ----------
+    path
+        A fair-esm ``.pt``; or, as transformers writes them, a folder or a safetensors file with its config.json beside it.
 
     Raises
     ------
     LengthwiseError
-        The file cannot be read, or is not an ESM-2 checkpoint.
+        The files cannot be read, or are not an ESM-2 checkpoint.
     """
     path = Path(path)
-    if not path.is_file():
-        raise LengthwiseError(f"{path}: no such checkpoint; 'model' takes a model's name or the path of a fair-esm .pt")
-    try:
-        # fair-esm's own local loader fails on torch 2.6 and later, and its loader for downloads runs pickled code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (*_READ_ERRORS, pickle.UnpicklingError) as error:
-        raise LengthwiseError(f"{path}: {_explain(path, error)}") from error
-    try:
-        if not isinstance(data, dict):
-            raise TypeError("not a dict")
-        model = data["cfg"]["model"]
-        config = ModelConfig(model.encoder_layers, model.encoder_embed_dim, model.encoder_attention_heads)
-        if not all(type(number) is int and number > 0 for number in vars(config).values()):
-            raise TypeError("not the shape of a model")
-        state = {_strip(name): tensor for name, tensor in data["model"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise LengthwiseError(
-            f"{path}: a torch file, but no ESM-2 checkpoint in fair-esm's layout (it should hold cfg.model and model); "
-            "ESM-1, ESM-IF and Hugging Face files do not fit here"
-        ) from error
-    expected = _required_shapes(config)
-    if missing := sorted(expected.keys() - state.keys()):
+    if not path.exists() or (path.suffix == ".pt" and not path.is_file()):
+        raise LengthwiseError(f"{path}: no such checkpoint; 'model' takes a model's name, an id of the hub, or a path")
+    if path.is_dir() or path.suffix == ".safetensors":
+        config, state, has_frequencies, theirs = hugging_face_layout.read(path)
+        random = False
+    else:
+        config, state, random = fair_esm_layout.read(path)
+        has_frequencies, theirs = True, {}
+    _require(path, state, _required_shapes(config), theirs)
+    return Checkpoint(config, state, random, has_frequencies)
+
+
+def _require(
+    path: Path, state: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]], theirs: dict[str, str]
+) -> None:
+    """Refuse a state without tensors of these shapes; `theirs` has the names by which the user knows them."""
+    if missing := sorted(theirs.get(name, name) for name in expected.keys() - state.keys()):
         raise LengthwiseError(f"{path}: the checkpoint lacks {len(missing)} tensors, {missing[0]} the first of them")
     for name, shape in expected.items():
         found = getattr(state[name], "shape", None)
         if found != shape:
-            raise LengthwiseError(f"{path}: the tensor {name} is {found and tuple(found)} and should be {shape}")
-    return config, state, hasattr(model, _RANDOM_SEED_KEY)
+            raise LengthwiseError(
+                f"{path}: the tensor {theirs.get(name, name)} is {found and tuple(found)} and should be {shape}"
+            )
+        if state[name].dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise LengthwiseError(
+                f"{path}: the tensor {theirs.get(name, name)} is {state[name].dtype}; quantised weights are not served"
+            )
+
+
+def require_finite(path: Path) -> None:
+    """Raise LengthwiseError if a weight of the encoder is NaN or infinite. This reads the whole checkpoint."""
+    config, state, *_ = read(path)
+    for name in _required_shapes(config):
+        if not state[name].isfinite().all():
+            raise LengthwiseError(f"{path}: the tensor {name} has values that are NaN or infinite; the file is damaged")
+
+
+def load_head(path: Path, head: str, device: torch.device) -> dict[str, torch.Tensor]:
+    """Load the weights of a head, in float32 under fair-esm's names without the head's own.
+
+    Parameters
+    ----------
+    path
+        A checkpoint, as of `read`. A fair-esm ``.pt`` has its contact head's weights in the file
+        ``<stem>-contact-regression.pt`` beside it.
+    head
+        ``lm_head`` or ``contact_head``.
+    device
+        Where the weights go.
+
+    Raises
+    ------
+    LengthwiseError
+        The checkpoint does not have the head.
+    """
+    path = Path(path)
+    config, state, *_ = read(path)
+    if head == "contact_head" and path.suffix == ".pt":
+        state = state | fair_esm_layout.read_contact_regression(path)
+    shapes = {f"{head}.{name}": shape for name, shape in _head_shapes(config)[head].items()}
+    _require(path, state, shapes, {})
+    return {name.removeprefix(f"{head}."): _copy_of(state[name], device) for name in shapes}
+
+
+def _head_shapes(config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    d = config.embed_dim
+    return {
+        "lm_head": {
+            "dense.weight": (d, d),
+            "dense.bias": (d,),
+            "layer_norm.weight": (d,),
+            "layer_norm.bias": (d,),
+            "weight": (config.vocabulary_size, d),
+            "bias": (config.vocabulary_size,),
+        },
+        "contact_head": {
+            "regression.weight": (1, config.num_layers * config.attention_heads),
+            "regression.bias": (1,),
+        },
+    }
 
 
 def load_model(path: Path, device: torch.device, dtype: torch.dtype, pack: bool = True) -> ESM2:
@@ -71,13 +128,13 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype, pack: bool 
     Parameters
     ----------
     path
-        A fair-esm checkpoint.
+        A checkpoint, as of `read`.
     device, dtype
         The device, and the compute type of matrix products; embeddings and LayerNorms stay in float32.
     pack
         Whether a CPU packs the weights for oneDNN, which is faster and supports no gradients.
     """
-    config, state, _ = read(path)
+    config, state, *_ = read(path)
     model = load_ends(path, device)
     for index in range(config.num_layers):  # one at a time, so that the host never holds two copies of the model
         model.layers[index] = _layer_of(state, config, index, device, dtype, pack)
@@ -86,7 +143,7 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype, pack: bool 
 
 def load_ends(path: Path, device: torch.device) -> ESM2:
     """Load what lies before and behind the layers; these have no weights yet."""
-    config, state, _ = read(path)
+    config, state, *_ = read(path)
     with torch.device("meta"):
         model = ESM2(config)
     frequencies = [state[f"layers.{index}.self_attn.rot_emb.inv_freq"].float() for index in range(config.num_layers)]
@@ -101,7 +158,7 @@ def load_ends(path: Path, device: torch.device) -> ESM2:
 
 def load_layer(path: Path, index: int, device: torch.device, dtype: torch.dtype, pack: bool = True) -> Layer:
     """Load the weights of one layer, as `load_model` does. The file is closed again, so none of it stays mapped."""
-    config, state, _ = read(path)
+    config, state, *_ = read(path)
     return _layer_of(state, config, index, device, dtype, pack)
 
 
@@ -165,7 +222,7 @@ def write_random(path: Path, config: ModelConfig, seed: int = 0) -> None:
         state[f"{name}.weight"] = normal(d, scale=0.2, shift=1.0)
         state[f"{name}.bias"] = normal(d, scale=0.1)
 
-    inv_freq = 1.0 / 10_000 ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    inv_freq = computed_inv_freq(config)
     encoder = "encoder.sentence_encoder."
     state[f"{encoder}embed_tokens.weight"] = normal(config.vocabulary_size, d, scale=1.0)
     for index in range(config.num_layers):
@@ -187,7 +244,7 @@ def write_random(path: Path, config: ModelConfig, seed: int = 0) -> None:
         encoder_embed_dim=d,
         encoder_attention_heads=config.attention_heads,
         token_dropout=True,
-        **{_RANDOM_SEED_KEY: seed},
+        **{fair_esm_layout.RANDOM_SEED_KEY: seed},
     )
     with open(path, "wb") as file:  # not a path: torch would write its stem into the bytes
         torch.save({"cfg": {"model": model}, "model": state}, file)
@@ -197,17 +254,11 @@ def reference_model(path: Path, device: torch.device | str = "cpu") -> torch.nn.
     """fair-esm's own ESM2 with a checkpoint's weights, in float32: the reference for tests and parity."""
     from esm.model import esm2
 
-    config, state, _ = read(path)
+    config, state, *_ = read(path)
     with torch.device(device):
         model = esm2.ESM2(config.num_layers, config.embed_dim, config.attention_heads)
-    model.load_state_dict(state, strict=False)  # the contact head's weights are in another file
+    model.load_state_dict(state, strict=False)  # a .pt has the contact head's weights in another file
     return model.eval()
-
-
-def _strip(name: str) -> str:
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
 
 
 def _required_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -230,21 +281,3 @@ def _required_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{layer}{part}.bias"] = shape[:1]
         shapes[f"{layer}self_attn.rot_emb.inv_freq"] = (config.head_dim // 2,)
     return shapes
-
-
-def _explain(path: Path, error: Exception) -> str:
-    """What is wrong with a file that torch does not load. Torch's own message advises to run the code in it."""
-    if isinstance(error, OSError):
-        return f"cannot be read: {error.strerror or error}"
-    if not zipfile.is_zipfile(path):
-        return "damaged, or no torch checkpoint: it is not the archive that torch.save writes"
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            classes = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (*_READ_ERRORS, pickle.UnpicklingError):
-        classes = []
-    if classes:
-        return (
-            f"refused, because it holds {classes[0][:200]}, whose code would run; fair-esm's checkpoints hold no code"
-        )
-    return "damaged, or no torch checkpoint: torch cannot read its content"

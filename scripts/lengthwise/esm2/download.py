@@ -13,7 +13,20 @@ from filelock import FileLock
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.shapes import MODELS
-from lengthwise.esm2.sources import DEMO, OFFICIAL_URL, path_of, record_path, require_secure
+from lengthwise.esm2.sources import (
+    DEMO,
+    HUB_ORGANISATION,
+    OFFICIAL_URL,
+    HubId,
+    file_sha256,
+    hub_id,
+    identity,
+    is_path,
+    path_of,
+    record_path,
+    require_secure,
+    weights_stamp,
+)
 from lengthwise.system.files import atomic, fsync_folder, read_json, sha256, stamp, write_json
 
 log = logging.getLogger("lengthwise")
@@ -23,64 +36,119 @@ CHUNK_BYTES = 1 << 20
 PROGRESS_SECONDS = 5.0
 
 
+class _NoAnswerError(LengthwiseError):
+    """An address does not answer, or does not have the file: another one may."""
+
+
 def fetch(
-    model: str, folder: str, url: str = OFFICIAL_URL, pinned_sha256: str = "", contact_regression: bool = False
+    model: str,
+    folder: str,
+    url: str = OFFICIAL_URL,
+    pinned_sha256: str = "",
+    contact_regression: bool = False,
+    source: str = "auto",
 ) -> dict:
-    """Provide a model's checkpoint: download it once for all users of the folder, or create the random one (`demo`).
+    """Provide a model's checkpoint: find it, download it once for all users of the folder, or create the random one (`demo`).
 
     Parameters
     ----------
     model
-        An ESM-2 name, the path of a fair-esm ``.pt``, or ``demo``.
+        An ESM-2 name; an id of the Hugging Face hub, ``org/name`` or ``org/name@revision``; the path of a fair-esm ``.pt``, of a
+        safetensors file or of a folder that transformers wrote; or ``demo``.
     folder
-        The folder of the weights; users and nodes may share it.
+        The folder of the weights of names; users and nodes may share it. Those of the hub lie in its library's cache.
     url
         Where ``models/<model>.pt`` is downloaded from.
     pinned_sha256
         The SHA-256 that the checkpoint must have; empty: any.
     contact_regression
-        Whether to download the contact head's weights too.
+        Whether to download the contact head's weights too; files of the hub have them.
+    source
+        Where names are downloaded from: ``fair-esm`` (`url`), ``hub``, or ``auto``: the hub where fair-esm's own address does not
+        give the file.
 
     Returns
     -------
-    The receipt: path, bytes, mtime_ns, sha256, the model's shape and whether its weights are random.
+    The receipt: path, bytes, mtime_ns, sha256, the model's shape, whether its weights are random, `inv_freq` (``file`` where the
+    rotary frequencies are the file's, else ``computed``), and of the hub id, revision, commit and address.
 
     Raises
     ------
     LengthwiseError
-        The checkpoint cannot be downloaded, has another checksum, or is not ESM-2.
+        The checkpoint cannot be had, has another checksum, is not ESM-2, or holds values that are not finite.
     """
-    from lengthwise.esm2 import checkpoint
+    from lengthwise.esm2 import checkpoint, hub
 
-    path = path_of(model, folder)
-    if not model.endswith(".pt"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f"{path.name}.lock"), mode=0o666):
-            if model == DEMO and not path.exists():
-                with atomic(path) as part:
-                    checkpoint.write_random(part, checkpoint.DEMO_SHAPE)
-            elif model in MODELS:
-                _download_once(path, f"{url.rstrip('/')}/models/{path.name}", pinned_sha256)
-                if contact_regression:
-                    regression = path.with_name(f"{model}-contact-regression.pt")
-                    _download_once(regression, f"{url.rstrip('/')}/regression/{regression.name}", "")
-    shape, _, random = checkpoint.read(path)
-    checksum = known_sha256(path)
+    path, origin = _provide(model, folder, url, pinned_sha256, contact_regression, source)
+    opened = checkpoint.read(path)
+    if origin:
+        checksums = file_sha256(path)
+        hub.require_own_checksums(HubId(origin["id"]), checksums)
+        checksum = identity(checksums)
+    else:
+        checksum = known_sha256(path)
     if pinned_sha256 and checksum != pinned_sha256.lower():
+        way_out = "" if origin or is_path(model) else "remove the file to download it again, or "
         raise LengthwiseError(
-            f"{path}: its SHA-256 is {checksum}, but model_sha256 in the config is {pinned_sha256}; "
-            "remove the file to download it again, or correct the config"
+            f"{path}: its SHA-256 is {checksum}, but model_sha256 in the config is {pinned_sha256}; {way_out}correct the config"
         )
+    checkpoint.require_finite(path)
     return {
         "model": model,
         "path": str(path),
-        **stamp(path),
+        **weights_stamp(path),
         "sha256": checksum,
-        "num_layers": shape.num_layers,
-        "embed_dim": shape.embed_dim,
-        "attention_heads": shape.attention_heads,
-        "random_weights": random,
+        "num_layers": opened.shape.num_layers,
+        "embed_dim": opened.shape.embed_dim,
+        "attention_heads": opened.shape.attention_heads,
+        "random_weights": opened.random,
+        "inv_freq": "file" if opened.has_frequencies else "computed",
+        **({"hub": origin} if origin else {}),
     }
+
+
+def _provide(
+    model: str, folder: str, url: str, pinned_sha256: str, contact_regression: bool, source: str
+) -> tuple[Path, dict[str, str]]:
+    """The path of a checkpoint that is there now; and what the hub says of it, if it is from there."""
+    from lengthwise.esm2 import checkpoint, hub
+
+    path = path_of(model, folder)
+    if is_path(model):
+        return path, {}
+    if id := hub_id(model):
+        return hub.fetch(id)
+    if model in MODELS and source == "hub":
+        return hub.fetch(HubId(f"{HUB_ORGANISATION}/{model}"))
+    regression = path.with_name(f"{model}-contact-regression.pt")
+    if path.exists() and (regression.exists() or not contact_regression):
+        return path, {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f"{path.name}.lock"), mode=0o666):
+        if model == DEMO and not path.exists():
+            with atomic(path) as part:
+                checkpoint.write_random(part, checkpoint.DEMO_SHAPE)
+        elif model in MODELS:
+            try:
+                _download_once(path, f"{url.rstrip('/')}/models/{path.name}", pinned_sha256)
+            except _NoAnswerError as error:
+                if source != "auto" or url.rstrip("/") != OFFICIAL_URL:
+                    raise
+                return _fetch_from_hub_instead(model, error)
+            if contact_regression:
+                _download_once(regression, f"{url.rstrip('/')}/regression/{regression.name}", "")
+    return path, {}
+
+
+def _fetch_from_hub_instead(model: str, error: LengthwiseError) -> tuple[Path, dict[str, str]]:
+    from lengthwise.esm2 import hub
+
+    id = HubId(f"{HUB_ORGANISATION}/{model}")
+    log.warning("%s; trying the hub: %s", error, id)
+    try:
+        return hub.fetch(id)
+    except LengthwiseError as of_hub:
+        raise LengthwiseError(f"{error}. Nor does the hub give it: {of_hub}") from of_hub
 
 
 def known_sha256(path: Path) -> str:
@@ -90,7 +158,7 @@ def known_sha256(path: Path) -> str:
         known = read_json(record, "sha256")
         if stamp(path).items() <= known.items():
             return known["sha256"]
-    return sha256(path)
+    return identity(file_sha256(path))
 
 
 def _download_once(path: Path, url: str, pinned_sha256: str) -> None:
@@ -107,7 +175,7 @@ def _download_once(path: Path, url: str, pinned_sha256: str) -> None:
             done = part.stat().st_size if part.exists() else 0
             refused = isinstance(error, requests.HTTPError) and _status_code(error) < 500
             if refused or attempt == ATTEMPTS:
-                raise LengthwiseError(
+                raise _NoAnswerError(
                     f"{url}: {_reason(error)}; {done:,} bytes are kept; run again to go on. "
                     f"Without a network here, download it elsewhere and put it at {path}"
                 ) from error

@@ -35,7 +35,7 @@ def reference_rows(
     Parameters
     ----------
     path
-        A checkpoint in fair-esm's layout.
+        A checkpoint, as of `lengthwise.esm2.checkpoint.read`.
     device, dtype
         Where and in which type fair-esm computes.
     sequences
@@ -54,11 +54,11 @@ def reference_rows(
     """
     from esm.model import esm2
 
-    config, state, _ = checkpoint.read(path)
+    config, state, *_ = checkpoint.read(path)
     with torch.device("meta"):
         model = esm2.ESM2(config.num_layers, config.embed_dim, config.attention_heads)
     outer = {name: tensor.to(device, dtype) for name, tensor in state.items() if not name.startswith("layers.")}
-    model.load_state_dict(outer, strict=False, assign=True)  # the contact head's weights are in another file
+    model.load_state_dict(outer, strict=False, assign=True)  # the contact head has no weights here
     model.lm_head = nn.Identity()
     model.layers = nn.ModuleList(
         _StreamedLayer(layer, _with_prefix(state, f"layers.{index}."), device, dtype)

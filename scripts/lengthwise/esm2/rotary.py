@@ -9,6 +9,13 @@ from torch import Tensor
 
 from lengthwise.esm2.shapes import ModelConfig
 
+ROTARY_BASE = 10_000
+
+
+def computed_inv_freq(config: ModelConfig) -> Tensor:
+    """[C / 2] rotary frequencies in float32, as fair-esm and transformers compute them where no checkpoint has any."""
+    return 1.0 / ROTARY_BASE ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+
 
 def rotary_angles(inv_freq: Tensor, positions: Tensor) -> Tensor:
     """Cosine and sine of every token's angles, in float32 whatever the compute type.

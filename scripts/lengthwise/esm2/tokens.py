@@ -8,6 +8,7 @@ BOS, PAD, EOS, UNK = 0, 1, 2, 3
 RESIDUES = b"LAGVSERTIDPKQNFYMHWCXBUZO"
 VOCABULARY_SIZE = 33
 STANDARD = b"ACDEFGHIKLMNPQRSTVWY"
+VOCABULARY = ("<cls>", "<pad>", "<eos>", "<unk>", *RESIDUES.decode(), ".", "-", "<null_1>", "<mask>")
 _FIRST_RESIDUE, _NO_TOKEN = 4, 255
 _BOS, _EOS = bytes([BOS]), bytes([EOS])  # as bytes between sequences: no residues, and tokens of themselves
 _TOKEN_OF_BYTE = bytes(

@@ -24,7 +24,7 @@ from lengthwise.store.paths import job_record_path, shard_path
 from lengthwise.store.provenance import content_sha256, makers, readme
 from lengthwise.store.settings import require, shape_of
 from lengthwise.store.shard import Shard, open_named
-from lengthwise.store.weights import origin
+from lengthwise.store.weights import provenance
 from lengthwise.store.windows import WINDOWS, write_windows
 from lengthwise.system.database import out_of_core
 from lengthwise.system.files import atomic, checked_sha256, facts, read_json, scratch_folder, write_json
@@ -152,7 +152,7 @@ def _manifest(
         "residues": summary["residues"],
         **{key: summary.get(key) for key in ("changes", "rare_residues", "policy")},
         "settings": settings,
-        "weights": {"sha256": settings["weights_sha256"], "origin": origin(store)},
+        "weights": {"sha256": settings["weights_sha256"], **provenance(store)},
         "devices": sorted({job_record["device"] for job_record in job_records}),
         "made_by": makers(job_records),
         "jobs": jobs,

@@ -237,6 +237,10 @@ def _load(
     compiles = device.type == "cuda" and seconds > MIN_COMPILED_SECONDS and has_compile_cache()
     engine = open_engine(checkpoint, device, settings["precision"], output, compiles, residency)
     require_unchanged(store, settings["weights_sha256"])  # it may have been replaced while it was read
+    if engine.model.config != shape_of(settings):
+        raise LengthwiseError(
+            f"{checkpoint}: its config.json has other sizes than when this store was made; put it back"
+        )
     return engine
 
 

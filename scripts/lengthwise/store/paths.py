@@ -1,7 +1,10 @@
 """Names of stores and datasets, and paths of the files in a store."""
 
+import os
 import re
 from pathlib import Path
+
+from lengthwise.esm2.sources import WEIGHTS, is_path
 
 # The ending of quarantined files.
 QUARANTINE_ENDING = ".damaged"
@@ -15,8 +18,18 @@ def quarantined(path: Path, why: str = "") -> Path:
 
 
 def store_name(model: str) -> str:
-    """The name of a model's store: the model's name, or the file stem of a checkpoint given by path."""
-    return dataset_name(Path(model).stem) if model.endswith(".pt") else model
+    """The name of a model's store.
+
+    It is the model's name; of a path the file's stem or the folder's name; of an id of the hub the id in one word.
+
+    >>> store_name("facebook/esm2_t33_650M_UR50D@main")
+    'facebook--esm2_t33_650M_UR50D--main'
+    """
+    if is_path(model):
+        path = Path(os.path.abspath(model))
+        is_folder = path.is_dir() or path.name == WEIGHTS
+        return dataset_name((path.parent if path.name == WEIGHTS else path).name if is_folder else path.stem)
+    return re.sub(r"[/@]", "--", model)
 
 
 def dataset_name(path: str | Path) -> str:

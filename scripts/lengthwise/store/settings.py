@@ -10,8 +10,9 @@ from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.shapes import MODELS, ModelConfig
+from lengthwise.esm2.sources import file_sha256, identity, is_path, weights_stamp
 from lengthwise.esm2.tensors import OF_ROWS, OUTPUTS
-from lengthwise.system.files import read_json, sha256, stamp, write_json
+from lengthwise.system.files import read_json, write_json
 
 SCHEMA = 1
 # Raise it when the engine's numbers change by more than rounding. Embeddings of different numerics must not mix.
@@ -120,6 +121,7 @@ def make(config: dict, weights: dict, auto_device: str) -> dict:
         "embed_dim": weights["embed_dim"],
         "attention_heads": weights["attention_heads"],
         "random_weights": weights["random_weights"],
+        "inv_freq": weights.get("inv_freq", "file"),
     }
     return {**settings, "fingerprint": fingerprint(settings)}
 
@@ -283,12 +285,13 @@ def guard(store: Path, config: dict, weights: dict | None = None) -> dict | None
     if config["precision"] != "auto":
         asked["precision"] = config["precision"]
     if weights is not None:
-        asked["weights_sha256"] = weights["sha256"]
-    elif config["model"].endswith(".pt"):
+        # transformers keeps the number of heads beside the weights: no checksum of theirs tells it.
+        asked |= {"weights_sha256": weights["sha256"], "attention_heads": weights["attention_heads"]}
+    elif is_path(config["model"]):
         asked["weights_sha256"] = _current_sha256(store, config["model"])
     differences = [
         f"{key} is {_format_value(stored[key])} there and {_format_value(asked[key])} in the config"
-        for key in COMPARABLE
+        for key in (*COMPARABLE, "attention_heads")
         if stored[key] != asked[key]
     ]
     default = _default_layer(config, num_layers)
@@ -346,9 +349,9 @@ def _current_sha256(store: Path, model: str) -> str:
     receipt = {}
     with suppress(FileNotFoundError, LengthwiseError):  # a damaged one is made again
         receipt = read_json(Path(store) / "weights.json", "sha256")
-    if stamp(Path(model)).items() <= receipt.items():
+    if weights_stamp(Path(model)).items() <= receipt.items():
         return receipt["sha256"]
-    return sha256(Path(model))
+    return identity(file_sha256(Path(model)))
 
 
 def _format_value(value: object) -> str:

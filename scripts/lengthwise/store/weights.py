@@ -1,10 +1,10 @@
-"""The receipt of a store's checkpoint (`weights.json`): where the file is, its size, times and SHA-256."""
+"""The receipt of a store's checkpoint (`weights.json`): where its files are, their size, times and SHA-256."""
 
 from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.esm2.sources import DEMO, record_path
-from lengthwise.system.files import read_json, sha256, stamp, write_json
+from lengthwise.esm2.sources import DEMO, file_sha256, identity, is_path, record_path, weights_stamp
+from lengthwise.system.files import read_json, write_json
 
 
 def location(store: Path) -> tuple[Path, dict]:
@@ -25,12 +25,20 @@ def location(store: Path) -> tuple[Path, dict]:
 def origin(store: Path) -> str:
     """The source of a store's checkpoint, for people: a URL, a path, or the random seed."""
     receipt = read_json(store / "weights.json", "path", "model")
+    if hub := receipt.get("hub"):
+        return f"{hub['address']}/{hub['id']} at {hub['commit']}"
     record = record_path(store / receipt["path"])
     if record.exists():
         return read_json(record, "url")["url"]
     if receipt["model"] == DEMO:
         return "made on the spot, seeded and random"
-    return receipt["model"] if receipt["model"].endswith(".pt") else receipt["path"]
+    return receipt["model"] if is_path(receipt["model"]) else receipt["path"]
+
+
+def provenance(store: Path) -> dict:
+    """What a manifest says of the checkpoint besides its SHA-256: `origin`, and of a model of the hub its place there."""
+    receipt = read_json(store / "weights.json")
+    return {"origin": origin(store), **{key: receipt[key] for key in ("hub",) if key in receipt}}
 
 
 def require_unchanged(store: Path, expected_sha256: str) -> Path:
@@ -44,8 +52,8 @@ def require_unchanged(store: Path, expected_sha256: str) -> Path:
         The checkpoint is gone, or has another hash.
     """
     path, receipt = location(store)
-    unchanged = stamp(path).items() <= receipt.items()
-    if (receipt["sha256"] if unchanged else sha256(path)) != expected_sha256:
+    unchanged = weights_stamp(path).items() <= receipt.items()
+    if (receipt["sha256"] if unchanged else identity(file_sha256(path))) != expected_sha256:
         raise _wrong_checkpoint(path, expected_sha256)
     return path
 
@@ -59,7 +67,9 @@ def verify(store: Path, quick: bool = False) -> None:
         The checkpoint is gone or differs.
     """
     path, receipt = location(store)
-    if path.stat().st_size != receipt["bytes"] or (not quick and sha256(path) != receipt["sha256"]):
+    if weights_stamp(path)["bytes"] != receipt["bytes"] or (
+        not quick and identity(file_sha256(path)) != receipt["sha256"]
+    ):
         raise _wrong_checkpoint(path, receipt["sha256"])
 
 
@@ -71,8 +81,8 @@ def note_new_time(store: Path) -> None:
     if not (store / "weights.json").exists():
         return
     path, receipt = location(store)
-    current = stamp(path)
-    if not current.items() <= receipt.items() and sha256(path) == receipt["sha256"]:
+    current = weights_stamp(path)
+    if not current.items() <= receipt.items() and identity(file_sha256(path)) == receipt["sha256"]:
         write_json(store / "weights.json", receipt | current)
 
 

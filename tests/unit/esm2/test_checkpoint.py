@@ -64,7 +64,7 @@ def test_the_judge_holds_the_same_weights_as_fair_esms_own_loader(tiny_checkpoin
 
 
 def test_read_gives_the_shape_the_tensors_and_that_they_are_random(tiny_checkpoint):
-    config, state, is_random = checkpoint.read(tiny_checkpoint)
+    config, state, is_random, _ = checkpoint.read(tiny_checkpoint)
     assert (config, is_random) == (TINY, True)
     stored = load_freely(tiny_checkpoint)["model"]
     assert len(state) == len(stored)
@@ -73,7 +73,9 @@ def test_read_gives_the_shape_the_tensors_and_that_they_are_random(tiny_checkpoi
 
 
 def test_a_checkpoint_that_we_did_not_make_is_not_random(altered):
-    assert checkpoint.read(altered(lambda data: delattr(data["cfg"]["model"], "lengthwise_random_seed")))[2] is False
+    assert (
+        checkpoint.read(altered(lambda data: delattr(data["cfg"]["model"], "lengthwise_random_seed"))).random is False
+    )
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_others(tmp_path, tiny_checkpoint):
@@ -341,7 +343,7 @@ def test_a_flipped_byte_in_the_pickle_is_refused_or_harmless(tmp_path, tiny_chec
     path.write_bytes(data)
     # Refused in the package's own words, or read as before: any other exception fails the test.
     with suppress(LengthwiseError):
-        config, state, _ = checkpoint.read(path)
+        config, state, *_ = checkpoint.read(path)
         assert config == TINY
         assert state.keys() == checkpoint.read(tiny_checkpoint)[1].keys()
 

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.esm2 import checkpoint, download
+from lengthwise.esm2 import checkpoint, download, sources
 from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.store import weights
 
@@ -258,5 +258,5 @@ def test_a_checkpoint_that_changed_is_not_embedded_with(server, store):
 def test_a_touched_checkpoint_is_hashed_once(server, store, monkeypatch):
     weights.location(store)[0].touch()
     weights.note_new_time(store)
-    monkeypatch.setattr(download, "sha256", None)
+    monkeypatch.setattr(sources, "sha256", None)
     weights.require_unchanged(store, hashlib.sha256(server.content).hexdigest())

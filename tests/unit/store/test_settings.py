@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from lengthwise.esm2 import sources
 from lengthwise.esm2.checkpoint import write_random
 from lengthwise.esm2.download import fetch
 from lengthwise.esm2.shapes import ModelConfig
@@ -298,7 +299,7 @@ def test_a_checkpoint_with_another_time_is_the_same_checkpoint(own_checkpoint):
 
 def test_a_checkpoint_that_did_not_change_is_not_hashed_again(own_checkpoint, monkeypatch):
     store, config, _ = own_checkpoint
-    monkeypatch.setattr(settings, "sha256", lambda path: pytest.fail("it was hashed again"))
+    monkeypatch.setattr(sources, "sha256", lambda path: pytest.fail("it was hashed again"))
     assert settings.guard(store, config) is not None
 
 
