@@ -14,4 +14,5 @@ with reporting(snakemake.log[0]):
         manifests,
         Path(snakemake.input.scaling) if snakemake.input.scaling else None,
         Path(snakemake.output.page).parent,
+        windows=Path(snakemake.input.windows) if snakemake.input.windows else None,
     )

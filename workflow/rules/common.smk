@@ -287,6 +287,11 @@ def scaling_study(wildcards):
     return f"{STORE}/report/scaling.tsv" if config["scaling"] else []
 
 
+def windows_compared(wildcards):
+    """The table of proteins in windows beside whole ones, where the config has windows."""
+    return f"{STORE}/report/windows.tsv" if config["long_sequences"]["policy"] == "window" else []
+
+
 def captioned(figure, category):
     """A figure of the report, with its caption for `snakemake --report`."""
     return report(f"{STORE}/report/{figure}.svg", caption=f"../report/{figure}.rst", category=category)

@@ -1,7 +1,7 @@
 """Scaling study and report.
 
-In: weights; job records and manifests. Out: scaling.tsv, if the config asks for the study; tables, figures and index.html, with or
-without it.
+In: weights; job records and manifests. Out: scaling.tsv, if the config asks for the study; windows.tsv, if long proteins are in
+windows; tables, figures and index.html, with or without these.
 """
 
 FIGURES = {
@@ -42,12 +42,36 @@ rule scaling:
         "../../scripts/scaling.py"
 
 
+# What windows cost in accuracy: a few long proteins once more, whole.
+rule windows:
+    input:
+        weights=weights_after_plan,
+        manifests=expand(MANIFEST, dataset=DATASETS),
+    output:
+        table=f"{STORE}/report/windows.tsv",
+    log:
+        f"{STORE}/logs/windows.log",
+    conda:
+        "../../envs/lengthwise.yaml"
+    threads: model_threads
+    resources:
+        gpu=gpus,
+        mem_mb=scaling_mem_mb,
+        runtime=short_minutes,
+    params:
+        store=subpath(output.table, ancestor=2),
+        datasets=DATASETS,
+    script:
+        "../../scripts/windows.py"
+
+
 rule summarize:
     input:
         jobs=ancient(JOBS),
         job_records=job_records_of_all,
         manifests=expand(MANIFEST, dataset=DATASETS),
         scaling=scaling_study,
+        windows=windows_compared,
     output:
         **{figure: captioned(figure, category) for figure, category in FIGURES.items()},
         page=report(f"{STORE}/report/index.html", caption="../report/index.rst", category="Report"),

@@ -141,6 +141,9 @@ def _stale_report(folder: Path, wanted: Wanted) -> Reasons:
     study = folder / "scaling.tsv"
     if wanted.scaling and (study.name in damaged or not study.exists() or not study.stat().st_size):
         found[study] = "it is missing, damaged or of another size"
+    windows = folder / "windows.tsv"
+    if wanted.policy["long_policy"] == "window" and (windows.name in damaged or not windows.exists()):
+        found[windows] = "it is missing, damaged or of another size"
     return found
 
 

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.shapes import TRAINED_RESIDUES
+from lengthwise.ingest.judge import TRUNCATED
 from lengthwise.plan.planner import read_jobs
 from lengthwise.report import figures, tables
 from lengthwise.report.histogram import histogram
@@ -40,7 +41,9 @@ NO_MEMORY_OF_A_CPU = (
 )
 
 
-def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: Path | None, out: Path) -> dict:
+def summarize(
+    store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: Path | None, out: Path, windows: Path | None = None
+) -> dict:
     """Write the report of a store.
 
     Parameters
@@ -56,6 +59,9 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
     out
         The folder for the tables (`lengthwise.report.tables.COLUMNS`) as TSV and Parquet, an SVG and a PNG of each of
         `FIGURES` (of one that cannot be drawn an SVG that says why), index.html, and last the receipt of these files.
+
+    windows
+        The table that `lengthwise.report.study.windows.measure_windows` wrote; None where no protein is in windows.
 
     Returns
     -------
@@ -108,6 +114,8 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
         proteins=proteins,
         by_dataset=proteins.by_dataset.head(SHOWN).to_dict("index"),
         policies=_policies(ledger),
+        truncated=sum((row["changes"] or {}).get(TRUNCATED, 0) for row in ledger),
+        windows=None if windows is None else _compared_windows(windows, ledger),
         reason_words=REASONS,
         reasons=sum((Counter(row["reasons"]) for row in ledger), Counter()).most_common(),
         figures=shown,
@@ -123,12 +131,17 @@ def summarize(store: Path, jobs_tsv: Path, datasets: dict[str, Path], scaling: P
         devices=devices.to_dict("records"),
         parity=_parity(store),
         versions=_versions(job_records),
-        columns={name: text for name, text in tables.COLUMNS.items() if scaling or name != "scaling"},
+        columns={
+            name: text
+            for name, text in tables.COLUMNS.items()
+            if (scaling or name != "scaling") and (windows or name != "windows")
+        },
         names={engine: name for engine, (name, *_) in figures.ENGINES.items()},
     )
     with atomic(out / "index.html") as part:
         part.write_text(page, encoding="utf-8")
-    write_receipt(out, _written_files(written, kept, out), datasets=list(datasets))
+    others = [windows.name] if windows else []
+    write_receipt(out, [*_written_files(written, kept, out), *others], datasets=list(datasets))
     return facts
 
 
@@ -175,6 +188,18 @@ def _policies(ledger: list[dict]) -> list[int]:
     """Lengths beyond which datasets reject records; earlier versions did not write their policy down."""
     policies = [row.get("policy") or {} for row in ledger]
     return sorted({policy["max_residues"] for policy in policies if policy.get("long_policy") == "skip"})
+
+
+def _compared_windows(table: Path, ledger: list[dict]) -> dict:
+    """Of proteins in windows beside whole ones: the sample's rows, medians, and the windows' sizes."""
+    try:
+        compared = pd.read_csv(table, sep="\t")
+        rows = compared.sort_values("deviation", ascending=False).head(SHOWN).to_dict("records")
+    except (ValueError, KeyError, OSError) as error:
+        raise LengthwiseError(f"{table}: damaged; remove it and run snakemake again") from error
+    policy = next(row["policy"] for row in ledger)
+    medians = compared[["deviation", "mean_deviation"]].median().to_dict()
+    return {"rows": rows, "n": len(compared), **medians, **{key: policy[key] for key in ("window_residues", "overlap")}}
 
 
 def _notes(shown: dict[str, dict], names: Iterable[str]) -> list[str]:

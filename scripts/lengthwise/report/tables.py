@@ -146,6 +146,15 @@ COLUMNS = {
         "free_bytes": "where status is skipped_memory: what was free",
         "status": "ok, skipped_time, skipped_memory (would not have fitted) or out_of_memory",
     },
+    "windows": {
+        "dataset": "the dataset",
+        "id": "a protein that is stored in windows",
+        "length": "its residues",
+        "windows": "its windows",
+        "deviation": "how far its rows are from those that it has whole: RMS over its residues in the typical channel, as a"
+        " share of that channel's spread over them",
+        "mean_deviation": "the same of the mean over its residues",
+    },
     "lengths": {
         "dataset": "the dataset",
         "status": "accepted, duplicate or rejected",
