@@ -7,6 +7,7 @@ from lengthwise.system.logging import reporting
 
 with reporting(snakemake.log[0]):
     from lengthwise.esm2.download import fetch
+    from lengthwise.esm2.heads import head_facts
     from lengthwise.store.settings import create_or_check
     from lengthwise.system.files import write_json
     from lengthwise.system.gpus import auto_device
@@ -19,6 +20,7 @@ with reporting(snakemake.log[0]):
         snakemake.params.contact_regression,
         snakemake.config["weights_source"],
     )
+    receipt |= head_facts(Path(receipt["path"]), snakemake.config["outputs"])
     store = Path(snakemake.params.store)
     if not Path(receipt["path"]).is_absolute():  # relative to the store, so that it is valid in any working folder
         receipt["path"] = os.path.relpath(receipt["path"], store)

@@ -10,6 +10,7 @@ import pandas as pd
 
 from lengthwise import config as config_module
 from lengthwise.esm2.download import fetch
+from lengthwise.esm2.heads import head_facts
 from lengthwise.ingest.ingest import ingest
 from lengthwise.ingest.judge import Policy
 from lengthwise.jobs.assemble import assemble
@@ -33,6 +34,7 @@ class SmallStore:
         config = {"inputs": ["any.fasta"], "model": str(checkpoint), "device": "cpu", **config}
         self.config = config_module.validate(config, ROOT / "workflow" / "schemas" / "config.schema.yaml")
         self.receipt = fetch(self.config["model"], "no weights are fetched from here")
+        self.receipt |= head_facts(Path(self.receipt["path"]), self.config["outputs"])
         self.settings = settings_module.create_or_check(self.path, self.config, self.receipt, "cpu")
         write_json(self.path / "weights.json", self.receipt)
         self.datasets: list[str] = []

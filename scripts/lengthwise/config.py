@@ -55,6 +55,7 @@ def validate(config: dict, schema_path: Path) -> dict:
     _require_model(filled["model"])
     require_secure(filled["weights_url"])
     filled["long_sequences"] = _long_sequences(filled["long_sequences"], filled["outputs"])
+    filled["contact_regression"] |= "contacts" in filled["outputs"]
     for export in filled["exports"]:
         if missing := [output for output in EXPORT_OUTPUTS[export] if output not in filled["outputs"]]:
             raise LengthwiseError(

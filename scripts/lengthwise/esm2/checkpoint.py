@@ -250,6 +250,17 @@ def write_random(path: Path, config: ModelConfig, seed: int = 0) -> None:
         torch.save({"cfg": {"model": model}, "model": state}, file)
 
 
+def write_random_regression(path: Path, config: ModelConfig, seed: int = 0) -> None:
+    """Write seeded random weights of a model's contact head, in fair-esm's layout."""
+    rng, heads = np.random.Generator(np.random.PCG64(seed)), config.num_layers * config.attention_heads
+    state = {
+        "contact_head.regression.weight": torch.from_numpy(rng.standard_normal((1, heads), dtype=np.float32)),
+        "contact_head.regression.bias": torch.tensor([-3.0]),
+    }
+    with open(path, "wb") as file:  # not a path: torch would write its stem into the bytes
+        torch.save({"model": state}, file)
+
+
 def reference_model(path: Path, device: torch.device | str = "cpu") -> torch.nn.Module:
     """fair-esm's own ESM2 with a checkpoint's weights, in float32: the reference for tests and parity."""
     from esm.model import esm2

@@ -125,9 +125,13 @@ def _provide(
         return path, {}
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f"{path.name}.lock"), mode=0o666):
-        if model == DEMO and not path.exists():
-            with atomic(path) as part:
-                checkpoint.write_random(part, checkpoint.DEMO_SHAPE)
+        if model == DEMO:
+            if not path.exists():
+                with atomic(path) as part:
+                    checkpoint.write_random(part, checkpoint.DEMO_SHAPE)
+            if contact_regression and not regression.exists():
+                with atomic(regression) as part:
+                    checkpoint.write_random_regression(part, checkpoint.DEMO_SHAPE)
         elif model in MODELS:
             try:
                 _download_once(path, f"{url.rstrip('/')}/models/{path.name}", pinned_sha256)

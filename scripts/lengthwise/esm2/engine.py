@@ -20,8 +20,10 @@ from torch import Tensor
 
 from lengthwise.esm2.batching import fitting_tokens, prefetch
 from lengthwise.esm2.checkpoint import load_model
+from lengthwise.esm2.contacts import ContactHead, ContactSums
 from lengthwise.esm2.costs import result_bytes_per_token
 from lengthwise.esm2.devices import DTYPES, device_name, is_out_of_memory
+from lengthwise.esm2.heads import load_lm_head
 from lengthwise.esm2.meters import MemoryMeter, Peaks
 from lengthwise.esm2.model import ESM2, Packing, onednn_serves
 from lengthwise.esm2.outputs import Output, fill_bad_with_nan, finite_status
@@ -77,6 +79,10 @@ class Engine:
         for cache in _SHAPE_CACHES:  # read when the first primitive is created
             os.environ.setdefault(cache, str(_CACHED_SHAPES_PER_CORE * self.at_once))
         self.model = self._load()
+        self.lm_head = load_lm_head(checkpoint, device, DTYPES[precision]) if "logits" in output.outputs else None
+        self.contact_head: ContactHead | None = None
+        if "contacts" in output.outputs:
+            self.contact_head = ContactHead.load(checkpoint, self.model.config.num_layers, device)
         self.memory = MemoryMeter(device)
         self.twin: Engine | None = None  # in float32
         self.token_limit = sys.maxsize  # a larger batch was refused by memory before
@@ -184,7 +190,11 @@ class Engine:
         """Memory that a batch needs beside the weights for each of its tokens, by `ModelConfig.bytes_per_token`."""
         shape, output = self.model.config, self.output
         stored_bytes = result_bytes_per_token(
-            shape.embed_dim, len(output.layers), output.outputs, output.stored_dtype.itemsize
+            shape.embed_dim,
+            len(output.layers),
+            output.outputs,
+            output.stored_dtype.itemsize,
+            output.contacts_max_residues,
         )
         return shape.bytes_per_token(DTYPES[self.precision].itemsize, stored_bytes, self.model.compiled)
 
@@ -259,10 +269,33 @@ class Engine:
         with self.memory.measure() as peaks:
             tokens, packing = self._on_device(batch)
             timer = Timer(self.device)
-            results = self.output.pool(self.model(tokens, packing, self.output.layers), packing)
-            status = finite_status(results, packing)
+            contacts = self._contacts(packing)
+            layers = self.output.computed(self.model.config.num_layers)
+            hidden = self.model(tokens, packing, layers, contacts.add if contacts else None)
+            results = self._results(hidden, tokens, packing, contacts)
+            del hidden, contacts
+            status = finite_status(results, packing, self.output.contacts_max_residues)
             timer.stop()
         return self._started(batch, results, status, [timer], peaks)
+
+    def _contacts(self, packing: Packing) -> ContactSums | None:
+        """What a batch's attention maps are added to; None where contacts are no output."""
+        if self.contact_head is None or "contacts" not in self.output.outputs:
+            return None
+        # The memory of fc1's result, which no layer needs while it attends, for maps before and after softmax.
+        block_bytes = 2 * sum(packing.lengths) * self.model.config.embed_dim * DTYPES[self.precision].itemsize
+        return ContactSums(self.contact_head, packing, self.output.contacts_max_residues, block_bytes)
+
+    def _results(
+        self, hidden: dict[int, Tensor], tokens: Tensor, packing: Packing, contacts: ContactSums | None
+    ) -> dict[str, Tensor]:
+        """The tensors of a batch that these hidden representations give, {layer: [T, D]} of some or all of the layers."""
+        results, last = self.output.pool(hidden, packing), self.model.config.num_layers
+        if contacts is not None and last in hidden:
+            results["contacts"] = contacts.probabilities().to(self.output.contacts_dtype)
+        if self.lm_head is not None and "logits" in self.output.outputs and last in hidden:
+            results |= self.lm_head.results(hidden[last], tokens, packing, self.output.stored_dtype)
+        return results
 
     def _started(
         self, batch: Batch, results: dict[str, Tensor], status: Tensor, timers: list[Timer], peaks: Peaks
@@ -308,7 +341,7 @@ class Engine:
         passes = started.passes
         for one in passes:
             one.settle()
-            fill_bad_with_nan(one.arrays, one.status, one.packing)
+            fill_bad_with_nan(one.arrays, one.status, one.packing, self.output.contacts_max_residues)
         timers = [timer for one in passes for timer in one.timers]
         return BatchResult(
             arrays={name: joined([one.arrays[name] for one in passes]) for name in passes[0].arrays},

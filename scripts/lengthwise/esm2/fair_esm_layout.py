@@ -52,6 +52,11 @@ def read(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], bool]:
     return config, state, hasattr(model, RANDOM_SEED_KEY)
 
 
+def contact_regression_path(path: Path) -> Path:
+    """Where fair-esm keeps the contact head's weights of a checkpoint."""
+    return path.with_name(f"{path.stem}-contact-regression.pt")
+
+
 def read_contact_regression(path: Path) -> dict[str, torch.Tensor]:
     """The contact head's weights of a checkpoint, from the file that fair-esm keeps beside it; empty without one.
 
@@ -60,7 +65,7 @@ def read_contact_regression(path: Path) -> dict[str, torch.Tensor]:
     LengthwiseError
         The file cannot be read.
     """
-    path = path.with_name(f"{path.stem}-contact-regression.pt")
+    path = contact_regression_path(path)
     if not path.exists():
         return {}
     data = _load(path)

@@ -112,6 +112,7 @@ class _Group:
         return out if self.places is None else out.index_select(0, self.places)  # [t, H, C]
 
 
+_OnAttention = Callable[[int, Tensor, Tensor], None]
 _Projected = tuple[Tensor, Tensor, Tensor]  # q, k, v: [T, H, C] each
 
 
@@ -131,7 +132,9 @@ class ESM2(nn.Module):
         # Loaded from the checkpoint, where it is rounded to half: exact values would change long sequences.
         self.register_buffer("inv_freq", torch.empty(config.head_dim // 2))
 
-    def forward(self, tokens: Tensor, packing: Packing, layers: Iterable[int]) -> dict[int, Tensor]:
+    def forward(
+        self, tokens: Tensor, packing: Packing, layers: Iterable[int], on_attention: "_OnAttention | None" = None
+    ) -> dict[int, Tensor]:
         """Compute the hidden representations of the packed tokens.
 
         Parameters
@@ -142,6 +145,8 @@ class ESM2(nn.Module):
             Where the sequences lie among the tokens.
         layers
             Indices 0 (scaled embedding) to num_layers (after the final LayerNorm, as in fair-esm).
+        on_attention
+            Called before each attention with the layer's number, from 0, and its rotated queries and keys [T, H, C].
 
         Returns
         -------
@@ -158,6 +163,8 @@ class ESM2(nn.Module):
             run("project", layer, x, rotary) for layer in stack[:1]
         ]  # the next q, k and v: [T, H, C] each
         for index, (layer, following) in enumerate(zip_longest(stack, stack[1:]), start=1):
+            if on_attention:
+                on_attention(index - 1, *projected[0][:2])
             attended = attention(*projected.pop(), packing)  # [T, H, C]; the memory of q, k and v is free from here on
             if following and self.compiled:
                 x, *projected = run("finish_and_project", layer, x, attended, following, rotary)  # [T, D]
@@ -172,9 +179,16 @@ class ESM2(nn.Module):
         """What goes into the first layer: the scaled embedding [T, D] in float32, and the angles [T, 1, 1, C / 2, 2]."""
         return self.embed_tokens(tokens.int()) * TOKEN_DROPOUT_SCALE, rotary_angles(self.inv_freq, packing.positions)
 
-    def advance(self, layer: "Layer", x: Tensor, rotary: Tensor, packing: Packing) -> Tensor:
-        """The residual sums before a layer, of this model or of its shape, to those behind it: [T, D] to [T, D]."""
+    def advance(
+        self, layer: "Layer", x: Tensor, rotary: Tensor, packing: Packing, on_attention: Callable | None = None
+    ) -> Tensor:
+        """The residual sums before a layer, of this model or of its shape, to those behind it: [T, D] to [T, D].
+
+        `on_attention` is called before attention with the rotated queries and keys [T, H, C].
+        """
         projected: _Projected = self._run("project", layer, x, rotary)
+        if on_attention:
+            on_attention(*projected[:2])
         return self._run("finish", layer, x, attention(*projected, packing))
 
     def _run(self, part: str, layer: "Layer", *arguments: Any) -> Any:

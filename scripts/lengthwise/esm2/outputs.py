@@ -3,7 +3,8 @@
 Shapes: T tokens of a batch, R residues, N sequences, D width, P pairs of residues (`lengthwise.esm2.tensors`).
 """
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from lengthwise.esm2 import tensors
 from lengthwise.esm2.devices import DTYPES
 from lengthwise.esm2.model import Packing
 from lengthwise.esm2.status import Status
+from lengthwise.esm2.tokens import VOCABULARY_SIZE
 
 # Residues that a GPU reduces one after another.
 RESIDUES_PER_PART = 128
@@ -27,10 +29,20 @@ class Output:
     layers: tuple[int, ...]
     outputs: tuple[str, ...]  # of `lengthwise.esm2.tensors.OUTPUTS`
     storage_dtype: str
+    contacts_max_residues: int = 0  # of sequences that have contacts
+    rounds_contacts: bool = True  # to float16, whatever the storage type
 
     @property
     def stored_dtype(self) -> torch.dtype:
         return DTYPES[self.storage_dtype]
+
+    @property
+    def contacts_dtype(self) -> torch.dtype:
+        return torch.float16 if self.rounds_contacts else torch.float32
+
+    def computed(self, num_layers: int) -> tuple[int, ...]:
+        """The layers whose representations are needed, of a model with so many."""
+        return tuple({*self.layers, num_layers}) if {"logits", "contacts"} & {*self.outputs} else self.layers
 
     def pool(self, hidden: dict[int, Tensor], packing: Packing) -> dict[str, Tensor]:
         """The tensors of a batch that hidden representations give: ``layer_<n>`` [R, D] in the storage type, pooled ones [N, D].
@@ -57,20 +69,37 @@ class Output:
         return results
 
     def bytes_of(self, width: int, tokens: int, sequences: int) -> int:
-        """The bytes of the stored tensors of so many tokens and sequences, at a model's width."""
-        residue_bytes = (tokens - 2 * sequences) * self.stored_dtype.itemsize
-        names = tensors.names(self.outputs, self.layers)
-        return width * sum(residue_bytes if tensors.by_residue(name) else 4 * sequences for name in names)
+        """The bytes of the stored tensors of so many tokens and sequences, at a model's width; without contacts."""
+        residues, found = tokens - 2 * sequences, 0
+        for name in tensors.names(self.outputs, self.layers):
+            n, itemsize = (residues, self.stored_dtype.itemsize) if tensors.by_residue(name) else (sequences, 4)
+            found += 0 if name == "contacts" else n * math.prod(_width(name, width)) * itemsize
+        return found
+
+    def contact_bytes(self, lengths: Sequence[int]) -> tuple[int, int]:
+        """The bytes of contacts of sequences of so many tokens: stored, and of their sums while they are computed."""
+        if "contacts" not in self.outputs:
+            return 0, 0
+        residues = np.array(lengths) - 2  # [N]
+        pairs = int(tensors.pair_counts(residues, self.contacts_max_residues).sum())
+        sums = 4 * int(np.square(residues + 2)[residues <= self.contacts_max_residues].sum())
+        return self.contacts_dtype.itemsize * pairs, sums
 
     def of_nan(self, residues: int, width: int) -> dict[str, Tensor]:
         """The stored tensors of one sequence that does not fit into memory: NaN everywhere."""
         results = {}
         for name in tensors.names(self.outputs, self.layers):
-            if tensors.by_residue(name):
-                results[name] = torch.full((residues, width), torch.nan, dtype=self.stored_dtype)
-            else:
-                results[name] = torch.full((1, width), torch.nan)
+            n, dtype = (residues, self.stored_dtype) if tensors.by_residue(name) else (1, torch.float32)
+            if name == "contacts":
+                n = int(tensors.pair_counts(np.array([residues]), self.contacts_max_residues)[0])
+                dtype = self.contacts_dtype
+            results[name] = torch.full((n, *_width(name, width)), torch.nan, dtype=dtype)
         return results
+
+
+def _width(name: str, width: int) -> tuple[int, ...]:
+    """The shape of a tensor's entry, at a model's width."""
+    return (width,) if tensors.is_vector(name) else (VOCABULARY_SIZE,) if name == "logits" else ()
 
 
 def over_residues(residues: Tensor, packing: Packing, outputs: Collection[str]) -> dict[str, Tensor]:
@@ -92,27 +121,42 @@ def over_residues(residues: Tensor, packing: Packing, outputs: Collection[str]) 
     return results
 
 
-def finite_status(results: dict[str, Tensor], packing: Packing) -> Tensor:
+def finite_status(results: dict[str, Tensor], packing: Packing, contacts_max_residues: int = 0) -> Tensor:
     """[N] uint8: GOOD where all stored numbers of a sequence are finite in their stored type, NON_FINITE elsewhere."""
     finite = torch.ones(len(packing.lengths), dtype=torch.bool, device=packing.bounds.device)  # [N]
     for name, value in results.items():
-        rows = value.isfinite().all(dim=1)  # [R] or [N]
-        if tensors.by_residue(name):
-            bad_before = F.pad(rows.logical_not().cumsum(0), (1, 0))  # [R + 1]
-            ends = F.pad(_residue_counts(packing).cumsum(0), (1, 0))  # [N + 1]
-            rows = bad_before.index_select(0, ends).diff() == 0  # [N]
-        finite &= rows
+        if name == tensors.PERPLEXITY:  # of finite logits; infinite where they find a residue impossible
+            continue
+        entries = value.isfinite() if value.dim() == 1 else value.isfinite().all(dim=1)  # [R], [P] or [N]
+        counts = _counts_of(name, packing, contacts_max_residues)  # [N]
+        if counts is not None:
+            bad_before = F.pad(entries.logical_not().cumsum(0), (1, 0))  # [R + 1] or [P + 1]
+            ends = F.pad(counts.cumsum(0), (1, 0))  # [N + 1]
+            entries = bad_before.index_select(0, ends).diff() == 0  # [N]
+        finite &= entries
     return torch.where(finite, Status.GOOD, Status.NON_FINITE).to(torch.uint8)
 
 
-def fill_bad_with_nan(results: dict[str, Tensor], status: Tensor, packing: Packing) -> None:
-    """Overwrite, on the host, the rows of every sequence whose status is not GOOD."""
+def fill_bad_with_nan(
+    results: dict[str, Tensor], status: Tensor, packing: Packing, contacts_max_residues: int = 0
+) -> None:
+    """Overwrite, on the host, the numbers of every sequence whose status is not GOOD."""
     bad = status.numpy() != Status.GOOD  # [N]
     if not bad.any():
         return
-    bad_residues = bad.repeat(_residue_counts(packing).numpy())  # [R]
     for name, value in results.items():  # as arrays: torch forbids writing to inference tensors
-        value.numpy()[bad_residues if tensors.by_residue(name) else bad] = np.nan
+        counts = _counts_of(name, packing, contacts_max_residues)
+        value.numpy()[bad if counts is None else bad.repeat(counts.numpy())] = np.nan
+
+
+def _counts_of(name: str, packing: Packing, contacts_max_residues: int) -> Tensor | None:
+    """How many entries each sequence has in a tensor [N], on the packing's device; None where each has one."""
+    if tensors.by_residue(name):
+        return _residue_counts(packing)
+    if name != "contacts":
+        return None
+    residues = _residue_counts(packing)
+    return torch.where(residues <= contacts_max_residues, residues * (residues + 1) // 2, 0)
 
 
 def _reduce(values: Tensor, packing: Packing, how: str) -> Tensor:

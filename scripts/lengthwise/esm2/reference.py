@@ -28,8 +28,13 @@ class _StreamedLayer(nn.Module):
 
 @torch.no_grad()  # not inference_mode: fair-esm caches its rotary tables
 def reference_rows(
-    path: Path, device: torch.device, dtype: torch.dtype, sequences: Sequence[bytes], layers: Sequence[int]
-) -> dict[int, list[np.ndarray]]:
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    sequences: Sequence[bytes],
+    layers: Sequence[int],
+    logits: bool = False,
+) -> dict[int | None, list[np.ndarray]]:
     """Hidden representations by fair-esm, of one padded batch.
 
     Parameters
@@ -42,10 +47,12 @@ def reference_rows(
         Normalised residues of each of the N sequences.
     layers
         Indices from 0 to num_layers.
+    logits
+        Whether to compute logits too.
 
     Returns
     -------
-    {layer: N arrays [L + 2, D] in float64}, the rows of BOS and EOS included.
+    {layer: N arrays [L + 2, D] in float64}, the rows of BOS and EOS included; logits [L + 2, 33] under None.
 
     Raises
     ------
@@ -59,14 +66,16 @@ def reference_rows(
         model = esm2.ESM2(config.num_layers, config.embed_dim, config.attention_heads)
     outer = {name: tensor.to(device, dtype) for name, tensor in state.items() if not name.startswith("layers.")}
     model.load_state_dict(outer, strict=False, assign=True)  # the contact head has no weights here
-    model.lm_head = nn.Identity()
+    if not logits:
+        model.lm_head = nn.Identity()
     model.layers = nn.ModuleList(
         _StreamedLayer(layer, _with_prefix(state, f"layers.{index}."), device, dtype)
         for index, layer in enumerate(model.layers)
     )
     convert = model.alphabet.get_batch_converter()
     _, _, tokens = convert([("", sequence.decode()) for sequence in sequences])  # [N, L + 2]
-    hidden = model.eval()(tokens.to(device), repr_layers=list(layers))["representations"]
+    found = model.eval()(tokens.to(device), repr_layers=list(layers))
+    hidden = found["representations"] | ({None: found["logits"]} if logits else {})
     return {
         layer: [rows[i, : len(sequence) + 2].double().cpu().numpy() for i, sequence in enumerate(sequences)]
         for layer, rows in hidden.items()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lengthwise.esm2.batching import prefetch
 from lengthwise.esm2.checkpoint import load_ends, load_layer, read
+from lengthwise.esm2.contacts import ContactSums
 from lengthwise.esm2.devices import DTYPES
 from lengthwise.esm2.engine import Engine, free_bytes
 from lengthwise.esm2.meters import Peaks
@@ -85,6 +86,8 @@ class _Between:
     packing: Packing  # on the device
     x: Tensor  # [T, D] residual sums
     rotary: Tensor
+    tokens: Tensor
+    contacts: ContactSums | None
     results: dict[str, Tensor]
     timers: list[Timer]
 
@@ -170,7 +173,10 @@ class StreamedEngine(Engine):
         """What a wave's sums and results take on the device, and its results on a GPU's host."""
         tokens, sequences = sum(len(batch.tokens) for batch in batches), sum(len(batch.sequences) for batch in batches)
         results = self.output.bytes_of(self.model.config.embed_dim, tokens, sequences)
-        return sums_bytes(self.model.config) * tokens + results, results if self.device.type == "cuda" else 0
+        of_contacts = [self.output.contact_bytes(batch.packing.lengths) for batch in batches]
+        results += sum(stored for stored, _ in of_contacts)
+        sums = sums_bytes(self.model.config) * tokens + sum(computed for _, computed in of_contacts)
+        return sums + results, results if self.device.type == "cuda" else 0
 
     def _start_wave(self, batches: list[Batch]) -> deque[StartedBatch]:
         """The forward passes of a wave. What memory did not hold beside the rest goes through the layers again, together.
@@ -262,27 +268,36 @@ class StreamedEngine(Engine):
             100 * waited_ms / wall_ms,
         )
 
+    @property
+    def _computed(self) -> tuple[int, ...]:
+        return self.output.computed(self.model.config.num_layers)
+
     def _begin(self, batch: Batch) -> _Between:
         tokens, packing = self._on_device(batch)
         timer = Timer(self.device)
         x, rotary = self.model.begin(tokens, packing)
-        results = self.output.pool({0: x} if 0 in self.output.layers else {}, packing)
+        contacts = self._contacts(packing)
+        results = self._results({0: x} if 0 in self._computed else {}, tokens, packing, contacts)
         timer.stop()
-        return _Between(batch, packing, x, rotary, results, [timer])
+        return _Between(batch, packing, x, rotary, tokens, contacts, results, [timer])
 
     def _advance(self, index: int, layer: Layer, one: _Between) -> _Between:
         """Take a batch through a layer; index counts from 1."""
         timer = Timer(self.device)
-        one.x = self.model.advance(layer, one.x, one.rotary, one.packing)  # [T, D]
-        if index in self.output.layers:
-            one.results |= self.output.pool({index: self.model.representation(index, one.x)}, one.packing)
+        on_attention = partial(one.contacts.add, index - 1) if one.contacts else None
+        one.x = self.model.advance(layer, one.x, one.rotary, one.packing, on_attention)  # [T, D]
+        if index in self._computed:
+            hidden = {index: self.model.representation(index, one.x)}
+            one.results |= self._results(hidden, one.tokens, one.packing, one.contacts)
+        if index == self.model.config.num_layers:
+            one.contacts = None  # its sums are large
         timer.stop()
         one.timers.append(timer)
         return one
 
     def _end(self, one: _Between, peaks: Peaks) -> Pass:
         timer = Timer(self.device)
-        status = finite_status(one.results, one.packing)
+        status = finite_status(one.results, one.packing, self.output.contacts_max_residues)
         timer.stop()
         return self._started(one.batch, one.results, status, [*one.timers, timer], peaks)
 
@@ -314,7 +329,7 @@ class StreamedEngine(Engine):
         """The layers in order, each with the milliseconds that it was waited for."""
         done: list[torch.cuda.Event] = []  # recorded behind each layer's work
         load = partial(self._load_layer, done)
-        for (layer, copied), waited_ms in prefetch(load, range(max(self.output.layers)), depth=1):
+        for (layer, copied), waited_ms in prefetch(load, range(max(self._computed)), depth=1):
             if copied is not None:
                 compute = torch.cuda.current_stream(self.device)
                 compute.wait_event(copied)

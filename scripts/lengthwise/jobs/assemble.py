@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.status import Status
+from lengthwise.esm2.tensors import PERPLEXITY
 from lengthwise.ingest.tables import WINDOWS as WINDOWED_TABLE
 from lengthwise.jobs.join_windows import place_windowed, windowed_proteins
 from lengthwise.store.lookup import LOOKUP, write_lookup
@@ -47,7 +48,7 @@ _JOIN = """
         CASE WHEN why IS NULL THEN status ELSE 'rejected' END AS status,
         coalesce(replace(why, '{gigabytes}', printf('%.1f', (least(length, $longest) + 2) * $bytes_per_token / 1e9)), reason)
             AS reason, changes, {full_length} AS full_length,
-        spot.shard AS shard, spot.sequence_no AS sequence_no, spot.row_start AS row_start
+        spot.shard AS shard, spot.sequence_no AS sequence_no, spot.row_start AS row_start{more}
     FROM read_parquet($records) LEFT JOIN place USING (digest) LEFT JOIN reasons ON spot.verdict = reasons.verdict
     ORDER BY record_no
 """
@@ -97,7 +98,7 @@ def assemble(
         out_of_core("assemble", memory_bytes, scratch, threads=1) as database,
         ExitStack() as replaced,  # at its end the files of an earlier index are replaced, one right after the other
     ):
-        _find_places(database, store, jobs, settings["fingerprint"])
+        _find_places(database, store, jobs, settings["fingerprint"], _more_columns(settings))
         windowed = store / "inputs" / dataset / WINDOWED_TABLE if WINDOWED_TABLE in summary.get("files", {}) else None
         if windowed:
             checked_sha256(windowed, summary)
@@ -170,21 +171,32 @@ def _join_records(
     records, policy = store / "inputs" / dataset / "records.parquet", summary.get("policy") or {}
     # Tables of earlier versions have no such column.
     full_length = "full_length" if "full_length" in pq.read_schema(records).names else "NULL::INTEGER"
+    more = "".join(f", CASE WHEN why IS NULL THEN spot.{name} END AS {name}" for name in _more_columns(settings))
     values = {
         "records": str(records),
         "bytes_per_token": shape_of(settings).bytes_per_token(itemsize),
         # least() ignores NULL
         "longest": policy.get("window_residues") if policy.get("long_policy") == "window" else None,
     }
-    return database.sql(_JOIN.replace("{full_length}", full_length), params=values).to_arrow_reader(_BATCH_ROWS)
+    query = _JOIN.replace("{full_length}", full_length).replace("{more}", more)
+    return database.sql(query, params=values).to_arrow_reader(_BATCH_ROWS)
 
 
-def _find_places(database: duckdb.DuckDBPyConnection, store: Path, jobs: list[str], fingerprint: str) -> None:
-    """Create the table `place`: where each sequence of these jobs is."""
+def _more_columns(settings: dict) -> list[str]:
+    """The tensors with one number of each sequence that are columns of the index too."""
+    return [PERPLEXITY] if "logits" in settings["outputs"] else []
+
+
+def _find_places(
+    database: duckdb.DuckDBPyConnection, store: Path, jobs: list[str], fingerprint: str, more: list[str]
+) -> None:
+    """Create the table `place`: where each sequence of these jobs is, and its numbers in the tensors `more`."""
+    extra = "".join(f", {name}" for name in more)
     database.execute("CREATE TABLE reasons (verdict UTINYINT, why VARCHAR)")
     database.executemany("INSERT INTO reasons VALUES (?, ?)", [list(item) for item in _REASONS.items()])
     database.execute(
-        "CREATE TABLE held (digest BLOB, shard VARCHAR, sequence_no INTEGER, row_start BIGINT, verdict UTINYINT)"
+        "CREATE TABLE held (digest BLOB, shard VARCHAR, sequence_no INTEGER, row_start BIGINT, verdict UTINYINT"
+        f"{''.join(f', {name} FLOAT' for name in more)})"
     )
     for job in jobs:
         for name in read_json(job_record_path(store, job), "shards")["shards"]:
@@ -195,13 +207,16 @@ def _find_places(database: duckdb.DuckDBPyConnection, store: Path, jobs: list[st
                 "sequence_no": np.arange(n, dtype=np.int32),
                 "row_start": shard["offsets"][:-1],
                 "verdict": shard["status"],
+                **{name: shard[name] for name in more},
             }
             database.register("part", pa.table(columns))
-            database.execute("INSERT INTO held SELECT digest, ?, sequence_no, row_start, verdict FROM part", [name])
+            database.execute(
+                f"INSERT INTO held SELECT digest, ?, sequence_no, row_start, verdict{extra} FROM part", [name]
+            )
     # Several jobs may hold a sequence: a good one comes first, then the order of shard names decides.
     database.execute(
         "CREATE TABLE place AS SELECT digest,"
-        " min_by(struct_pack(shard, sequence_no, row_start, verdict), (verdict, shard)) AS spot"
+        f" min_by(struct_pack(shard, sequence_no, row_start, verdict{extra}), (verdict, shard)) AS spot"
         " FROM held GROUP BY digest"
     )
     database.execute("DROP TABLE held")

@@ -51,13 +51,19 @@ def compare(settings: dict, engine: Engine, sample: Sample) -> dict:
     RuntimeError
         Memory runs out.
     """
-    layers, precision = settings["layers"], settings["precision"]
+    layers, precision, compared = settings["layers"], settings["precision"], _compared_outputs(settings)
     not_compared: dict[str, str] = {}
+    if "contacts" in settings["outputs"]:
+        not_compared["contacts"] = "all attention maps of fair-esm at once take too much memory"
+    if not compared:
+        return {"skipped": f"contacts: {not_compared['contacts']}"}
 
-    def fair_esm(kind: str) -> dict[int, list[np.ndarray]] | None:
+    def fair_esm(kind: str) -> dict[int | None, list[np.ndarray]] | None:
         dtype = DTYPES.get(kind, torch.float64)
         try:
-            rows = reference_rows(engine.checkpoint, engine.device, dtype, sample.sequences, layers)
+            rows = reference_rows(
+                engine.checkpoint, engine.device, dtype, sample.sequences, layers, "logits" in compared
+            )
         except RuntimeError as error:  # torch does not compute every type on every device
             if is_out_of_memory(error):
                 raise
@@ -104,9 +110,18 @@ def compare(settings: dict, engine: Engine, sample: Sample) -> dict:
 def _rows_of(engine: Engine, settings: dict, sample: Sample) -> dict[str, np.ndarray] | None:
     """{tensor: [n, D] float32} of one packed batch, not rounded for storage; None where memory does not hold it."""
     unrounded = copy.copy(engine)
-    unrounded.output = Output(tuple(settings["layers"]), tuple(settings["outputs"]), "float32")
+    unrounded.output = Output(tuple(settings["layers"]), _compared_outputs(settings), "float32")
     (result,) = unrounded.embed([sample.sequences])
-    return None if (result.status == Status.DOES_NOT_FIT).any() else result.arrays
+    return None if (result.status == Status.DOES_NOT_FIT).any() else _comparable(result.arrays)
+
+
+def _compared_outputs(settings: dict) -> tuple[str, ...]:
+    return tuple(output for output in settings["outputs"] if output != "contacts")
+
+
+def _comparable(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors that have rows of channels: a pseudo-perplexity is a function of logits."""
+    return {name: array for name, array in arrays.items() if name not in (names.PERPLEXITY, "contacts")}
 
 
 def _rows_of_twin(
@@ -131,7 +146,7 @@ def _stored_rows(sample: Sample) -> dict[str, np.ndarray]:
         shard = Shard(path)
         for name in shard.data_names:
             found.setdefault(name, []).append(np.asarray(shard[name][shard.entries(name, number)]))
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+    return _comparable({name: np.concatenate(parts) for name, parts in found.items()})
 
 
 def _nearest_to_limit(
@@ -143,7 +158,7 @@ def _nearest_to_limit(
         output, layer = names.split(name)
         reference = references[layer]
         verdict = judge(
-            rows, reference.right(output), reference, computed, stored if output == "residue" else "float32"
+            rows, reference.right(output), reference, computed, stored if names.by_residue(name) else "float32"
         )
         found.append({"tensor": name, **vars(verdict)})
     return max(found, key=lambda each: each["share_of_limit"])
@@ -160,7 +175,7 @@ def _moves(
         reference = references[layer]
         moves.append(reference.share(rms(rows - reference.right(output))))
         fair_esm.append(reference.share(reference.error))
-        if output == "residue":
+        if names.by_residue(name):
             storage.append(reference.share(rms(torch.from_numpy(rows).to(dtype).float().numpy() - rows)))
     return {
         "moves": max(moves) if computed and np.isfinite(moves).all() else None,

@@ -233,13 +233,23 @@ def _load(
 ) -> Engine:
     """Load the model; compile it if sequences of these lengths take long enough."""
     seconds = float(forecast_seconds(lengths, shape_of(settings), settings["device"]).sum())
-    output = Output(tuple(settings["layers"]), tuple(settings["outputs"]), settings["storage_dtype"])
+    output = Output(
+        tuple(settings["layers"]),
+        tuple(settings["outputs"]),
+        settings["storage_dtype"],
+        settings.get("contacts_max_residues", 0),
+    )
     compiles = device.type == "cuda" and seconds > MIN_COMPILED_SECONDS and has_compile_cache()
     engine = open_engine(checkpoint, device, settings["precision"], output, compiles, residency)
     require_unchanged(store, settings["weights_sha256"])  # it may have been replaced while it was read
     if engine.model.config != shape_of(settings):
         raise LengthwiseError(
             f"{checkpoint}: its config.json has other sizes than when this store was made; put it back"
+        )
+    if engine.contact_head and engine.contact_head.sha256 != settings["contact_regression_sha256"]:
+        raise LengthwiseError(
+            f"{checkpoint}: its contact head has other weights than when this store was made; put them back, or use "
+            "another 'results'"
         )
     return engine
 

@@ -239,7 +239,13 @@ def _shard_bytes(lengths: pd.DataFrame, settings: dict, sizes: Sizes) -> int:
 def _result_bytes(settings: dict) -> int:
     """Bytes of results per token of a batch."""
     itemsize = np.dtype(settings["storage_dtype"]).itemsize
-    return result_bytes_per_token(settings["embed_dim"], len(settings["layers"]), settings["outputs"], itemsize)
+    return result_bytes_per_token(
+        settings["embed_dim"],
+        len(settings["layers"]),
+        settings["outputs"],
+        itemsize,
+        settings.get("contacts_max_residues", 0),
+    )
 
 
 def _itemsize(precision: str) -> int:

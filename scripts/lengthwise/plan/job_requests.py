@@ -6,6 +6,7 @@ Generous where nothing was measured; retries multiply memory and minutes (`workf
 import numpy as np
 import pandas as pd
 
+from lengthwise.esm2.costs import result_bytes_per_token
 from lengthwise.esm2.residency import LAYERS_HELD, LAYERS_ON_HOST, layer_bytes, wave_bytes
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MOST_AT_ONCE
 from lengthwise.plan.process import PARITY_SECONDS, PARITY_SHARE, PROCESS_BYTES, START_SECONDS
@@ -59,10 +60,12 @@ def _host_memory_bytes(jobs: pd.DataFrame, settings: dict, checkpoint_bytes: int
     work_order_bytes = 2 * jobs["residues"] + SEQUENCE_BYTES * jobs["sequences"]
     result_tokens = np.maximum(longest_tokens, batches_at_once * AUTO_BATCH_TOKENS[device])
     result_tokens += BATCHES_WAITING * np.maximum(longest_tokens, AUTO_BATCH_TOKENS[device])
-    result_bytes = result_tokens * shape.embed_dim * len(settings["layers"]) * 4
+    stored_bytes = 4 * shape.embed_dim * len(settings["layers"])
+    if more := {"logits", "contacts"} & {*settings["outputs"]}:
+        stored_bytes += result_bytes_per_token(0, 0, more, 4, settings.get("contacts_max_residues", 0))
+    result_bytes = result_tokens * stored_bytes
     total = PROCESS_BYTES[device] + work_order_bytes + result_bytes
     itemsize = 4 if settings["precision"] == "float32" else 2
-    stored_bytes = shape.embed_dim * len(settings["layers"]) * 4
     if streamed:
         tokens = jobs["residues"] + 2 * jobs["sequences"]
         of_wave = wave_bytes(shape, device, itemsize, stored_bytes, tokens)

@@ -21,6 +21,8 @@ NUMERICS = 1
 COMPARABLE = ("weights_sha256", "layers", "precision", "storage_dtype", "outputs", "numerics")
 # The outputs that a protein in windows can have: its rows are joined from the windows', and the others are of its rows.
 WINDOWED_OUTPUTS = ("residue", *OF_ROWS)
+# Likewise, where contacts are an output.
+OF_CONTACTS = ("contacts_max_residues", "contact_regression_sha256")
 # The outputs that each export needs in the store.
 EXPORT_OUTPUTS = {"h5": ("residue", "mean"), "pt": (), "biotrainer": ("residue", "mean"), "parquet": ("mean",)}
 
@@ -123,13 +125,21 @@ def make(config: dict, weights: dict, auto_device: str) -> dict:
         "random_weights": weights["random_weights"],
         "inv_freq": weights.get("inv_freq", "file"),
     }
+    if "contacts" in config["outputs"]:
+        settings["contacts_max_residues"] = config["contacts_max_residues"]
+        settings["contact_regression_sha256"] = weights.get("contact_regression_sha256", "")
     return {**settings, "fingerprint": fingerprint(settings)}
 
 
 def fingerprint(settings: dict) -> str:
     """SHA-256, in hex, of the settings in `COMPARABLE`. The order of layers has no influence."""
-    comparable = {key: settings[key] for key in COMPARABLE} | {"layers": sorted(settings["layers"])}
+    comparable = {key: settings[key] for key in _comparable(settings)} | {"layers": sorted(settings["layers"])}
     return hashlib.sha256(json.dumps(comparable, sort_keys=True).encode()).hexdigest()
+
+
+def _comparable(settings: dict) -> tuple[str, ...]:
+    """The settings in the fingerprint."""
+    return (*COMPARABLE, *OF_CONTACTS) if "contacts" in settings["outputs"] else COMPARABLE
 
 
 def find_fault(settings: dict) -> str:
@@ -284,6 +294,9 @@ def guard(store: Path, config: dict, weights: dict | None = None) -> dict | None
     asked["outputs"] = [output for output in OUTPUTS if output in config["outputs"]]
     if config["precision"] != "auto":
         asked["precision"] = config["precision"]
+    if "contacts" in stored["outputs"]:
+        asked["contacts_max_residues"] = config["contacts_max_residues"]
+        asked["contact_regression_sha256"] = (weights or stored).get("contact_regression_sha256", "")
     if weights is not None:
         # transformers keeps the number of heads beside the weights: no checksum of theirs tells it.
         asked |= {"weights_sha256": weights["sha256"], "attention_heads": weights["attention_heads"]}
@@ -291,7 +304,7 @@ def guard(store: Path, config: dict, weights: dict | None = None) -> dict | None
         asked["weights_sha256"] = _current_sha256(store, config["model"])
     differences = [
         f"{key} is {_format_value(stored[key])} there and {_format_value(asked[key])} in the config"
-        for key in (*COMPARABLE, "attention_heads")
+        for key in (*_comparable(stored), "attention_heads")
         if stored[key] != asked[key]
     ]
     default = _default_layer(config, num_layers)
