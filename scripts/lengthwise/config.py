@@ -4,6 +4,7 @@ import difflib
 import glob
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lengthwise.esm2.sources import (
 )
 from lengthwise.store.paths import dataset_name
 from lengthwise.store.settings import EXPORT_OUTPUTS, WINDOWED_OUTPUTS
+from lengthwise.system.files import ignores_case
 
 
 def validate(config: dict, schema_path: Path) -> dict:
@@ -146,6 +148,24 @@ def datasets(inputs: list[str] | dict[str, str]) -> dict[str, str]:
                     "rename one, or write inputs as a mapping of names to paths"
                 )
     return found
+
+
+def require_own_folders(names: Iterable[str], results: Path) -> None:
+    """Refuse datasets whose folders would be one: their names differ in case alone, and `results` ignores that.
+
+    Raises
+    ------
+    LengthwiseError
+        There are two such datasets.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        other = found.setdefault(name.casefold(), name)
+        if other != name and ignores_case(results):
+            raise LengthwiseError(
+                f"config: inputs: the datasets {other!r} and {name!r} would be one folder: the file system of {results} ignores "
+                "case; rename one, or write inputs as a mapping of names to paths"
+            )
 
 
 def _require_file(path: str) -> None:

@@ -372,3 +372,11 @@ def test_an_export_of_what_is_not_stored_is_refused(refused, export, outputs, mi
     with refused("exports", export, f"'outputs' has no {missing}"):
         validate(exports=["pt", export], outputs=outputs)
     assert validate(exports=["pt"], outputs=outputs)["exports"] == ["pt"]
+
+
+def test_datasets_that_differ_in_case_alone_are_refused_where_they_would_be_one_folder(tmp_path, refused, monkeypatch):
+    config.require_own_folders(["Yeast", "yeast"], tmp_path / "results")
+    monkeypatch.setattr(config, "ignores_case", lambda folder: folder == tmp_path / "results")
+    with refused("'Yeast' and 'yeast' would be one folder", str(tmp_path / "results"), "rename one"):
+        config.require_own_folders(["Yeast", "human", "yeast"], tmp_path / "results")
+    config.require_own_folders(["Yeast", "human"], tmp_path / "results")

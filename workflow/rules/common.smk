@@ -177,6 +177,7 @@ try:
         lengthwise.config.datasets(config["inputs"])
     )
     DATASETS = list(INPUTS)
+    lengthwise.config.require_own_folders(DATASETS, Path(config["results"]))
     STALE = set()
     if workflow.is_main_process:
         STALE = find_stale(Path(STORE))

@@ -2,11 +2,12 @@
 
 import json
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.system.files import read_json, write_json
+from lengthwise.system.files import ignores_case, read_json, write_json
 
 VALUE = {"name": "a\u00e9 b", "numbers": [1, 2.5, -3e-7], "inner": {"yes": True, "none": None}}
 
@@ -42,3 +43,18 @@ def test_a_file_that_is_cut_is_noticed_wherever(path):
 def test_a_file_of_an_earlier_version_has_no_checksum(tmp_path, value):
     (tmp_path / "x.json").write_text(json.dumps(value))
     assert read_json(tmp_path / "x.json") == value
+
+
+@pytest.mark.parametrize("names", [("config", "in"), ("config", "CONFIG"), ("1", "config"), ()])
+def test_this_file_system_keeps_case(tmp_path, names):
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert not ignores_case(tmp_path)
+    assert not ignores_case(tmp_path / "results" / "not there yet")
+
+
+def test_a_file_system_that_ignores_case_is_noticed(tmp_path, monkeypatch):
+    (tmp_path / "config").mkdir()
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: exists(path.with_name(path.name.lower())))
+    assert ignores_case(tmp_path / "results" / "not there yet")
