@@ -17,7 +17,7 @@ from lengthwise.benchmark.peers import Embed, Part
 from lengthwise.esm2.batching import cut_batches
 from lengthwise.esm2.devices import DTYPES
 from lengthwise.esm2.engine import Engine
-from lengthwise.esm2.model import onednn_serves
+from lengthwise.esm2.model import emulated_on_cpu
 from lengthwise.esm2.outputs import Output
 from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.ingest.digests import digest
@@ -130,7 +130,7 @@ def is_emulated(device: torch.device, precision: str) -> bool:
     """Whether a device has no instructions for a type, so that it is slower than float32. torch knows."""
     if device.type == "cuda":
         return precision == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return precision != "float32" and not onednn_serves(DTYPES[precision])
+    return emulated_on_cpu(DTYPES[precision])
 
 
 def _load_peer(name: str, load: Callable[..., Embed], *given: object) -> Loaded:

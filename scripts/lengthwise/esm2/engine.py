@@ -25,7 +25,7 @@ from lengthwise.esm2.costs import result_bytes_per_token
 from lengthwise.esm2.devices import DTYPES, device_name, is_out_of_memory
 from lengthwise.esm2.heads import load_lm_head
 from lengthwise.esm2.meters import MemoryMeter, Peaks
-from lengthwise.esm2.model import ESM2, Packing, onednn_serves
+from lengthwise.esm2.model import ESM2, Packing, emulated_on_cpu
 from lengthwise.esm2.outputs import Output, fill_bad_with_nan, finite_status
 from lengthwise.esm2.passes import Batch, BatchResult, Pass, StartedBatch, Timer, if_memory_holds, joined, largest
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MEMORY_MARGIN, MOST_AT_ONCE
@@ -73,7 +73,7 @@ class Engine:
         self.device = device
         self.precision = precision
         self.output = output
-        if device.type == "cpu" and not onednn_serves(DTYPES[precision]):
+        if device.type == "cpu" and emulated_on_cpu(DTYPES[precision]):
             log.warning("this CPU has no instructions for %s: it is emulated, slower than float32", precision)
         self.at_once = 1 if device.type == "cuda" else min(torch.get_num_threads(), MOST_AT_ONCE)
         for cache in _SHAPE_CACHES:  # read when the first primitive is created

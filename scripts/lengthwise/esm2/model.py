@@ -340,8 +340,13 @@ class Linear(nn.Linear):
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
 
 
+def emulated_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether this CPU computes a type through another one, slower than float32, as far as torch knows."""
+    return dtype != torch.float32 and not onednn_serves(dtype)
+
+
 def onednn_serves(dtype: torch.dtype) -> bool:
-    """Whether oneDNN computes a type with instructions of this CPU, rather than emulating it."""
+    """Whether oneDNN computes a type with instructions of this CPU, rather than emulating it. Torch for macOS has no oneDNN."""
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

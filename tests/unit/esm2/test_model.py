@@ -245,6 +245,16 @@ def test_where_torch_cannot_compile_the_engine_runs_uncompiled_and_says_so(any_h
     assert_close(next(engine.embed([[sequence]])).arrays["layer_3"], reference(any_head, sequence, [3])[3])
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_torch_without_onednn_computes_the_same_and_calls_float32_fast(any_head, monkeypatch, caplog, precision):
+    """As torch for macOS has none."""
+    sequences = random_sequences([20, 50])
+    theirs = references(any_head, sequences, [3], [precision])[precision]
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert_right(embed(any_head, sequences, [3], precision).arrays, theirs, precision)
+    assert ("emulated" in caplog.text) == (precision == "bfloat16")
+
+
 def test_before_a_second_try_the_results_of_earlier_batches_leave_the_device(any_head, monkeypatch):
     engine = Engine(any_head, CPU, "float32", Output((3,), ("residue",), "float32"))
     original, waiting = Engine._forward, []

@@ -13,7 +13,7 @@ import torch
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2 import checkpoint
 from lengthwise.esm2.meters import MemoryMeter
-from lengthwise.esm2.model import onednn_serves
+from lengthwise.esm2.model import emulated_on_cpu
 from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.report.study import engines, measure
 from lengthwise.report.study.facts import why_skipped
@@ -60,7 +60,7 @@ def single(rows, engine, gradients, precision="float32"):
 def test_every_variant_is_measured_at_ascending_lengths(study):
     rows, _ = study
     assert list(rows.columns) == list(measure.COLUMNS)
-    served = {"float32"} | ({"bfloat16"} if onednn_serves(torch.bfloat16) else set())
+    served = {"float32"} | ({"bfloat16"} if not emulated_on_cpu(torch.bfloat16) else set())
     assert set(rows["precision"]) == served
     for engine in (measure.LENGTHWISE, measure.FAIR_ESM):
         for gradients in (False, True):
@@ -307,7 +307,7 @@ def test_gradients_that_memory_does_not_hold_leave_the_other_precisions(weights,
     monkeypatch.setattr(
         measure, "_needed_bytes", lambda config, stage: 1e18 if stage.gradients else needed(config, stage)
     )
-    monkeypatch.setattr(measure, "onednn_serves", lambda dtype: dtype != torch.float16)
+    monkeypatch.setattr(measure, "emulated_on_cpu", lambda dtype: dtype == torch.float16)
     rows = measure.scaling(weights, "cpu", "float32", tmp_path / "scaling.tsv", seconds=5.0)
     assert set(rows.loc[rows["gradients"], "status"]) == {measure.SKIPPED_MEMORY}
     assert measure.OK in set(rows.loc[rows["precision"] == "bfloat16", "status"])
