@@ -25,6 +25,7 @@ from lengthwise.esm2 import tensors, tokens
 from lengthwise.esm2.checkpoint import write_random
 from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.ingest import digests
+from lengthwise.system.machine import usable_cores
 
 TINY = ModelConfig(2, 32, 2)
 MAX_WORKERS = 8  # of about a gigabyte each
@@ -34,7 +35,7 @@ MARKED_SECONDS = {"slow": 900, "huge": 4 * 3600}  # time limits of tests so mark
 def pytest_xdist_auto_num_workers(config) -> int:
     """A worker for each core; none for files named one by one, which are done before workers have started."""
     named = [argument.partition("::")[0] for argument in config.args]
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     return 0 if all(name.endswith(".py") for name in named) else min(cores, MAX_WORKERS)
 
 

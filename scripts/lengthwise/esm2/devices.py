@@ -1,11 +1,9 @@
 """Compute devices as torch knows them."""
 
-import platform
-
 import torch
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.system.machine import usable_cores
+from lengthwise.system.machine import processor_name, usable_cores
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -52,11 +50,7 @@ def device_name(device: torch.device) -> str:
     """The product name of the GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return processor_name()
 
 
 def is_out_of_memory(error: Exception) -> bool:

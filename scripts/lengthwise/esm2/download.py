@@ -27,7 +27,8 @@ from lengthwise.esm2.sources import (
     require_secure,
     weights_stamp,
 )
-from lengthwise.system.files import atomic, fsync_folder, read_json, sha256, stamp, write_json
+from lengthwise.system.descriptors import flush, flush_folder
+from lengthwise.system.files import atomic, read_json, sha256, stamp, write_json
 
 log = logging.getLogger("lengthwise")
 ATTEMPTS = 5
@@ -193,9 +194,9 @@ def _download_once(path: Path, url: str, pinned_sha256: str) -> None:
             f"{url}: its SHA-256 is {checksum}, but model_sha256 in the config is {pinned_sha256}; the download was removed"
         )
     with open(part, "rb") as file:
-        os.fsync(file.fileno())
+        flush(file.fileno())
     os.replace(part, path)
-    fsync_folder(path.parent)
+    flush_folder(path.parent)
     _state_path(part).unlink(missing_ok=True)
     size = path.stat().st_size
     write_json(

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from lengthwise.system.memory import reset_resident_peak, resident_peak
+
 # Names of processor temperature sensors on Linux: Intel, AMD, others.
 _CPU_SENSORS = ("coretemp", "k10temp", "cpu_thermal", "cpu-thermal", "x86_pkg_temp")
 
@@ -77,7 +79,7 @@ class MemoryMeter:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.resident = device.type == "cpu" and _reset_resident_peak()
+        self.resident = device.type == "cpu" and reset_resident_peak()
         self.lock = threading.Lock()
         self.running: list[Peaks] = []
 
@@ -116,23 +118,8 @@ class MemoryMeter:
         if not self.resident:
             return
         with self.lock:
-            peak = _resident_peak()
+            peak = resident_peak()
             for peaks in self.running:
                 peaks.resident = max(peaks.resident or 0, peak)
             change()
-            _reset_resident_peak()
-
-
-def _reset_resident_peak() -> bool:
-    """Reset VmHWM to the current resident size (Linux, proc(5), clear_refs); False if the system forbids it."""
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        return False
-    return True
-
-
-def _resident_peak() -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+            reset_resident_peak()

@@ -1,6 +1,5 @@
 """Exports: write a finished dataset in another tool's layout. A folder of an export is always complete."""
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,8 +16,9 @@ from lengthwise.export.pt import write_pt
 from lengthwise.export.source import Source
 from lengthwise.store.receipts import protein_files, write_receipt
 from lengthwise.store.sizes import tensors_of
-from lengthwise.system.files import fsync_folder, scratch_folder, writing
-from lengthwise.system.locks import lock, shared_store_lock
+from lengthwise.system.descriptors import flush_folder, lock
+from lengthwise.system.files import scratch_folder, writing
+from lengthwise.system.locks import shared_store_lock
 
 
 def export(dataset: Path, kind: str, memory_bytes: int = 1 << 30) -> int:
@@ -91,7 +91,7 @@ def _replace_folder(folder: Path) -> Iterator[Path]:
         with suppress(FileNotFoundError):
             os.rename(folder, scratch / "old")  # removed later: `folder` is never partly there
         os.rename(part, folder)
-        fsync_folder(folder.parent)
+        flush_folder(folder.parent)
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def _lock_file(path: Path) -> Iterator[None]:
     """Hold a lock by a file, which is removed afterwards. Waits for other processes."""
     while True:
         with open(path, "w") as file:
-            lock(file.fileno(), fcntl.LOCK_EX)
+            lock(file.fileno())
             if os.fstat(file.fileno()).st_nlink:  # else the last holder removed the file: lock a new one
                 try:
                     yield

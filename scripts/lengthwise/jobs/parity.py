@@ -26,7 +26,8 @@ from lengthwise.jobs.parity_sample import choose_sample
 from lengthwise.plan.process import PARITY_SECONDS, PARITY_SHARE
 from lengthwise.store.metrics import maker_of
 from lengthwise.store.paths import quarantined, shard_path
-from lengthwise.system.files import fsync_folder, read_json, write_json, writing
+from lengthwise.system.descriptors import flush_folder
+from lengthwise.system.files import read_json, write_json, writing
 from lengthwise.system.machine import host_available
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ class Parity:
             if path.exists():
                 with writing(path):
                     path.rename(quarantined(path, maker or self.maker_name))
-                    fsync_folder(path.parent)
+                    flush_folder(path.parent)
                 moved.append(quarantined(path, maker or self.maker_name))
         more = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
         return f"; in quarantine: {moved[0]}{more}" if moved else ""

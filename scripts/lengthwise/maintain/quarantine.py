@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.store.paths import quarantined
-from lengthwise.system.files import fsync_folder
+from lengthwise.system.descriptors import flush_folder
 
 # Causes in the file itself (None: its content). Others, such as a missing permission, say nothing about the file.
 _FILE_ERRORS = {None, errno.EIO, errno.ENOENT}
@@ -30,7 +30,7 @@ def quarantine(problems: list[Problem]) -> list[Path]:
     for path in sorted({problem.path for problem in problems if problem.path and problem.path.exists()}):
         moved.append(quarantined(path))
         os.replace(path, moved[-1])
-        fsync_folder(path.parent)
+        flush_folder(path.parent)
     return moved
 
 

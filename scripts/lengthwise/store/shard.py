@@ -1,6 +1,5 @@
 """Reading a shard: memory-mapped arrays and checksums."""
 
-import ctypes
 import itertools
 import math
 import mmap
@@ -16,11 +15,10 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.esm2 import tensors as names
 from lengthwise.esm2.status import Status
 from lengthwise.store.layout import REMAKE, read_header, shard_name
+from lengthwise.system.descriptors import drop_cached_pages, read_ahead
 
-# From Python 3.13 on a map needs no file descriptor, so a process can hold more maps than open files.
-_NO_DESCRIPTOR = {"trackfd": False} if sys.version_info >= (3, 13) else {}
-_mincore = ctypes.CDLL(None).mincore
-_mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+# From Python 3.13 on a map needs no file descriptor, so a process can hold more maps than open files. (Not on Windows.)
+_NO_DESCRIPTOR = {"trackfd": False} if sys.version_info >= (3, 13) and sys.platform != "win32" else {}
 _READ_BYTES = 16 << 20
 
 
@@ -85,16 +83,7 @@ class Shard:
         return array[start:stop]
 
     def _read_ahead(self, start: int, n_bytes: int) -> None:
-        """Let the kernel begin to read these bytes of the file, unless the last of them is in memory.
-
-        Asking for one page (`mincore`) takes 1 us, the advice (`madvise`) 10 to 20 us.
-        """
-        before = start % mmap.PAGESIZE
-        last_page = (before + n_bytes - 1) // mmap.PAGESIZE * mmap.PAGESIZE
-        in_memory = ctypes.c_ubyte()
-        failed = _mincore(self._address + start - before + last_page, 1, ctypes.byref(in_memory))
-        if failed or not in_memory.value & 1:
-            self._map.madvise(mmap.MADV_WILLNEED, start - before, before + n_bytes)
+        read_ahead(self._map, self._address, start, n_bytes)
 
     def holds(self, number: int, digest: bytes, start: int, length: int) -> bool:
         """Whether sequence `number` has this digest, status good, and the `length` rows from `start`."""
@@ -152,8 +141,7 @@ class Shard:
             The disk cannot read them.
         """
         with open(self.path, "rb") as file:
-            # Drop cached pages, so that the check reads the disk.
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            drop_cached_pages(file.fileno())  # so that the check reads the disk
         digests, status = self.read("digests"), self.read("status")
         crc = [crc32c(digests[i].tobytes() + status[i].tobytes()) for i in range(len(status))]
         for name in self.data_names:

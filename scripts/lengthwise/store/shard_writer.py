@@ -15,7 +15,8 @@ from lengthwise.esm2 import tensors as names
 from lengthwise.store.layout import layout
 from lengthwise.store.paths import shard_path
 from lengthwise.store.shard import is_complete
-from lengthwise.system.files import create_locked, discard, fsync_folder, reserve, wait_for_writers, writing
+from lengthwise.system.descriptors import drop_cached_pages, flush, flush_folder, reserve
+from lengthwise.system.files import create_locked, discard, wait_for_writers, writing
 
 # After so many bytes the kernel begins to write them to the disk, so that the fsync in `commit` is short.
 FLUSH_BYTES = 16 << 20
@@ -150,7 +151,7 @@ class ShardWriter:
         self.crc32c[batch] = crc
         self.status[batch] = status
         if self._unflushed_bytes >= FLUSH_BYTES:
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # starts the write-back, does not wait
+            drop_cached_pages(self._descriptor)  # starts the write-back, does not wait
             self._unflushed_bytes = 0
 
     def _starts(self, name: str, first: int, n: int) -> list[int]:
@@ -180,9 +181,9 @@ class ShardWriter:
 
     def _fsync_and_rename(self) -> None:
         """The commit itself: before the rename no reader sees the shard, after it the shard is complete."""
-        os.fsync(self._descriptor)
+        flush(self._descriptor)
         os.rename(self.part, self.path)
-        fsync_folder(self.path.parent)
+        flush_folder(self.path.parent)
 
     def abandon(self) -> None:
         """Remove the temporary file, unless the shard was committed."""

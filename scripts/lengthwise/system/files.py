@@ -1,8 +1,6 @@
 """Atomic writes, temporary files and folders, JSON files, checksums."""
 
-import ctypes
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.system.locks import UNSUPPORTED, lock, opened
+from lengthwise.system.descriptors import flush, flush_folder, lock, opened
 
 # errno values that always mean 'cannot write'.
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -43,9 +41,9 @@ def atomic(path: Path) -> Iterator[Path]:
             yield part
         with writing(path):
             with open(part, "rb") as file:
-                os.fsync(file.fileno())
+                flush(file.fileno())
             os.replace(part, path)
-            fsync_folder(path.parent)
+            flush_folder(path.parent)
     finally:
         discard(part)
 
@@ -96,7 +94,7 @@ def create_locked(path: Path) -> tuple[Path, int]:
     while True:
         part = temporary(path)
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        lock(descriptor, fcntl.LOCK_EX)
+        lock(descriptor)
         if part.exists():
             return part, descriptor
         os.close(descriptor)  # another process removed it as a leftover before it was locked
@@ -127,41 +125,10 @@ def wait_for_writers(path: Path, wait: bool, but: Path | None = None) -> None:
         except (FileNotFoundError, PermissionError):  # renamed meanwhile, or owned by another user
             continue
         try:
-            if lock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if lock(descriptor, wait=wait):
                 discard(part)
         finally:
             os.close(descriptor)
-
-
-def reserve(descriptor: int, size: int, free: int) -> None:
-    """Preallocate a file's bytes on the disk.
-
-    A file system without preallocation gets a check of the free bytes and a sparse file. There `os.posix_fallocate` would
-    write zeros, so that every byte is written twice.
-
-    Parameters
-    ----------
-    descriptor
-        The open file.
-    size
-        Bytes to preallocate.
-    free
-        Bytes that are free on the file system.
-
-    Raises
-    ------
-    OSError
-        The disk has too little space.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
-        return
-    refused = ctypes.get_errno()
-    if refused in UNSUPPORTED and size <= free:
-        os.ftruncate(descriptor, size)
-    else:
-        number = errno.ENOSPC if refused in UNSUPPORTED else refused
-        raise OSError(number, os.strerror(number))
 
 
 @contextmanager
@@ -205,14 +172,14 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
     for leftover in folder.parent.glob(f".*{folder.name}"):
         with suppress(OSError), opened(leftover) as descriptor:
-            if lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):  # its process has ended
+            if lock(descriptor, wait=False):  # its process has ended
                 shutil.rmtree(leftover, ignore_errors=True)
     while True:
         own = folder.with_name(f".{secrets.token_hex(4)}{folder.name}")
         with writing(own):
             own.mkdir()
         with opened(own) as descriptor:
-            lock(descriptor, fcntl.LOCK_EX)
+            lock(descriptor)
             if not own.exists():  # another process removed it as a leftover before it was locked
                 continue
             try:
@@ -222,13 +189,13 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
             return
 
 
-def fsync_folder(folder: Path) -> None:
-    """Flush a folder to disk, so that a rename in it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def ignores_case(folder: Path) -> bool:
+    """Whether names that differ in case alone are one file in a folder, as macOS and Windows have it; it need not exist yet."""
+    while not folder.is_dir():
+        folder = folder.parent
+    names = set(os.listdir(folder))
+    swapped = next((name.swapcase() for name in names if name.swapcase() != name), None)
+    return swapped is not None and swapped not in names and (folder / swapped).exists()
 
 
 def write_json(path: Path, value: dict) -> None:

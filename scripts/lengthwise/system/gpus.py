@@ -1,7 +1,6 @@
 """The machine's GPUs, and a lease on one of them where no scheduler assigns GPUs."""
 
 import ctypes
-import fcntl
 import logging
 import os
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 from uuid import UUID
 
 from lengthwise.errors import LengthwiseError
+from lengthwise.system.descriptors import lock
 
 log = logging.getLogger("lengthwise")
 # Leases are shared by all users, so the folder must not depend on TMPDIR.
@@ -111,7 +111,8 @@ def _lock_first_free(devices: list[str], folder: Path) -> tuple[str, int] | None
         except OSError as error:
             raise LengthwiseError(f"{path}: {error.strerror}; ask its owner to remove it") from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock(descriptor, wait=False):
+                log.warning("%s: its file system has no locks; jobs that run at once may share a GPU", path)
             if os.fstat(descriptor).st_nlink:  # the lock of a file that was deleted meanwhile excludes nobody
                 return device, descriptor
         except BlockingIOError:
@@ -122,7 +123,7 @@ def _lock_first_free(devices: list[str], folder: Path) -> tuple[str, int] | None
 
 def _open_lock_file(path: Path) -> int:
     """Open or create a lock file. In /tmp the kernel refuses O_CREAT on another user's file, so open first."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
     for _ in range(2):
         with suppress(FileNotFoundError):
             return os.open(path, flags)
@@ -142,7 +143,8 @@ def _close_held() -> None:
         os.close(_held.pop())
 
 
-os.register_at_fork(after_in_child=_close_held)
+if hasattr(os, "register_at_fork"):  # Windows never forks
+    os.register_at_fork(after_in_child=_close_held)
 
 
 def visible_gpus() -> int:

@@ -1,7 +1,6 @@
 """Locks (flock) on files and folders, the lock of a whole store, and the lock of the one run in a store."""
 
 import errno
-import fcntl
 import json
 import os
 import random
@@ -11,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
+from lengthwise.system.descriptors import flush, lock, opened
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def shared_store_lock(store: Path) -> Iterator[None]:
             store.mkdir(parents=True, exist_ok=True)
         for path in (store, store / "settings.json"):
             with suppress(FileNotFoundError):
-                lock(stack.enter_context(opened(path, os.O_RDONLY)), fcntl.LOCK_SH)
+                lock(stack.enter_context(opened(path, os.O_RDONLY)), shared=True)
         yield
 
 
@@ -47,10 +47,10 @@ def exclusive_store_lock(store: Path, required: bool = True) -> Iterator[None]:
     """
     with ExitStack() as stack:
         try:
-            supported = lock(stack.enter_context(opened(store, os.O_RDONLY)), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            supported = lock(stack.enter_context(opened(store, os.O_RDONLY)), wait=False)
             if (store / "settings.json").exists():  # NFS needs a file open for writing to lock it exclusively
                 settings = stack.enter_context(_opened_for_locking(store / "settings.json", required))
-                supported = lock(settings, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                supported = lock(settings, wait=False)
             if required and not supported:
                 raise LengthwiseError(f"{store}: its file system has no locks, so a job may be at work here unnoticed")
         except BlockingIOError as error:
@@ -118,7 +118,7 @@ def run_lock(store: Path, record: Mapping[str, object]) -> Iterator[bool]:
             with suppress(OSError):  # the lock counts, also on a full disk
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(dict(record)).encode(), 0)
-                os.fsync(descriptor)
+                flush(descriptor)
             with suppress(OSError):  # of another user
                 os.fchmod(descriptor, store.stat().st_mode & 0o666)  # who may write the folder may run in it
         yield held
@@ -132,7 +132,7 @@ def run_lock_holder(store: Path) -> dict | None:
     try:
         with opened(store / RUN_LOCK_NAME) as descriptor:
             try:
-                lock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                lock(descriptor, shared=True, wait=False)
             except BlockingIOError:
                 return _read_record(descriptor)
     except OSError:
@@ -145,7 +145,7 @@ def _lock_as_run(descriptor: int, store: Path) -> bool:
     until = time.monotonic() + READER_SECONDS
     while True:
         try:
-            return lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock(descriptor, wait=False)
         except BlockingIOError:
             if run := run_lock_holder(store):
                 raise LengthwiseError(
@@ -171,46 +171,3 @@ def _read_record(descriptor: int) -> dict:
         if not isinstance(record, dict):
             time.sleep(0.01)
     return dict.fromkeys(RUN_LOCK_KEYS, "unknown") | (record if isinstance(record, dict) else {})
-
-
-# errno values of a file system that supports no locks or no preallocation. NFS: EBADF for an exclusive lock on a folder.
-UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF}
-
-
-@contextmanager
-def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    """Yield the descriptor of an open file or folder, to lock it."""
-    descriptor = os.open(path, flags, 0o666)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def lock(descriptor: int, how: int) -> bool:
-    """Lock an open file.
-
-    Parameters
-    ----------
-    descriptor
-        The open file or folder.
-    how
-        `fcntl.LOCK_SH` or `fcntl.LOCK_EX`; with `fcntl.LOCK_NB` it does not wait.
-
-    Returns
-    -------
-    bool
-        False if the file system supports no locks.
-
-    Raises
-    ------
-    BlockingIOError
-        Another process holds the lock, and `how` says not to wait.
-    """
-    try:
-        fcntl.flock(descriptor, how)
-    except OSError as error:
-        if error.errno in UNSUPPORTED:
-            return False
-        raise
-    return True

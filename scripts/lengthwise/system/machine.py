@@ -1,6 +1,7 @@
 """What this process may expect of its machine. psutil is imported where it is used: the benchmark on a GPU works without."""
 
 import os
+import platform
 
 from lengthwise.system.control_groups import memory_limits
 
@@ -8,9 +9,18 @@ from lengthwise.system.control_groups import memory_limits
 READ_BYTES_PER_SECOND = 200e6
 
 
+def processor_name() -> str:
+    """Return the processor's product name where /proc/cpuinfo has one (Linux on x86), else its architecture."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def usable_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of CPU cores that this process may use: all of them where processes have no affinity (macOS)."""
+    return len(_affinity() or range(os.cpu_count() or 1))
 
 
 def idle_cores(seconds: float = 0.5) -> float:
@@ -18,8 +28,13 @@ def idle_cores(seconds: float = 0.5) -> float:
     import psutil
 
     shares = psutil.cpu_percent(seconds, percpu=True)
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(shares))
+    cores = _affinity() or range(len(shares))
     return sum(1 - shares[core] / 100 for core in cores if core < len(shares))
+
+
+def _affinity() -> set[int]:
+    """The cores to which this process is bound; empty where the system binds none."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
 def host_total() -> int:

@@ -5,7 +5,6 @@ of one length. This engine and fair-esm's are measured with and without gradient
 has instructions for. Both are loaded at once, so that their passes alternate.
 """
 
-import ctypes
 import gc
 import logging
 import statistics
@@ -23,7 +22,7 @@ from torch import Tensor
 from lengthwise.esm2 import checkpoint
 from lengthwise.esm2.devices import DTYPES, device_name, is_out_of_memory, resolve_device, set_threads
 from lengthwise.esm2.meters import MemoryMeter, clock_and_temperature
-from lengthwise.esm2.model import onednn_serves
+from lengthwise.esm2.model import emulated_on_cpu
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MEMORY_MARGIN, ModelConfig
 from lengthwise.jobs.embed_job import has_compile_cache
 from lengthwise.report.study.budget import engines_bytes, pass_bytes
@@ -41,6 +40,7 @@ from lengthwise.report.study.schema import (
 from lengthwise.store.receipts import add_to_receipt
 from lengthwise.system.files import atomic
 from lengthwise.system.machine import host_available, host_total, idle_cores
+from lengthwise.system.memory import return_freed_memory
 
 log = logging.getLogger("lengthwise")
 # Fewer on a CPU, whose study is short.
@@ -177,9 +177,8 @@ class Probe:
     def __init__(self, device: torch.device, memory_bytes: float | None = None):
         self.device, self.memory_bytes = device, memory_bytes
         self.meter = MemoryMeter(device)
-        # glibc keeps freed memory, which would hide growth, so it is returned before each pass.
-        self.trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if self.meter.resident else None
-        resident = "resident" if self.trim else None
+        # Memory that the C library keeps after it was freed would hide growth, so it is returned before each pass.
+        resident = "resident" if self.meter.resident and return_freed_memory() else None
         self.memory_measure = "allocated" if device.type == "cuda" else resident
 
     def seconds(self, forward: Callable[[], object]) -> float:
@@ -197,8 +196,8 @@ class Probe:
         if self.memory_measure is None:
             forward()
             return None
-        if self.trim:
-            self.trim(0)
+        if self.memory_measure == "resident":
+            return_freed_memory()
         with self.meter.measure() as peaks:
             before = self.meter.used()
             kept = forward()
@@ -244,7 +243,7 @@ class Probe:
 
 def _stages(device: torch.device, own: str) -> list[Stage]:
     """The store's own precision first: a short study has it alone."""
-    served = [name for name, dtype in DTYPES.items() if device.type == "cuda" or onednn_serves(dtype)]
+    served = [name for name, dtype in DTYPES.items() if device.type == "cuda" or not emulated_on_cpu(dtype)]
     full, single = BATCH_TOKENS[device.type], (None,)
     others = full if device.type == "cpu" else single + full
     stages = [Stage(own, False, single + full, 4), Stage(own, True, single, 1)]
