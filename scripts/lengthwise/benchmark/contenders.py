@@ -96,7 +96,7 @@ def contenders_of(
             precisions.remove(precision)
             log(f"left out, {precision}: this device emulates it (--emulated times it all the same)")
     yield Contender((EXTRACT,), "float32", True, partial(_load_peer, EXTRACT, peers.load_extract_loop, weights, device))
-    if error := _missing("transformers.models.esm"):
+    if error := _missing("transformers.models.esm.modeling_esm"):
         log(f"left out, transformers: {error}; the extra [benchmark] has it")
     else:
         for precision in (production,) if is_cuda else precisions:
