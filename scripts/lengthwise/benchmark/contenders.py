@@ -20,7 +20,6 @@ from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.model import emulated_on_cpu
 from lengthwise.esm2.outputs import Output
 from lengthwise.esm2.shapes import ModelConfig
-from lengthwise.ingest.digests import digest
 
 EXTRACT = "fair-esm extract.py"
 RESIDUE, MEAN, DISK = "Lengthwise", "Lengthwise, means alone", "Lengthwise, to disk"
@@ -170,6 +169,7 @@ def _embed(engine: Engine, output: Output, batch_tokens: int, sequences: list[by
 
 def _to_disk(engine: Engine, output: Output, batch_tokens: int, rows_folder: Path) -> Embed:
     """A job's own pipeline, with shards written and synced; each call removes those of the call before."""
+    from lengthwise.ingest.digests import digest
     from lengthwise.jobs.pipeline import Progress, ShardPipeline
     from lengthwise.plan.work_orders import PlannedShard
     from lengthwise.store.metrics import read_metrics
