@@ -82,6 +82,12 @@ def as_transformers_4(tensors: dict[str, torch.Tensor]) -> None:
             tensors[new] = tensor
 
 
+def without_frequencies(tensors: dict[str, torch.Tensor]) -> None:
+    """Remove the rotary frequencies, which transformers computes then."""
+    for name in [name for name in tensors if name.endswith("inv_freq")]:
+        del tensors[name]
+
+
 @torch.inference_mode()
 def rows(folder: Path, sequence: bytes, layers: Sequence[int]) -> dict[int, np.ndarray]:
     """transformers' embeddings [L + 2, D] of a sequence, its weights in float32."""

@@ -62,7 +62,7 @@ def fetch(model: HubId) -> tuple[Path, dict[str, str]]:
         raise
     except Exception as error:  # each version of the library has its own HTTP client, with its own exceptions
         reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise LengthwiseError(f"{model}: {reason}; what has come is kept, run again to go on") from error
+        raise LengthwiseError(f"{model}: {reason}; run again; files that are whole are kept") from error
     asked = model.revision or constants.DEFAULT_REVISION
     return folder, {"id": model.id, "revision": asked, "commit": folder.name, "address": constants.ENDPOINT}
 

@@ -1,5 +1,6 @@
-"""Downloads of weights, from a server on this machine that misbehaves in every way asked for."""
+"""Weights: found, or downloaded from a server on this machine that misbehaves in every way asked for."""
 
+import argparse
 import hashlib
 import multiprocessing
 import shutil
@@ -7,6 +8,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2 import checkpoint, download, sources
@@ -221,6 +223,62 @@ def test_the_contact_regression_comes_when_asked_for(server, tmp_path):
     fetch(server, tmp_path, contact_regression=True)
     assert [path for path, _ in server.sent] == [f"/models/{MODEL}.pt", f"/regression/{MODEL}-contact-regression.pt"]
     assert (tmp_path / f"{MODEL}-contact-regression.pt").exists()
+
+
+@pytest.fixture
+def torch_hub(monkeypatch, tmp_path, content):
+    """The folder where torch.hub has downloaded the model for fair-esm."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    folder = tmp_path / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / f"{MODEL}.pt").write_bytes(content)
+    return folder
+
+
+def test_what_torch_hub_has_downloaded_is_used_where_it_is(server, tmp_path, torch_hub):
+    assert str(torch_hub) == f"{torch.hub.get_dir()}/checkpoints"  # fair-esm asks torch
+    receipt = fetch(server, tmp_path / "weights")
+    assert receipt["path"] == str(torch_hub / f"{MODEL}.pt")
+    assert receipt["sha256"] == hashlib.sha256(server.content).hexdigest()
+    assert server.sent == []
+    assert not (tmp_path / "weights").exists()
+    assert [path.name for path in torch_hub.iterdir()] == [f"{MODEL}.pt"]
+
+
+def test_torch_hubs_folder_is_found_without_torch_home(monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCH_HOME", raising=False)
+    for cache in (str(tmp_path), None):
+        if cache:
+            monkeypatch.setenv("XDG_CACHE_HOME", cache)
+        else:
+            monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        assert str(sources.torch_hub_folder()) == f"{torch.hub.get_dir()}/checkpoints"
+
+
+def test_the_own_folder_goes_before_torch_hubs(server, tmp_path, torch_hub):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / f"{MODEL}.pt").write_bytes(server.content)
+    assert fetch(server, tmp_path / "weights")["path"] == str(tmp_path / "weights" / f"{MODEL}.pt")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path, content):
+    path = tmp_path / "damaged.pt"
+    path.write_bytes(content)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        data = torch.load(path, weights_only=True)
+    data["model"]["encoder.sentence_encoder.layers.1.fc1.weight"][3, 5] = float("nan")
+    torch.save(data, path)
+    with pytest.raises(LengthwiseError, match=r"damaged\.pt: the tensor layers\.1\.fc1\.weight .* NaN"):
+        download.fetch(str(path), "unused")
+
+
+@pytest.mark.parametrize(
+    ("arch", "words"), [("roberta_large", "ESM-1b or ESM-1v"), ("msa_transformer", "MSA Transformer")]
+)
+def test_a_pt_of_another_family_is_named(tmp_path, arch, words):
+    torch.save({"args": argparse.Namespace(arch=arch), "model": {}}, tmp_path / "other.pt")
+    with pytest.raises(LengthwiseError, match=f"{words}, which is not served yet"):
+        checkpoint.read(tmp_path / "other.pt")
 
 
 @pytest.fixture
