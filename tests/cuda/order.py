@@ -2,7 +2,8 @@
 
 Clocks keep the order (`Stream`). A kernel or a copy that no wait puts behind what it reads raises `OutOfOrder`. Memory that is
 freed while another stream may use it is noted in `Work.out_of_order`. A copy between the device and pinned memory happens when a
-stream or the host has waited for it. Until then its destination holds NaN, or `POISON` in integers.
+stream or the host has waited for it. Until then its destination holds NaN, or `POISON` in integers. Nothing is ever done before
+it is waited for: memory that is freed after `record_stream` stays occupied until then, as long as a GPU may take at most.
 """
 
 import threading
@@ -51,6 +52,14 @@ class Copy:
     was: Tensor  # its numbers when the copy was asked for
     source: Allocation | None  # on the device: a copy to the host
     done: bool = False
+
+
+@dataclass(frozen=True)
+class Retained:
+    """Memory that is freed, and not given away before recorded streams have done what was launched until then."""
+
+    nbytes: int
+    before: Clock
 
 
 class Stream:
@@ -121,7 +130,9 @@ class Work:
         self.allocations: dict[int, Allocation] = {}  # by storage
         self.pinned: set[int] = set()  # storages
         self.copies: list[Copy] = []
+        self.retained: list[Retained] = []
         self.live_bytes = self.peak_bytes = self.reserved_bytes = self.peak_reserved_bytes = 0
+        self.peak_occupied_bytes = 0
         self.limit_bytes: float = total_bytes - CONTEXT_BYTES
         self.out_of_memory: Callable[[str], Exception] = torch.OutOfMemoryError
         self.refuses: int | None = None  # the allocations until one is refused
@@ -147,6 +158,7 @@ class Work:
         with self.lock, unnoticed():
             self.waits[what] += 1
             merge(self.host, clock)
+            self.retained = [each for each in self.retained if not covers(self.host, each.before)]
             self.copy_up_to(self.host)
             for copy in [copy for copy in self.copies if known(self.host, copy)]:
                 self.copies.remove(copy)
@@ -224,7 +236,9 @@ class Work:
             self.counts["allocations"] += 1
             if self.refuses is not None:
                 self.refuses -= 1
-            if self.live_bytes + nbytes > self.limit_bytes or self.refuses == 0:
+            if self.occupied_bytes + nbytes > self.limit_bytes:
+                self.wait_for_retained()
+            if self.occupied_bytes + nbytes > self.limit_bytes or self.refuses == 0:
                 self.counts["refused"] += 1
                 raise self.out_of_memory(f"CUDA out of memory. Tried to allocate {nbytes / (1 << 20):.2f} MiB.")
             stream = self.current_stream()
@@ -233,13 +247,17 @@ class Work:
             weakref.finalize(storage, self._free, storage._cdata).atexit = False
             self.live_bytes += nbytes
             self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-            self.reserved_bytes = max(self.reserved_bytes, -(-self.live_bytes // SEGMENT_BYTES) * SEGMENT_BYTES)
+            self.peak_occupied_bytes = max(self.peak_occupied_bytes, self.occupied_bytes)
+            self.reserved_bytes = max(self.reserved_bytes, -(-self.occupied_bytes // SEGMENT_BYTES) * SEGMENT_BYTES)
             self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
 
     def _free(self, key: int) -> None:
         with self.lock:
             allocation = self.allocations.pop(key)
             self.live_bytes -= allocation.nbytes
+            before = {stream: stream.count for stream in allocation.recorded}  # all that was launched, as torch has it
+            if not covers(self.host, before):
+                self.retained.append(Retained(allocation.nbytes, before))
             for user, used in allocation.used.items():
                 safe = user is allocation.stream or user in allocation.recorded
                 if not safe and max(self.host.get(user, 0), allocation.stream.clock.get(user, 0)) < used:
@@ -247,6 +265,18 @@ class Work:
                     self.found(
                         f"memory of {allocation.stream.name} is freed while {user.name} may use it", raises=False
                     )
+
+    @property
+    def occupied_bytes(self) -> int:
+        return self.live_bytes + sum(each.nbytes for each in self.retained)
+
+    def wait_for_retained(self) -> None:
+        """As torch's allocator does before it refuses, and before it gives memory back."""
+        if self.retained:
+            clock: Clock = {}
+            for each in self.retained:
+                merge(clock, each.before)
+            self.host_waits(clock, "the allocator")
 
     def refuse_after(self, allocations: int) -> None:
         """Refuse one allocation, after so many others."""
@@ -262,13 +292,16 @@ class Work:
         return tensor
 
     def empty_cache(self) -> None:
-        self.reserved_bytes = -(-self.live_bytes // SEGMENT_BYTES) * SEGMENT_BYTES
+        with self.lock:
+            self.wait_for_retained()
+            self.reserved_bytes = -(-self.live_bytes // SEGMENT_BYTES) * SEGMENT_BYTES
 
     def free_bytes(self) -> int:
         return int(self.limit_bytes) - self.reserved_bytes
 
     def reset_peaks(self, device: object = None) -> None:
-        self.peak_bytes, self.peak_reserved_bytes = self.live_bytes, self.reserved_bytes
+        self.peak_bytes, self.peak_occupied_bytes = self.live_bytes, self.occupied_bytes
+        self.peak_reserved_bytes = self.reserved_bytes
 
     def statistics(self, device: object = None) -> dict[str, Any]:
         self.counts["memory_stats"] += 1

@@ -5,12 +5,23 @@ import pytest
 import torch
 from order import Event, OutOfOrder, Stream
 from pretend import Card, Device
-from rehearsal import BATCHES, TURING, embed, load, pretended, rows, the_host_waits_for_results_alone
+from rehearsal import (
+    BATCHES,
+    TURING,
+    embed,
+    load,
+    pretended,
+    random_sequences,
+    rows,
+    the_host_waits_for_results_alone,
+)
 
 from lengthwise.esm2 import engine as engine_module
 from lengthwise.esm2.checkpoint import write_random
 from lengthwise.esm2.outputs import Output
+from lengthwise.esm2.residency import layer_bytes
 from lengthwise.esm2.shapes import ModelConfig
+from lengthwise.esm2.streamed import StreamedEngine
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +132,60 @@ def test_a_planted_bug_is_caught(weights, monkeypatch, bug):
     with pytest.raises((AssertionError, RuntimeError, TypeError)) as caught:
         embed(weights, "float16", Card(capability=TURING))
     assert words in str(caught.value)
+
+
+def record_done_early(monkeypatch):
+    """The loading thread takes a layer to be done before its work: a GPU that lags behind the host holds one layer more."""
+    wait_event, record_event, early = Stream.wait_event, Stream.record_event, []
+
+    def wait(self, event):
+        early.append(record_event(self))
+        wait_event(self, event)
+
+    def record(self, event=None):
+        return early.pop() if self.name == "default" else record_event(self, event)
+
+    monkeypatch.setattr(Stream, "wait_event", wait)
+    monkeypatch.setattr(Stream, "record_event", record)
+
+
+@pytest.mark.parametrize(
+    ("plant", "held"), [(lambda _: None, 2), (record_done_early, 3)], ids=["as it is", "done before the work"]
+)
+def test_a_layer_that_is_done_early_is_a_third_one_on_the_card(tmp_path, monkeypatch, plant, held):
+    shape = ModelConfig(6, 256, 4)
+    write_random(tmp_path / "wide.pt", shape)
+    with pretended() as device:
+        engine = StreamedEngine(
+            tmp_path / "wide.pt", torch.device("cuda"), "float16", Output((6,), ("mean",), "float32")
+        )
+        before = device.live_bytes
+        device.reset_peaks()
+        plant(monkeypatch)
+        list(engine.embed([random_sequences([20])]))
+        layers = (device.peak_occupied_bytes - before) / layer_bytes(shape, 2)
+    assert held <= layers < held + 0.5  # the pass's own tensors
+
+
+def test_memory_that_another_stream_was_recorded_for_is_taken_until_it_is_done():
+    """Torch's allocator waits before it refuses: what is lost is time."""
+    with pretended() as device:
+        device.limit_bytes = 10_000
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            weights = torch.ones(1_000, device="cuda")
+            copied = side.record_event()
+        torch.cuda.current_stream().wait_event(copied)
+        weights.sum()
+        weights.record_stream(torch.cuda.current_stream())
+        del weights
+        assert torch.cuda.memory_allocated() == 0
+        assert device.occupied_bytes == 4_096
+        torch.ones(1_200, device="cuda")
+        assert device.waits["the allocator"] == 0
+        torch.ones(2_000, device="cuda")
+        assert device.waits["the allocator"] == 1
+        assert device.occupied_bytes == 0
 
 
 def test_results_that_are_not_awaited_are_nan(weights, monkeypatch):
