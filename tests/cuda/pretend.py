@@ -141,6 +141,11 @@ class Device(Work):
     def _call_is_pinned(self, func: Callable, on_device: list[Tensor], tensor: Tensor, device: object = None) -> bool:
         return key_of(tensor) in self.pinned
 
+    def _call__has_compatible_shallow_copy_type(
+        self, func: Callable, on_device: list[Tensor], tensor: Tensor, other: Tensor
+    ) -> bool:
+        return self.holds(tensor) == self.holds(other) and func(tensor, other)
+
     def _call_cpu(self, func: Callable, on_device: list[Tensor], tensor: Tensor, **kwargs: Any) -> Tensor:
         return self._call_to(func, on_device, tensor, "cpu")
 

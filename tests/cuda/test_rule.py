@@ -1,10 +1,10 @@
 """The workflow on a pretended card, as a user runs it: lease, embedding, scaling study, report."""
 
-import json
 from pathlib import Path
 
 import pandas as pd
 from pretend import Card
+from pretended_machine import SITE, write_machine
 from project import Project, random_sequences, wait_for
 
 import driver
@@ -12,13 +12,6 @@ from lengthwise.report import figures
 from lengthwise.store.metrics import read_metrics
 from lengthwise.system.files import read_json
 from lengthwise.system.gpus import lease
-
-SITE = Path(__file__).parent / "site"
-VERSION = """
-__version__ = "2.13.0{local}"
-debug, git_version, hip, rocm, xpu = False, "", None, None, None
-cuda = {cuda!r}
-"""
 
 
 class OnCard(Project):
@@ -32,9 +25,7 @@ class OnCard(Project):
         project = super().with_tiny_model(folder / "project", **inputs)
         project.machine = folder / "machine"
         project.machine.mkdir()
-        driver.build(project.machine)
-        (project.machine / "card.json").write_text(json.dumps(vars(card)))
-        (project.machine / "version.py").write_text(VERSION.format(local=local, cuda=card.cuda))
+        write_machine(project.machine, card, local)
         return project
 
     @property
