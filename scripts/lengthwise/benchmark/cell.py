@@ -56,9 +56,11 @@ class Cell:
 
     def row(self, extract_rates: Sequence[float]) -> Row:
         """The row, as far as it is measured; `extract_rates` are fair-esm's residues per second in each round."""
-        row = {**self.facts, "sample": self.sample, "status": self.status, "batch_tokens": self.batch_tokens}
         if not self.seconds:
-            return row
+            names = "engine", "precision", "compiled"
+            known = {name: self.facts[name] for name in names if name in self.facts}
+            return known | {"sample": self.sample, "status": self.status}
+        row = {**self.facts, "sample": self.sample, "status": self.status, "batch_tokens": self.batch_tokens}
         seconds = sum(self.seconds)
         ratios = [rate / other for rate, other in zip(self.rates, extract_rates, strict=False)]
         matmul = statistics.median(self.matmul_rates) if self.matmul_rates else None

@@ -6,12 +6,14 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,7 @@ from lengthwise.benchmark.weights import write_weights
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.devices import resolve_device, set_threads
 from lengthwise.esm2.shapes import MODELS
+from lengthwise.system.gpus import leased
 from lengthwise.system.logging import error_line
 
 # Sequences must outlast the fastest engine's time on a GPU; on a CPU all of them are embedded.
@@ -62,6 +65,9 @@ def run(given: argparse.Namespace, measure: Callable[[Request], tuple[list[Row],
     given.out.mkdir(parents=True, exist_ok=True)
     failed = False
     for name in [given.checkpoint.stem] if given.checkpoint else given.model:
+        if time.time() >= deadline:
+            print(f"no time left for {name}", flush=True)
+            continue
         request = Request(
             name,
             given.checkpoint,
@@ -76,20 +82,48 @@ def run(given: argparse.Namespace, measure: Callable[[Request], tuple[list[Row],
         )
         try:
             spawn = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(1, spawn, _end_with_parent, (_work_folder(given.out),)) as pool:
+            with (
+                ProcessPoolExecutor(1, spawn, _end_with_parent, (_work_folder(given.out),)) as pool,
+                _ended_if_interrupted(),
+            ):
                 rows, title = pool.submit(measure or measure_model, request).result()
-        except (LengthwiseError, BrokenProcessPool) as error:
+        except (LengthwiseError, OSError, BrokenProcessPool) as error:
             print(error_line(f"{name}: {error}"), file=sys.stderr, flush=True)
             failed = True
+        except KeyboardInterrupt:
+            print(error_line(f"interrupted; what was measured is in {given.out}"), file=sys.stderr, flush=True)
+            return 128 + signal.SIGINT
         else:
             print(f"\n{title}\n\n{markdown(rows)}\n", flush=True)
             failed |= any(row["status"] not in ("", OUT_OF_MEMORY) for row in rows)
+        finally:
+            shutil.rmtree(_work_folder(given.out), ignore_errors=True)  # of a process that crashed
     return int(failed)
 
 
+@contextmanager
+def _ended_if_interrupted() -> Iterator[None]:
+    """Do not wait for the end of a measurement that is not wanted any more."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for child in multiprocessing.active_children():
+            child.kill()
+        raise
+
+
 def measure_model(request: Request) -> tuple[list[Row], str]:
-    """Measure one model, and write the table after each round; returns the rows and the table's title."""
+    """Measure one model, and write the table after each round; returns the rows and the table's title.
+
+    As a job it leases a GPU, and has the job's settings of torch's allocator.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("lengthwise").setLevel(logging.INFO)
+    with leased(request.device.type):
+        return _measure_model(request)
+
+
+def _measure_model(request: Request) -> tuple[list[Row], str]:
     set_threads(request.threads)
     samples = _samples(request)
     title = f"{request.name} on {description(request.device)}"
@@ -143,6 +177,7 @@ def _end_with_parent(work: Path) -> None:
     """End this process with the command, also when that was killed: it would keep the GPU."""
     parent = multiprocessing.parent_process()
     assert parent is not None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both, and the command ends this process
 
     def wait() -> None:
         parent.join()

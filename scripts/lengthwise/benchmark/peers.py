@@ -33,7 +33,7 @@ Embed = Callable[[list[bytes]], Iterator[Part]]
 @torch.inference_mode()
 def reference(weights: Path, sequences: list[bytes], device: torch.device) -> list[np.ndarray]:
     """The last layer of fair-esm's own model in float32, one sequence at a time: [L, D] of each."""
-    model = checkpoint.reference_model(weights).to(device)
+    model = checkpoint.reference_model(weights, device)
     rows = []
     for sequence in sequences:
         tokens = torch.from_numpy(tokenize(sequence)).long()[None].to(device)  # [1, L + 2]
@@ -46,7 +46,7 @@ def load_extract_loop(weights: Path, device: torch.device) -> Embed:
     """The loop of fair-esm's scripts/extract.py with its default options, without writing files."""
     from esm.data import FastaBatchedDataset
 
-    model = checkpoint.reference_model(weights).to(device)
+    model = checkpoint.reference_model(weights, device)
     alphabet: Any = model.alphabet
     convert, layer = alphabet.get_batch_converter(), model.num_layers
 
