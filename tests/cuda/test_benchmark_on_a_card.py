@@ -31,8 +31,10 @@ case "$*" in
 *) exit 1;;
 esac
 """
-FAILS_TO_LOAD = "raise ImportError('transformers of another torch')\n"
-CRASHES = "import os\nos._exit(3)\n"
+# In the place of transformers; its model does not load.
+PEER = "def __getattr__(name):\n    if name == 'EsmModel':\n        {}\n    raise AttributeError(name)\n"
+FAILS_TO_LOAD = PEER.format("raise ValueError('of another torch')")
+CRASHES = PEER.format("import os; os._exit(3)")
 
 
 def run(folder: Path, transformers: str, *arguments: object) -> SimpleNamespace:
@@ -40,7 +42,8 @@ def run(folder: Path, transformers: str, *arguments: object) -> SimpleNamespace:
     for name in ("machine", "packages", "programs"):
         (folder / name).mkdir()
     write_machine(folder / "machine", CARD)
-    (folder / "packages" / "transformers.py").write_text(transformers)
+    (folder / "packages" / "transformers" / "models" / "esm").mkdir(parents=True)
+    (folder / "packages" / "transformers" / "__init__.py").write_text(transformers)
     (folder / "programs" / "nvidia-smi").write_text(NVIDIA_SMI)
     (folder / "programs" / "nvidia-smi").chmod(0o755)
     write_random(folder / "tiny.pt", SHAPE)
@@ -78,7 +81,7 @@ def measured(tmp_path_factory):
 def test_every_type_has_a_row_and_an_engine_that_fails_says_why(measured):
     failed = {key: row["status"] for key, row in measured.rows.items() if row["status"]}
     assert failed == {
-        ("transformers", "float16", str(SHORT)): "ImportError: transformers of another torch",
+        ("transformers", "float16", str(SHORT)): "ValueError: of another torch",
         (EXTRACT, "float32", str(LONG)): "out of memory",
     }
     assert measured.code == 1  # for transformers alone: what does not fit is no failure

@@ -266,6 +266,26 @@ def test_git_ignores_the_folder_of_the_tables():
     assert subprocess.run(["git", "check-ignore", "-q", f"{out}/"], cwd=root).returncode == 0
 
 
+def test_an_interrupted_run_ends_at_once_with_what_it_measured(tiny, tmp_path):
+    """The command alone gets the signal, as by `kill -INT`: it does not wait for the measurement."""
+    arguments = ["--checkpoint", tiny, "--device", "cpu", "--out", tmp_path, "--residues", 2_000_000]
+    run = run_command(*arguments, "--length", *range(60, 110), env=os.environ | {"PYTHONPATH": str(SCRIPTS)})
+    try:
+        ends = time.monotonic() + 120
+        while not (tmp_path / "tiny.tsv").exists():
+            assert run.poll() is None, run.stdout.read()
+            assert time.monotonic() < ends
+            time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        output, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130
+    assert f"interrupted; what was measured is in {tmp_path}" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "work").exists()
+
+
 def test_a_killed_run_leaves_what_it_measured_and_no_process(tiny, tmp_path):
     lengths = range(60, 110)
     environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
