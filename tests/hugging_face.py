@@ -88,12 +88,16 @@ def without_frequencies(tensors: dict[str, torch.Tensor]) -> None:
         del tensors[name]
 
 
+def inputs(sequence: bytes) -> dict[str, torch.Tensor]:
+    """What a model of transformers is called with: a batch of one sequence."""
+    tokens = torch.tensor([[0, *(get_default_vocab_list().index(chr(residue)) for residue in sequence), 2]])
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
 @torch.inference_mode()
 def rows(folder: Path, sequence: bytes, layers: Sequence[int]) -> dict[int, np.ndarray]:
     """transformers' embeddings [L + 2, D] of a sequence, its weights in float32."""
     model = EsmModel.from_pretrained(folder, dtype=torch.float32).eval()
-    tokens = [0, *(get_default_vocab_list().index(chr(residue)) for residue in sequence), 2]
-    inputs = torch.tensor([tokens])
-    found = model(inputs, attention_mask=torch.ones_like(inputs), output_hidden_states=True)
+    found = model(**inputs(sequence), output_hidden_states=True)
     last = model.config.num_hidden_layers
     return {i: (found.last_hidden_state if i == last else found.hidden_states[i])[0].numpy() for i in layers}

@@ -355,3 +355,18 @@ def test_the_identity_is_the_files_checksum_or_that_of_their_listing(tmp_path, s
     file = sorted(path.glob("*.safetensors"))[1]
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
     assert sources.identity(sources.file_sha256(path)) != first
+
+
+@torch.inference_mode()
+def test_logits_and_contacts_equal_transformers(saved):
+    """Of a sequence alone; tests of the heads compare with fair-esm."""
+    sequence = random_sequence(60)
+    output = Output((2,), ("logits", "contacts"), "float32", contacts_max_residues=60, rounds_contacts=False)
+    engine = Engine(saved, CPU, "float32", output)
+    (result,) = engine.embed([[sequence]])
+    model, inputs = EsmForMaskedLM.from_pretrained(saved, attn_implementation="eager"), hugging_face.inputs(sequence)
+    logits = model(**inputs).logits[0, 1:-1].numpy()
+    assert np.abs(result.arrays["logits"] - logits).max() <= TOLERANCE * np.sqrt(np.mean(np.square(logits)))
+    contacts = model.predict_contacts(inputs["input_ids"], inputs["attention_mask"])[0].numpy()
+    assert np.ptp(contacts) > 1000 * TOLERANCE
+    assert np.abs(result.arrays["contacts"] - contacts[np.triu_indices(60)]).max() <= TOLERANCE
