@@ -19,6 +19,8 @@ WAVE_SECONDS = 300.0
 LAYERS_HELD = {"cpu": 4, "cuda": 2}
 # On a GPU's host, in float32 at most: the layer that is read, its copy in the compute type, and two in pinned memory.
 LAYERS_ON_HOST = 4
+# Smaller products do not keep a core busy.
+MIN_BATCH_TOKENS = 256
 # torch rounds a tensor in pinned memory up to a power of two.
 PINNED_SHARE = 0.5
 # Bytes of a checkpoint that are read in a second, on the slow side; a wave is no shorter than reading all layers takes.
@@ -30,21 +32,31 @@ def layer_bytes(shape: ModelConfig, itemsize: int) -> int:
     return itemsize * (12 * shape.embed_dim**2 + 13 * shape.embed_dim)
 
 
-def computing_bytes(shape: ModelConfig, device: str, itemsize: int, cores: int, stored_bytes: int = 0) -> int:
-    """What batches take beside the weights while they compute: of the usual size on a CPU, the smallest on a GPU.
+def computing_bytes(
+    shape: ModelConfig, device: str, itemsize: int, cores: int, batch_tokens: int = AUTO_BATCH_TOKENS["cpu"]
+) -> int:
+    """What batches take beside the weights while they compute: one on each core of a CPU, the smallest on a GPU.
 
     Parameters
     ----------
-    shape, itemsize, stored_bytes
+    shape, itemsize
         As of `ModelConfig.bytes_per_token`.
     device
         cpu or cuda.
     cores
         Cores that compute a batch each.
+    batch_tokens
+        Tokens of a batch on a CPU.
     """
     if device == "cpu":
-        return shape.resident_bytes(itemsize, AUTO_BATCH_TOKENS["cpu"], cores, stored_bytes)
-    return 1_024 * shape.bytes_per_token(itemsize, stored_bytes)
+        return shape.resident_bytes(itemsize, batch_tokens, cores)
+    return 1_024 * shape.bytes_per_token(itemsize)
+
+
+def streamed_batch_tokens(shape: ModelConfig, itemsize: int, cores: int) -> int:
+    """Tokens of a batch on a CPU where weights are streamed: small where a wave is, so that it has a batch for each core."""
+    in_a_wave = tokens_in_time(shape, "cpu", itemsize)
+    return max(MIN_BATCH_TOKENS, min(AUTO_BATCH_TOKENS["cpu"], in_a_wave // cores))
 
 
 def fits_resident(shape: ModelConfig, device: str, itemsize: int, cores: int, free_bytes: float) -> bool:
@@ -61,13 +73,30 @@ def beside_weights(shape: ModelConfig, itemsize: int, gpu_bytes: float) -> tuple
 
 
 @overload
-def wave_bytes(shape: ModelConfig, device: str, itemsize: int, stored_bytes: int, tokens: int) -> int: ...
+def wave_bytes(
+    shape: ModelConfig,
+    device: str,
+    itemsize: int,
+    stored_bytes: int,
+    tokens: int,
+    flops_per_second: float | None = None,
+) -> int: ...
 @overload
 def wave_bytes(
-    shape: ModelConfig, device: str, itemsize: int, stored_bytes: int, tokens: "pd.Series"
+    shape: ModelConfig,
+    device: str,
+    itemsize: int,
+    stored_bytes: int,
+    tokens: "pd.Series",
+    flops_per_second: float | None = None,
 ) -> "pd.Series": ...
 def wave_bytes(
-    shape: ModelConfig, device: str, itemsize: int, stored_bytes: int, tokens: "int | pd.Series"
+    shape: ModelConfig,
+    device: str,
+    itemsize: int,
+    stored_bytes: int,
+    tokens: "int | pd.Series",
+    flops_per_second: float | None = None,
 ) -> "int | pd.Series":
     """What layers and the longest wave of a job take, without the process and computing.
 
@@ -79,8 +108,10 @@ def wave_bytes(
         cpu or cuda.
     tokens
         Tokens of the job, or of several jobs.
+    flops_per_second
+        As of `tokens_in_time`.
     """
-    most = tokens_in_time(shape, device, itemsize)
+    most = tokens_in_time(shape, device, itemsize, flops_per_second)
     in_a_wave = min(tokens, most) if isinstance(tokens, int) else tokens.clip(upper=most)
     return LAYERS_HELD[device] * layer_bytes(shape, itemsize) + in_a_wave * (sums_bytes(shape) + stored_bytes)
 

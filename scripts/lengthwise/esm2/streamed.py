@@ -29,11 +29,13 @@ from lengthwise.esm2.outputs import Output, finite_status
 from lengthwise.esm2.passes import Batch, BatchResult, Pass, StartedBatch, Timer, if_memory_holds
 from lengthwise.esm2.residency import (
     LAYERS_HELD,
+    MIN_BATCH_TOKENS,
     computing_bytes,
     fits_resident,
     layer_bytes,
     room_for_results,
     room_for_wave,
+    streamed_batch_tokens,
     sums_bytes,
     tokens_in_time,
 )
@@ -41,8 +43,6 @@ from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MOST_AT_ONCE
 from lengthwise.system.machine import host_available
 
 log = logging.getLogger("lengthwise")
-# Smaller products do not keep a core busy.
-MIN_BATCH_TOKENS = 256
 
 
 def open_engine(
@@ -113,7 +113,7 @@ class StreamedEngine(Engine):
 
     def _compile(self) -> None:
         super()._compile()
-        self.flops_per_second = None  # the time of compiling is in it
+        self.flops_per_second = self.rooms = None  # of fewer layers, and the time of compiling is in it
 
     def embed(self, batches: Iterable[list[bytes]]) -> Iterator[BatchResult]:
         """Embed batches, in order. Those of a wave come together."""
@@ -123,16 +123,14 @@ class StreamedEngine(Engine):
                 yield self._finish(started.popleft(), waited_ms)  # popped: its results may be large
 
     def auto_batch_tokens(self) -> int:
-        """Tokens per batch where the config says `auto`, by the formula: a measured pass would read all weights.
-
-        On a CPU a wave has a batch for each core, so batches are small where a wave is.
-        """
+        """Tokens per batch where the config says `auto`, by the formula: a measured pass would read all weights."""
         if self.device.type == "cuda":
             return self._fitting_tokens()[1]
-        in_time, (room, _) = self._wave_limits()
-        usual = self._prepare([b"A" * 300])
-        in_memory = int(room / self._bytes_of([usual])[0] * len(usual.tokens))
-        return max(MIN_BATCH_TOKENS, min(AUTO_BATCH_TOKENS["cpu"], min(in_time, in_memory) // self.at_once))
+        tokens = streamed_batch_tokens(self.model.config, DTYPES[self.precision].itemsize, self.at_once)
+        # Each core is to have a batch in a wave.
+        while tokens > MIN_BATCH_TOKENS and self._room(tokens) < self.at_once * tokens * sums_bytes(self.model.config):
+            tokens //= 2
+        return tokens
 
     def _fitting_tokens(self) -> tuple[float, int]:
         """Half of the memory that layers leave is for a batch, the other half for the sums of a wave."""
@@ -161,13 +159,19 @@ class StreamedEngine(Engine):
         """Tokens of a wave by time, and its bytes by memory: on the device, and on a GPU's host."""
         shape, itemsize = self.model.config, DTYPES[self.precision].itemsize
         if self.rooms is None:
-            beside, on_host = computing_bytes(shape, self.device.type, itemsize, self.at_once), 0.0
-            if self.device.type == "cuda":
-                beside = self._fitting_tokens()[1] * self.bytes_per_token
-                on_host = room_for_results(shape, host_available())
-            self.rooms = room_for_wave(shape, self.device.type, itemsize, free_bytes(self.device), beside), on_host
+            on_host = room_for_results(shape, host_available()) if self.device.type == "cuda" else 0.0
+            self.rooms = self._room(self.auto_batch_tokens()), on_host
         in_time = tokens_in_time(shape, self.device.type, itemsize, self.flops_per_second, self.read_seconds)
         return in_time, self.rooms
+
+    def _room(self, batch_tokens: int) -> float:
+        """Bytes that the device has for a wave beside batches of so many tokens."""
+        shape, itemsize = self.model.config, DTYPES[self.precision].itemsize
+        if self.device.type == "cuda":
+            beside = batch_tokens * self.bytes_per_token
+        else:
+            beside = computing_bytes(shape, "cpu", itemsize, self.at_once, batch_tokens)
+        return room_for_wave(shape, self.device.type, itemsize, free_bytes(self.device), beside)
 
     def _bytes_of(self, batches: Sequence[Batch]) -> tuple[int, int]:
         """What a wave's sums and results take on the device, and its results on a GPU's host."""

@@ -273,7 +273,8 @@ def _memory(
     held, streamed = shape.parameters * itemsize, residency == "streamed"
     if streamed:
         of_a_job = (work["residues"] + 2 * work["sequences"]) // max(work["jobs"], 1)
-        held = wave_bytes(shape, device, itemsize, stored, int(of_a_job))
+        # A GPU's wave grows into what is free; it needs a batch.
+        held = wave_bytes(shape, device, itemsize, stored, int(of_a_job if device == "cpu" else min(of_a_job, tokens)))
     fixed = (None if streamed else loaded) or int(held + (PROCESS_BYTES if device == "cpu" else 0))
     at_once = min(threads, MOST_AT_ONCE) if device == "cpu" and tokens <= AUTO_BATCH_TOKENS["cpu"] else 1
     if device == "cpu":

@@ -6,10 +6,11 @@ Generous where nothing was measured; retries multiply memory and minutes (`workf
 import numpy as np
 import pandas as pd
 
-from lengthwise.esm2.costs import result_bytes_per_token
-from lengthwise.esm2.residency import LAYERS_HELD, LAYERS_ON_HOST, layer_bytes, wave_bytes
+from lengthwise.esm2.costs import ASSUMED_FLOPS, result_bytes_per_token
+from lengthwise.esm2.residency import LAYERS_HELD, LAYERS_ON_HOST, layer_bytes, streamed_batch_tokens, wave_bytes
 from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MOST_AT_ONCE
 from lengthwise.plan.process import PARITY_SECONDS, PARITY_SHARE, PROCESS_BYTES, START_SECONDS
+from lengthwise.plan.throughput import MEASURED_THREADS
 from lengthwise.store.settings import shape_of
 from lengthwise.system.machine import READ_BYTES_PER_SECOND
 
@@ -58,24 +59,26 @@ def _host_memory_bytes(jobs: pd.DataFrame, settings: dict, checkpoint_bytes: int
     batches_at_once = MOST_AT_ONCE if device == "cpu" else 1
     longest_tokens = jobs["longest"] + 2
     work_order_bytes = 2 * jobs["residues"] + SEQUENCE_BYTES * jobs["sequences"]
-    result_tokens = np.maximum(longest_tokens, batches_at_once * AUTO_BATCH_TOKENS[device])
-    result_tokens += BATCHES_WAITING * np.maximum(longest_tokens, AUTO_BATCH_TOKENS[device])
+    itemsize, batch_tokens = 4 if settings["precision"] == "float32" else 2, AUTO_BATCH_TOKENS[device]
+    if streamed and device == "cpu":
+        batch_tokens = streamed_batch_tokens(shape, itemsize, batches_at_once)
+    result_tokens = np.maximum(longest_tokens, batches_at_once * batch_tokens)
+    result_tokens += BATCHES_WAITING * np.maximum(longest_tokens, batch_tokens)
     stored_bytes = 4 * shape.embed_dim * len(settings["layers"])
     if more := {"logits", "contacts"} & {*settings["outputs"]}:
         stored_bytes += result_bytes_per_token(0, 0, more, 4, settings.get("contacts_max_residues", 0))
-    result_bytes = result_tokens * stored_bytes
-    total = PROCESS_BYTES[device] + work_order_bytes + result_bytes
-    itemsize = 4 if settings["precision"] == "float32" else 2
+    total = PROCESS_BYTES[device] + work_order_bytes + result_tokens * stored_bytes
     if streamed:
         tokens = jobs["residues"] + 2 * jobs["sequences"]
-        of_wave = wave_bytes(shape, device, itemsize, stored_bytes, tokens)
+        rate = batches_at_once / MEASURED_THREADS * ASSUMED_FLOPS[device]
+        of_wave = wave_bytes(shape, device, itemsize, stored_bytes, tokens, rate)
         # On a GPU's host a wave is what room there is for results.
         total += of_wave if device == "cpu" else LAYERS_ON_HOST * layer_bytes(shape, 4)
     else:
         total += checkpoint_bytes  # mapped into memory while it loads
         total += shape.parameters * itemsize if device == "cpu" else 0
     if device == "cpu":
-        total += shape.resident_bytes(itemsize, AUTO_BATCH_TOKENS[device], batches_at_once)
+        total += shape.resident_bytes(itemsize, batch_tokens, batches_at_once)
         total += shape.resident_bytes_alone(itemsize, 1) * jobs["longest"]
         # The parity receipt: a layer of fair-esm in float64, and this engine in float32.
         twin = LAYERS_HELD[device] * layer_bytes(shape, 4) if streamed else shape.parameters * 4

@@ -146,12 +146,21 @@ def test_slow_storage_makes_waves_longer_and_waiting_does_not_count_as_computing
     assert slow._wave_limits()[0] > quick._wave_limits()[0]
 
 
-def test_a_models_batches_are_small_where_a_wave_is_so_that_each_core_has_one(monkeypatch):
-    monkeypatch.setattr(streamed, "load_ends", lambda *_: type("", (), {"config": MODELS["esm2_t48_15B_UR50D"]}))
-    monkeypatch.setattr(streamed, "free_bytes", lambda _: 32_000_000_000)
-    engine = StreamedEngine(None, CPU, "bfloat16", Output((48,), ("residue",), "float16"))
-    engine.at_once = 2
-    assert streamed.MIN_BATCH_TOKENS <= engine.auto_batch_tokens() < 400
+@pytest.mark.parametrize(
+    ("name", "cores", "gigabytes"),
+    [("esm2_t48_15B_UR50D", 2, 32), ("esm2_t48_15B_UR50D", 16, 8), ("esm2_t33_650M_UR50D", 8, 2)],
+)
+def test_batches_are_small_where_a_wave_is_so_that_each_core_has_one(monkeypatch, name, cores, gigabytes):
+    shape = MODELS[name]
+    monkeypatch.setattr(streamed, "load_ends", lambda *_: type("", (), {"config": shape}))
+    monkeypatch.setattr(streamed, "free_bytes", lambda _: gigabytes * 1e9)
+    engine = StreamedEngine(None, CPU, "bfloat16", Output((1,), ("mean",), "float16"))
+    engine.at_once = cores
+    tokens = engine.auto_batch_tokens()
+    in_time, (room, _) = engine._wave_limits()
+    assert tokens >= residency.MIN_BATCH_TOKENS
+    assert tokens == residency.MIN_BATCH_TOKENS or cores * tokens <= in_time
+    assert room >= cores * tokens * residency.sums_bytes(shape)
 
 
 def test_a_batchs_time_is_its_share_of_the_wave(weights, batches):

@@ -206,6 +206,16 @@ def test_streamed_weights_are_forecast_to_take_less(store):
     assert memory("streamed") < 0.5 * memory("auto") == 0.5 * memory("resident")
 
 
+def test_a_gpus_streamed_weights_need_the_memory_of_one_batch_in_a_wave(small_store):
+    store = small_store()
+    store.ingest("a", {f"p{n}": "M" * (30_000 + n) for n in range(40)})  # a wave of 30 GB, if there is room
+    huge = {"num_layers": 48, "embed_dim": 5120, "attention_heads": 40, "device": "cuda", "precision": "bfloat16"}
+    folders, sizes = {"a": store.inputs("a")}, Sizes(1e6, 1 << 40)
+    made = forecast.forecast(store.path, store.settings | huge, folders, sizes, residency="streamed")
+    assert made["work"]["jobs"] == 1
+    assert 4e9 < made["memory"]["batch_bytes"] < 8e9
+
+
 def on_card(store, card: str, sizes: dict = SIZES, **settings) -> dict:
     folders = {name: store.inputs(name) for name in store.datasets}
     return forecast.forecast(store.path, store.settings | settings, folders, Sizes(**sizes), device_like=card)

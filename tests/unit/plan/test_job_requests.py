@@ -6,15 +6,18 @@ import sys
 import pandas as pd
 import pytest
 
-from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MODELS
+from lengthwise.esm2 import residency
+from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MODELS, MOST_AT_ONCE
 from lengthwise.plan import throughput
 from lengthwise.plan.cuts import Sizes
 from lengthwise.plan.job_requests import job_requests
 from lengthwise.plan.planner import plan, read_jobs
+from lengthwise.plan.process import PROCESS_BYTES
 from lengthwise.store.paths import job_record_path, work_order_path
 from lengthwise.store.settings import make
 
-CONFIG = {"model": "m", "precision": "auto", "layers": [-1], "storage_dtype": "float16", "outputs": ["residue"]}
+CONFIG = {"model": "m", "precision": "auto", "layers": [-1], "default_layer": "auto"}
+CONFIG |= {"storage_dtype": "float16", "outputs": ["residue"]}
 
 
 def settings_of(model: str, device: str) -> dict:
@@ -61,14 +64,35 @@ def test_more_of_something_asks_for_more_of_what_it_takes(device, more, grows):
     assert {name for name in usual if larger[name] > usual[name]} == grows
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize(("model", "share"), [("esm2_t36_3B_UR50D", 0.8), ("esm2_t48_15B_UR50D", 0.4)])
-def test_streamed_weights_ask_for_less_memory(model, share, device):
+@pytest.mark.parametrize(
+    ("model", "device", "share"),
+    [
+        ("esm2_t36_3B_UR50D", "cpu", 0.2),
+        ("esm2_t36_3B_UR50D", "cuda", 0.8),
+        ("esm2_t48_15B_UR50D", "cpu", 0.15),
+        ("esm2_t48_15B_UR50D", "cuda", 0.4),
+    ],
+)
+def test_streamed_weights_ask_for_less_memory(model, device, share):
     settings, checkpoint_bytes = settings_of(model, device), 2 * MODELS[model].parameters
     resident = request_of(settings, checkpoint_bytes)
     streamed = request_of(settings, checkpoint_bytes, "streamed")
     assert streamed["mem_mb"] < share * resident["mem_mb"]
     assert streamed | {"mem_mb": 0} == resident | {"mem_mb": 0}
+
+
+@pytest.mark.parametrize("cores", [1, 2, MOST_AT_ONCE])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", ["esm2_t33_650M_UR50D", "esm2_t36_3B_UR50D", "esm2_t48_15B_UR50D"])
+def test_what_a_streamed_job_asks_for_has_room_for_a_wave_with_a_batch_for_each_core(model, precision, cores):
+    shape, itemsize = MODELS[model], 4 if precision == "float32" else 2
+    settings = settings_of(model, "cpu") | {"precision": precision}
+    job = {"sequences": 10_000, "residues": 3_000_000}
+    free = 1e6 * request_of(settings, 2 * shape.parameters, "streamed", **job)["mem_mb"] - PROCESS_BYTES["cpu"]
+    batch_tokens = residency.streamed_batch_tokens(shape, itemsize, cores)
+    beside = residency.computing_bytes(shape, "cpu", itemsize, cores, batch_tokens)
+    room = residency.room_for_wave(shape, "cpu", itemsize, free, beside)
+    assert room > cores * batch_tokens * (residency.sums_bytes(shape) + 2 * shape.embed_dim)
 
 
 def test_a_store_asks_for_room_for_what_it_writes():
