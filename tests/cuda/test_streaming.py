@@ -84,9 +84,8 @@ def test_results_of_a_wave_are_no_more_than_the_host_holds_in_pinned_memory(weig
         engine = StreamedEngine(weights, CUDA, "float16", output)
         (*_, last) = engine.embed(BATCHES)
     assert sum(array.nbytes for array in last.arrays.values()) == pinned(waves[-1][-1:])
-    for wave, following in itertools.pairwise(waves):
-        assert pinned(wave) <= room or len(wave) == 1
-        assert pinned([*wave, following[0]]) > room
+    assert all(pinned(wave) <= room or len(wave) == 1 for wave in waves)
+    assert all(pinned([*wave, following[0]]) > room for wave, following in itertools.pairwise(waves))
 
 
 def test_the_speed_of_a_wave_is_measured_so_that_the_next_lasts_no_longer_than_it_should(weights):
