@@ -61,7 +61,7 @@ def test_compiling_reads_two_layers_once_and_its_time_is_no_waves(weights, monke
         lambda path, index, *rest, **more: read.append(index) or load_layer(path, index, *rest, **more),
     )
     with pretended():
-        engine = stream(weights, compile=True)
+        engine = StreamedEngine(weights, CUDA, "float16", Output((5, 6), (*OUTPUTS, "logits"), "float32"), compile=True)
     assert engine.model.compiled
     assert read == [0, 1]
     assert engine.output.layers == (5, 6)

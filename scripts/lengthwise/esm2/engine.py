@@ -214,7 +214,8 @@ class Engine:
         began = time.perf_counter()
         self.model.compile()
         tokens = self._fitting_tokens()[1] if self.device.type == "cuda" else AUTO_BATCH_TOKENS["cpu"]
-        output, self.output = self.output, replace(self.output, layers=(min(2, self.model.config.num_layers),))
+        output, two = self.output, (min(2, self.model.config.num_layers),)
+        self.output = replace(output, layers=two, outputs=("mean",))  # logits and contacts need all layers
         try:
             if self.precision == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
                 raise RuntimeError("torch compiles nothing in bfloat16 for this GPU, which emulates it")
