@@ -1,4 +1,4 @@
-"""Account for every record of one FASTA file."""
+"""Account for every record of a dataset's FASTA files."""
 
 from pathlib import Path
 
@@ -13,13 +13,15 @@ with reporting(snakemake.log[0]):
     from lengthwise.system.files import stamp
     from lengthwise.system.runs import recorded_inputs
 
-    fasta, params, dataset = Path(snakemake.input.fasta), snakemake.params, snakemake.wildcards.dataset
+    params, dataset = snakemake.params, snakemake.wildcards.dataset
+    files = [Path(path) for path in snakemake.input]
     long_sequences, store = dict(params.long_sequences), Path(snakemake.output.records).parents[2]
-    recorded = (recorded_inputs(str(store)) or {}).get(dataset)
-    if recorded and not stamp(fasta).items() <= recorded.items():
-        raise LengthwiseError(f"{fasta}: changed since this run began; run again once nothing writes to it")
+    recorded = (recorded_inputs(str(store)) or {}).get(dataset) or [None] * len(files)
+    for fasta, entry in zip(files, recorded, strict=True):
+        if entry and not stamp(fasta).items() <= entry.items():
+            raise LengthwiseError(f"{fasta}: changed since this run began; run again once nothing writes to it")
     summary = ingest(
-        fasta,
+        files,
         Path(snakemake.output.records),
         Path(snakemake.output.sequences),
         Path(snakemake.output.records).with_name("summary.json"),
@@ -32,7 +34,7 @@ with reporting(snakemake.log[0]):
             strict=params.strict,
         ),
         memory_bytes=snakemake.resources.mem_mb * 10**6 * 2 // 5,  # the rest is for read buffers and tables
-        stamp=input_stamp(fasta, recorded),
+        stamps=[input_stamp(fasta, entry) for fasta, entry in zip(files, recorded, strict=True)],
     )
     log.info(
         "%s: %s records: %s accepted, %s duplicate, %s rejected; %s residues",

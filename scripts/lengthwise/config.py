@@ -4,7 +4,7 @@ import difflib
 import glob
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +113,10 @@ def _require_model(model: str) -> None:
         )
 
 
-def datasets(inputs: list[str] | dict[str, str]) -> dict[str, str]:
-    """Return {dataset: path of its FASTA} for the config's inputs, with globs expanded.
+def datasets(inputs: list[str] | dict[str, list[str]]) -> dict[str, list[str]]:
+    """Return {dataset: paths of its FASTA files, in order} for the config's inputs, with globs expanded.
+
+    Of a list, each file is a dataset. Of a mapping, all files under a name are one.
 
     Raises
     ------
@@ -123,15 +125,27 @@ def datasets(inputs: list[str] | dict[str, str]) -> dict[str, str]:
         is invalid.
     """
     if isinstance(inputs, dict):
-        for name, path in inputs.items():
+        for name in inputs:
             if not isinstance(name, str) or dataset_name(name) != name:
                 raise LengthwiseError(
                     f"config: inputs: the name {name!r} should consist of A-Z a-z 0-9 . _ -, quoted, and begin with a letter"
                 )
-            _require_file(path)
-        return dict(inputs)
-    found: dict[str, str] = {}
-    for pattern in inputs:
+        return {name: _distinct(_expand(patterns)) for name, patterns in inputs.items()}
+    found: dict[str, list[str]] = {}
+    for path in _expand(inputs):
+        name = dataset_name(path)
+        (other,) = found.setdefault(name, [path])
+        if os.path.realpath(other) != os.path.realpath(path):
+            raise LengthwiseError(
+                f"config: inputs: {other} and {path} would both be the dataset {name!r}; rename one, or write inputs as a "
+                f"mapping of names to paths ({name}: [{other}, {path}] makes them one dataset)"
+            )
+    return found
+
+
+def _expand(patterns: list[str]) -> Iterator[str]:
+    """The files of paths and globs; those of a glob in alphabetical order."""
+    for pattern in patterns:
         if glob.has_magic(pattern) and not os.path.exists(pattern):
             paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
             if not paths:
@@ -140,14 +154,15 @@ def datasets(inputs: list[str] | dict[str, str]) -> dict[str, str]:
             paths = [pattern]
         for path in paths:
             _require_file(path)
-            name = dataset_name(path)
-            other = found.setdefault(name, path)
-            if os.path.realpath(other) != os.path.realpath(path):
-                raise LengthwiseError(
-                    f"config: inputs: {other} and {path} would both be the dataset {name!r}; "
-                    "rename one, or write inputs as a mapping of names to paths"
-                )
-    return found
+            yield path
+
+
+def _distinct(paths: Iterable[str]) -> list[str]:
+    """Each file once, at its first place: a glob may match a file that is named too."""
+    found: dict[str, str] = {}
+    for path in paths:
+        found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
 
 
 def require_own_folders(names: Iterable[str], results: Path) -> None:

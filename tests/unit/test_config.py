@@ -36,7 +36,7 @@ WINDOW_KEYS = ["long_sequences.window_residues", "long_sequences.overlap"]
 def test_the_shipped_config_is_valid_and_its_inputs_are_there(monkeypatch):
     monkeypatch.chdir(ROOT)
     shipped = config.validate(yaml.safe_load(Path("config/config.yaml").read_text()), SCHEMA_PATH)
-    assert config.datasets(shipped["inputs"]) == {"example": "config/example.fasta"}
+    assert config.datasets(shipped["inputs"]) == {"example": ["config/example.fasta"]}
 
 
 @pytest.mark.parametrize("key", [key for key, sub in KEYS.items() if "default" in sub])
@@ -225,18 +225,25 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("inputs", "found"),
     [
-        (["a.fasta", "b.fasta.gz"], {"a": "a.fasta", "b": "b.fasta.gz"}),
-        (["[ab].fasta*"], {"a": "a.fasta", "b": "b.fasta.gz"}),
-        (["in/*"], {"c": "in/c.fa"}),
-        (["in/**/*.fa"], {"c": "in/c.fa", "d": "in/deep/d.fa"}),
-        (["a.fasta", "a.fasta", "./a.fasta"], {"a": "a.fasta"}),
-        (["odd[1].fasta"], {"odd_1_": "odd[1].fasta"}),
-        ({"x": "a.fasta", "y": "other/a.faa"}, {"x": "a.fasta", "y": "other/a.faa"}),
+        (["a.fasta", "b.fasta.gz"], {"a": ["a.fasta"], "b": ["b.fasta.gz"]}),
+        (["[ab].fasta*"], {"a": ["a.fasta"], "b": ["b.fasta.gz"]}),
+        (["in/*"], {"c": ["in/c.fa"]}),
+        (["in/**/*.fa"], {"c": ["in/c.fa"], "d": ["in/deep/d.fa"]}),
+        (["a.fasta", "a.fasta", "./a.fasta"], {"a": ["a.fasta"]}),
+        (["odd[1].fasta"], {"odd_1_": ["odd[1].fasta"]}),
+        ({"x": "a.fasta", "y": "other/a.faa"}, {"x": ["a.fasta"], "y": ["other/a.faa"]}),
+        ({"x": ["other/a.faa", "a.fasta"]}, {"x": ["other/a.faa", "a.fasta"]}),
+        ({"x": "[ab].fasta*", "a": "a.fasta"}, {"x": ["a.fasta", "b.fasta.gz"], "a": ["a.fasta"]}),
+        (
+            {"x": ["b.*", "in/**/*.fa", "./b.fasta.gz", "a.fasta"]},
+            {"x": ["b.fasta.gz", "in/c.fa", "in/deep/d.fa", "a.fasta"]},
+        ),
+        ({"x": "odd[1].fasta"}, {"x": ["odd[1].fasta"]}),
     ],
     ids=str,
 )
 def test_inputs_become_datasets(here, inputs, found):
-    assert config.datasets(inputs) == found
+    assert config.datasets(validate(inputs=inputs)["inputs"]) == found
 
 
 @pytest.mark.parametrize(
@@ -252,12 +259,22 @@ def test_inputs_become_datasets(here, inputs, found):
         ({"my proteins": "a.fasta"}, ["'my proteins'"]),
         ({"../up": "a.fasta"}, ["'../up'"]),
         ({"": "a.fasta"}, ["''"]),
+        ({"x": ["a.fasta", "none.fasta"]}, ["no file 'none.fasta'"]),
+        ({"x": ["a.fasta", "*.faa"]}, ["no file matches '*.faa'"]),
+        ({"x": ["a.fasta", "in"]}, ["'in' is a folder"]),
+        (["a.fasta", "other/a.faa"], ["a: [a.fasta, other/a.faa] makes them one dataset"]),
     ],
     ids=str,
 )
 def test_unusable_inputs_are_one_line(here, refused, inputs, words):
     with refused("config: inputs: ", *words):
-        config.datasets(inputs)
+        config.datasets(validate(inputs=inputs)["inputs"])
+
+
+@pytest.mark.parametrize("files", [[], {}, None, 5, [5], [""], {"y": "a.fasta"}, [["a.fasta"]]], ids=str)
+def test_a_dataset_without_files_is_one_line(refused, files):
+    with refused("config: inputs.x"):
+        validate(inputs={"x": files})
 
 
 def test_a_number_as_the_name_of_a_dataset_is_one_line(here, refused):
@@ -277,13 +294,14 @@ def test_a_tilde_in_a_path_is_a_home_folder(here, monkeypatch, tiny_checkpoint):
     (here / "tiny.pt").symlink_to(tiny_checkpoint)
     monkeypatch.setenv("HOME", str(here))
     taken = validate(inputs=["~/a.fasta", "~/in/*.fa"], results="~/results", weights="~/weights", model="~/tiny.pt")
-    assert config.datasets(taken["inputs"]) == {"a": f"{here}/a.fasta", "c": f"{here}/in/c.fa"}
+    assert config.datasets(taken["inputs"]) == {"a": [f"{here}/a.fasta"], "c": [f"{here}/in/c.fa"]}
     assert {key: taken[key] for key in ("results", "weights", "model")} == {
         "results": f"{here}/results",
         "weights": f"{here}/weights",
         "model": f"{here}/tiny.pt",
     }
-    assert validate(inputs={"x": "~/a.fasta"})["inputs"] == {"x": f"{here}/a.fasta"}
+    assert validate(inputs={"x": "~/a.fasta"})["inputs"] == {"x": [f"{here}/a.fasta"]}
+    assert validate(inputs={"x": ["a.fasta", "~/b.fasta"]})["inputs"] == {"x": ["a.fasta", f"{here}/b.fasta"]}
     assert validate(inputs="~/a.fasta")["inputs"] == [f"{here}/a.fasta"]
     user = pwd.getpwuid(os.getuid())
     assert validate(weights=f"~{user.pw_name}/weights")["weights"] == f"{user.pw_dir}/weights"
@@ -346,7 +364,12 @@ def test_an_input_that_is_no_regular_file_is_one_line(tmp_path, refused):
 @pytest.mark.parametrize("name", ["a\nb.fasta", "a\rb.fasta"])
 def test_a_line_break_in_an_inputs_name_is_one_line(tmp_path, refused, name):
     (tmp_path / name).write_text(">a\nM\n")
-    for inputs in ([str(tmp_path / name)], [str(tmp_path / "*.fasta")], {"a": str(tmp_path / name)}, ["none\n.fasta"]):
+    for inputs in (
+        [str(tmp_path / name)],
+        [str(tmp_path / "*.fasta")],
+        {"a": [str(tmp_path / name)]},
+        ["none\n.fasta"],
+    ):
         with refused("config: inputs", "line break", "rename it"):
             config.datasets(inputs)
 
@@ -354,7 +377,7 @@ def test_a_line_break_in_an_inputs_name_is_one_line(tmp_path, refused, name):
 @pytest.mark.parametrize("name", ["a{b}.fasta", "<c>.fasta"])
 def test_names_that_snakemake_does_not_support_are_one_line(tmp_path, refused, name):
     (tmp_path / name).write_text(">a\nM\n")
-    for inputs in ([str(tmp_path / name)], [str(tmp_path / "*.fasta")], {"a": str(tmp_path / name)}):
+    for inputs in ([str(tmp_path / name)], [str(tmp_path / "*.fasta")], {"a": [str(tmp_path / name)]}):
         with refused("config: inputs", name, "rename it"):
             config.datasets(inputs)
 

@@ -198,7 +198,9 @@ class Project:
         shutil.copytree(self.folder, folder)
         for path in folder.glob("results*/*/inputs/*/summary.json"):
             summary = read_json(path)
-            for stamp in summary["inputs"]:
+            for stamp in (
+                one for known in summary["inputs"] for one in (known if isinstance(known, list) else [known])
+            ):
                 stamp["path"] = stamp["path"].replace(f"{self.folder}/", f"{folder}/")
             write_json(path, summary)
         return type(self)(folder, self.checkout)

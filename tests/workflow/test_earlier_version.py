@@ -71,7 +71,7 @@ def test_a_plan_that_is_cut_short_is_made_again(project, damage):
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("damage", ["emptied", "halved"])
 def test_a_table_that_is_cut_short_is_made_again(project, table, damage):
-    folder, fasta = project.store / "inputs/a", input_stamp(project.folder / "in/a.fasta")
+    folder, fasta = project.store / "inputs/a", [input_stamp(project.folder / "in/a.fasta")]
     path = folder / table
     os.truncate(path, 0 if damage == "emptied" else path.stat().st_size // 2)
     assert not adopt(folder, fasta)

@@ -123,7 +123,7 @@ def lock_store(store):
 
 def find_stale(store):
     """The outputs that have to be made again; prints why. A run locks the store, and mends what needs no job."""
-    stamps = {dataset: input_stamp(entry["path"], entry) for dataset, entry in INPUTS.items()}
+    stamps = {name: [input_stamp(entry["path"], entry) for entry in entries] for name, entries in INPUTS.items()}
     asked = {key: config[key] for key in ("retry_rejected", "exports", "scaling", "model_sha256")}
     wanted = stale.Wanted(stamps, policy_of(config), **asked)
     is_run = runs_jobs() and not forecasts_alone()
@@ -217,15 +217,14 @@ def force_stale():
 
 
 def fasta_of(wildcards):
-    """The FASTA file of a dataset."""
+    """The FASTA files of a dataset, in order."""
     force_stale()
-    return INPUTS[wildcards.dataset]["path"]
+    return [entry["path"] for entry in INPUTS[wildcards.dataset]]
 
 
 def fasta_state(wildcards):
-    """Its size and mtime. The form must not change: Snakemake compares it with that of earlier runs."""
-    entry = INPUTS[wildcards.dataset]
-    return f"{entry['bytes']} bytes, {entry['mtime_ns']} ns"
+    """Their sizes and mtimes. The form must not change: Snakemake compares it with that of earlier runs."""
+    return "; ".join(f"{entry['bytes']} bytes, {entry['mtime_ns']} ns" for entry in INPUTS[wildcards.dataset])
 
 
 def checkpoint_given(wildcards):
@@ -348,7 +347,7 @@ def failure_lines(logs):
     slurm_logs = getattr(workflow.executor_settings, "logdir", None) or ".snakemake/slurm_logs"
     texts = [Path(path).read_text(errors="replace") for path in logs if os.path.exists(path)]
     evidence = Evidence(STARTED_SECONDS, OOM_KILLS, Path(slurm_logs), "\n".join(texts))
-    named = [config["weights"], *(entry["path"] for entry in INPUTS.values())]
+    named = [config["weights"], *(entry["path"] for entries in INPUTS.values() for entry in entries)]
     return failure_lines_of(Path(STORE), failed_jobs(), evidence, WORKING_FOLDER, named)
 
 

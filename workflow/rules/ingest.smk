@@ -1,7 +1,7 @@
-"""Ingest: one FASTA file at a time.
+"""Ingest: one dataset at a time.
 
-In: a FASTA file. Out: the table of its records, the table of its distinct sequences, and a summary with counts. The summary is no
-declared output: it says whose tables these are, and Snakemake would delete it before a file is read again, or refused.
+In: its FASTA files, in order. Out: the table of its records, the table of its distinct sequences, and a summary with counts. The summary is no
+declared output: it says whose tables these are, and Snakemake would delete it before files are read again, or refused.
 """
 
 

@@ -67,10 +67,11 @@ def embed_minutes(wildcards, attempt):
 
 
 def input_gigabytes(wildcards):
-    """Uncompressed size of the dataset's FASTA, or of all; compressed files count four times their size."""
-    inputs = [INPUTS[wildcards.dataset]] if "dataset" in wildcards.keys() else INPUTS.values()
+    """Uncompressed size of the dataset's FASTA files, or of all; compressed files count four times their size."""
+    datasets = [wildcards.dataset] if "dataset" in wildcards.keys() else DATASETS
+    entries = [entry for dataset in datasets for entry in INPUTS[dataset]]
     compressed = (".gz", ".bgz", ".zst")
-    return sum(entry["bytes"] * (4 if entry["path"].lower().endswith(compressed) else 1) for entry in inputs) / 1e9
+    return sum(entry["bytes"] * (4 if entry["path"].lower().endswith(compressed) else 1) for entry in entries) / 1e9
 
 
 def bounded_mem_mb(wildcards, attempt):

@@ -1,12 +1,15 @@
-"""Which file a dataset belongs to: the stamps of its FASTA in `summary.json`, compared whenever the workflow is parsed.
+"""Which files a dataset belongs to: the stamps of its FASTA in `summary.json`, compared whenever the workflow is parsed.
 
-A stamp is a configured path, made absolute with its symlinks kept, and the file's size and mtime. A summary has a stamp for each
-path from which this content was read: several working folders may share a store. The same path with other content is read again;
-another path is accepted for the same content (SHA-256) and refused for another.
+A stamp is a configured path, made absolute with its symlinks kept, and the file's size and mtime. A dataset of several files has
+a list of stamps. A summary has stamps for all paths from which this content was read: several working folders may share a store.
+The same path with other content is read again, and so are several files if one of their paths is known, whatever was added or
+taken away. Other paths are accepted for the same content (SHA-256) and refused for another.
 """
 
+import hashlib
 import os
 import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,81 +65,105 @@ def read_summary(folder: Path) -> dict | None:
         return None
 
 
-def why_read_again(folder: Path, summary: dict | None, stamp: dict, policy: dict) -> str:
-    """Why a FASTA has to be read (again), in a few words; empty if its tables are there and belong to it.
+def why_read_again(folder: Path, summary: dict | None, stamps: list[dict], policy: dict) -> str:
+    """Why FASTA files have to be read (again), in a few words; empty if the tables are there and belong to them.
 
     Parameters
     ----------
     folder, summary
         The folder ``inputs/<dataset>``, and its `read_summary`.
-    stamp, policy
-        The file's `input_stamp`, and `policy_of` the config.
+    stamps, policy
+        The `input_stamp` of each file in order, and `policy_of` the config.
 
     Raises
     ------
     LengthwiseError
-        The tables belong to another file under another path.
+        The tables belong to other files under other paths.
     """
     if summary is None:
         return "it has no summary, or a damaged one"
-    stamps = summary.get("inputs", [])
-    if stamps and stamp["path"] not in paths_of(summary) and stamp["bytes"] != summary["input_bytes"]:
-        raise other_file(folder, summary, stamp["path"])
-    if stamps and stamp not in stamps:
-        return f"{stamp['path']} is another path, or has another size or time, than the file that was read"
-    if not stamps and stamp["bytes"] != summary["input_bytes"]:  # a summary of an earlier version
-        return f"{stamp['path']} has another size than the file that was read"
-    known = summary.get("policy") or {}
-    if changed := [key for key in policy if known.get(key, policy[key]) != policy[key]]:
+    known, size = readings(summary), sum(stamp["bytes"] for stamp in stamps)
+    if known and not _share_a_path(stamps, known) and size != summary["input_bytes"]:
+        raise other_file(folder, summary, stamps)
+    if known and stamps not in known:
+        return _difference(stamps, known)
+    if not known and size != summary["input_bytes"]:  # a summary of an earlier version
+        return f"{in_words(_paths(stamps))} has another size than the file that was read"
+    known_policy = summary.get("policy") or {}
+    if changed := [key for key in policy if known_policy.get(key, policy[key]) != policy[key]]:
         return f"the config has another {changed[0]}"
     damaged = damaged_files(folder, summary.get("files", {}))
     return f"{damaged[0]} is missing or has another size" if damaged else ""
 
 
-def paths_of(summary: dict) -> list[str]:
-    return [stamp["path"] for stamp in summary.get("inputs", [])]
+def readings(summary: dict) -> list[list[dict]]:
+    """The stamps of all files for each set of paths from which this content was read, the last one last."""
+    return [known if isinstance(known, list) else [known] for known in summary.get("inputs", [])]
 
 
-def require_same_content(folder: Path, stamp: dict) -> None:
-    """Refuse a file under a new path unless it has the content that the dataset was read from.
+def _difference(stamps: list[dict], known: list[list[dict]]) -> str:
+    """How files differ from those that were read."""
+    seen = [stamp for reading in known for stamp in reading]
+    for stamp in stamps:
+        if stamp not in seen:
+            return f"{stamp['path']} is another path, or has another size or time, than the file that was read"
+    for stamp in known[-1]:
+        if stamp not in stamps:
+            return f"{stamp['path']} is no longer among the dataset's files"
+    return "the dataset's files are in another order"
+
+
+def _paths(stamps: list[dict]) -> list[str]:
+    return [stamp["path"] for stamp in stamps]
+
+
+def _share_a_path(stamps: list[dict], known: list[list[dict]]) -> bool:
+    return any(path in _paths(reading) for path in _paths(stamps) for reading in known)
+
+
+def require_same_content(folder: Path, stamps: list[dict]) -> None:
+    """Refuse files under new paths unless they have the content that the dataset was read from.
 
     Raises
     ------
     LengthwiseError
-        It has another content.
+        They have another content.
     """
     summary = read_summary(folder)
-    if summary is None or not summary.get("inputs") or stamp["path"] in paths_of(summary):
+    if summary is None or not (known := readings(summary)) or _share_a_path(stamps, known):
         return
-    if sha256(Path(stamp["path"])) != summary["input_sha256"]:
-        raise other_file(folder, summary, stamp["path"])
+    if _content_sha256(stamps) != summary["input_sha256"]:
+        raise other_file(folder, summary, stamps)
 
 
-def stamps_with(folder: Path, stamp: dict, input_sha256: str) -> list[dict]:
-    """The stamps of a dataset after a file of this content was read."""
+def _content_sha256(stamps: list[dict]) -> str:
+    return joint_sha256(sha256(Path(path)) for path in _paths(stamps))
+
+
+def stamps_with(folder: Path, stamps: list[dict], input_sha256: str) -> list:
+    """The stamps of a dataset, as `summary.json` has them, after files of this content were read."""
     summary = read_summary(folder)
     same = summary is not None and summary["input_sha256"] == input_sha256
-    others = (
-        [known for known in summary.get("inputs", []) if known["path"] != stamp["path"]] if summary and same else []
-    )
-    return [*others, stamp]
+    others = [known for known in readings(summary) if _paths(known) != _paths(stamps)] if summary and same else []
+    return [known[0] if len(known) == 1 else known for known in [*others, stamps]]
 
 
-def adopt(folder: Path, stamp: dict) -> bool:
-    """Add the stamp to a summary of an earlier version, if the file has the content that the summary names and the tables are
+def adopt(folder: Path, stamps: list[dict]) -> bool:
+    """Add the stamps to a summary of an earlier version, if the file has the content that the summary names and the tables are
     whole; else remove it.
 
     Returns
     -------
-    False if the file has to be read again.
+    False if the files have to be read.
     """
     summary = read_summary(folder)
     if summary is None:
         return False
-    if not _are_whole(folder, summary) or sha256(Path(stamp["path"])) != summary["input_sha256"]:
+    if not _are_whole(folder, summary) or _content_sha256(stamps) != summary["input_sha256"]:
         (folder / "summary.json").unlink()
         return False
-    write_json(folder / "summary.json", {**summary, "inputs": [stamp], "files": table_facts(folder)})
+    inputs = stamps_with(folder, stamps, summary["input_sha256"])
+    write_json(folder / "summary.json", {**summary, "inputs": inputs, "files": table_facts(folder)})
     return True
 
 
@@ -156,11 +183,32 @@ def table_facts(folder: Path) -> dict[str, dict]:
     return {name: facts(folder / name) for name in TABLES}
 
 
-def other_file(folder: Path, summary: dict, path: str) -> LengthwiseError:
-    """The refusal of another file under another path."""
-    known = paths_of(summary)
+def other_file(folder: Path, summary: dict, stamps: list[dict]) -> LengthwiseError:
+    """The refusal of other files under other paths."""
+    asked, known = _paths(stamps), _paths(readings(summary)[-1])
+    another = "another file" if len(known) == 1 else f"{len(known)} other files"
+    value = asked[0] if len(asked) == 1 else "[...]"
     return LengthwiseError(
-        f"{path}: the dataset {folder.name!r} in {folder.parent.parent} was read from another file, {known[-1]}. Name this one's "
-        f"dataset in the config (inputs: {{another_name: {path}}}), or let it take the place of that one with "
-        f"rm -r {shlex.quote(os.path.abspath(folder))}"
+        f"{in_words(asked)}: the dataset {folder.name!r} in {folder.parent.parent} was read from {another}, "
+        f"{in_words(known)}. Name this one's dataset in the config (inputs: {{another_name: {value}}}), or let it "
+        f"take the place of that one with rm -r {shlex.quote(os.path.abspath(folder))}"
     )
+
+
+def joint_sha256(checksums: Iterable[str]) -> str:
+    """The SHA-256 of a dataset's content: of its only file; or of a text with the SHA-256 of each file, a line each.
+
+    >>> joint_sha256(["ab"])
+    'ab'
+    """
+    lines = list(checksums)
+    return lines[0] if len(lines) == 1 else hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+
+
+def in_words(paths: Sequence[str | Path]) -> str:
+    """The files of a dataset, in one line.
+
+    >>> in_words(["a.fasta"]), in_words(["a.fasta", "b.fasta", "c.fasta"])
+    ('a.fasta', 'a.fasta and 2 more')
+    """
+    return str(paths[0]) + (f" and {len(paths) - 1:,} more" if len(paths) > 1 else "")

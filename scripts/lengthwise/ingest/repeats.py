@@ -1,4 +1,4 @@
-"""Duplicates and shared ids, over all records of a file."""
+"""Duplicates and shared ids, over all records of a dataset."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.ingest.fasta import place
 from lengthwise.ingest.judge import Policy
-from lengthwise.ingest.tables import RECORDS, ROWS_PER_GROUP, TableWriter
+from lengthwise.ingest.sources import Sources
+from lengthwise.ingest.tables import ROWS_PER_GROUP, TableWriter
 from lengthwise.system.files import atomic
 
 DIGEST_WORDS = 3  # of eight bytes
@@ -61,7 +61,9 @@ def repeats_are_repeats(database: duckdb.DuckDBPyConnection, records: Path, coun
     return found
 
 
-def settle_ids(database: duckdb.DuckDBPyConnection, fasta: Path, records: Path, counts: dict, policy: Policy) -> None:
+def settle_ids(
+    database: duckdb.DuckDBPyConnection, sources: Sources, records: Path, counts: dict, policy: Policy
+) -> None:
     """If one id names two sequences, raise LengthwiseError or rename the later records, as the policy says.
 
     Reading by id could not tell the two sequences apart.
@@ -88,9 +90,13 @@ def settle_ids(database: duckdb.DuckDBPyConnection, fasta: Path, records: Path, 
         return
     ((one, other, record_id),) = found
     if policy.duplicate_ids == "error":
+        (file_of_one, number), (fasta, other_number) = sources.locate(one), sources.locate(other)
+        both = f"records {number} and {other_number}"
+        if file_of_one != fasta:
+            both = f"{sources.named(one)} and its record {other_number}"
         raise LengthwiseError(
-            f"{fasta}: records {one} and {other} have the same id {quoted(record_id)} and different sequences "
-            f"({place(fasta, one)}; {place(fasta, other)}); rename one of them, or set duplicate_ids: suffix"
+            f"{fasta}: {both} have the same id {quoted(record_id)} and different sequences "
+            f"({sources.place(one)}; {sources.place(other)}); rename one of them, or set duplicate_ids: suffix"
         )
     taken = database.execute(
         "SELECT renamed.record_no, old, new, old_ones.record_no FROM read_parquet(?) AS old_ones JOIN renamed ON id = new"
@@ -99,7 +105,8 @@ def settle_ids(database: duckdb.DuckDBPyConnection, fasta: Path, records: Path, 
     ).fetchall()
     for number, old, new, other in taken:
         raise LengthwiseError(
-            f"{fasta}: record {number}, {quoted(old)}, would be renamed to {quoted(new)}, but record {other} has that id "
+            f"{sources.locate(number)[0]}: {sources.named(number)}, {quoted(old)}, would be renamed to {quoted(new)}, but "
+            f"{sources.named(other)} has that id "
             "already; rename one of them"
         )
     counts["changes"][ID_SUFFIXED] = _rename(database, records)
@@ -109,15 +116,16 @@ def _rename(database: duckdb.DuckDBPyConnection, records: Path) -> int:
     """Rewrite the records with their new ids; returns the number of renamed records."""
     renamed = database.sql("SELECT record_no, new FROM renamed ORDER BY record_no").to_arrow_table()
     numbers, new = renamed.column("record_no").to_numpy(), renamed.column("new")
-    with atomic(records) as part, TableWriter(part, RECORDS) as table:
-        for batch in pq.ParquetFile(records, pre_buffer=False).iter_batches(ROWS_PER_GROUP):
+    file = pq.ParquetFile(records, pre_buffer=False)
+    with atomic(records) as part, TableWriter(part, file.schema_arrow) as table:
+        for batch in file.iter_batches(ROWS_PER_GROUP):
             first = batch.column("record_no")[0].as_py()
             low, high = np.searchsorted(numbers, [first, first + len(batch)])
             ids, changes = batch.column("id").to_pylist(), batch.column("changes").to_pylist()
             for i, name in zip((numbers[low:high] - first).tolist(), new[low:high].to_pylist(), strict=True):
                 ids[i], changes[i] = name, ",".join(filter(None, [changes[i], ID_SUFFIXED]))
             for name, column in (("id", ids), ("changes", changes)):
-                batch = batch.set_column(RECORDS.get_field_index(name), name, pa.array(column, pa.string()))
+                batch = batch.set_column(batch.schema.get_field_index(name), name, pa.array(column, pa.string()))
             table.append(batch)
     return len(renamed)
 

@@ -20,6 +20,9 @@ RECORDS = pa.schema(
     ]
 )
 
+# Of a dataset of several files: the file of each record, as the config names it.
+FILE = pa.field("file", pa.string())
+
 SEQUENCES = pa.schema([("digest", pa.binary(24)), ("length", pa.int32()), ("sequence", pa.binary())])
 ROWS_PER_GROUP, BYTES_PER_GROUP = 65_536, 1 << 26
 # The accepted records that are embedded in windows: the whole sequence, and of each window its first residue and its digest.
@@ -40,7 +43,7 @@ def mostly_empty(values: dict[int, str], n: int) -> pa.Array:
 class TableWriter:
     """Writes batches to a Parquet file, many to a row group. Digests and sequences stay uncompressed: they hardly shrink."""
 
-    REPETITIVE = ("length", "status", "reason", "changes")
+    REPETITIVE = ("length", "status", "reason", "changes", "file")
     COMPRESSED = ("id", "description", "reason")
 
     def __init__(self, path: Path, schema: pa.Schema):

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.status import Status
 from lengthwise.esm2.tensors import PERPLEXITY
+from lengthwise.ingest.tables import FILE
 from lengthwise.ingest.tables import WINDOWS as WINDOWED_TABLE
 from lengthwise.jobs.join_windows import place_windowed, windowed_proteins
 from lengthwise.store.lookup import LOOKUP, write_lookup
@@ -149,6 +150,7 @@ def _manifest(
         "model": settings["model"],
         "random_weights": settings["random_weights"],
         **{key: summary[key] for key in ("input", "input_bytes", "input_sha256", "records")},
+        **({"sources": summary["sources"]} if "sources" in summary else {}),
         **counts,
         "residues": summary["residues"],
         **{key: summary.get(key) for key in ("changes", "rare_residues", "policy")},
@@ -169,9 +171,10 @@ def _join_records(
     """The rows of the index: every record in the input's order, with the place of its embedding."""
     itemsize = 4 if settings["precision"] == "float32" else 2
     records, policy = store / "inputs" / dataset / "records.parquet", summary.get("policy") or {}
-    # Tables of earlier versions have no such column.
-    full_length = "full_length" if "full_length" in pq.read_schema(records).names else "NULL::INTEGER"
-    more = "".join(f", CASE WHEN why IS NULL THEN spot.{name} END AS {name}" for name in _more_columns(settings))
+    columns = pq.read_schema(records).names
+    full_length = "full_length" if "full_length" in columns else "NULL::INTEGER"  # tables of earlier versions have none
+    more = f", {FILE.name}" if FILE.name in columns else ""  # of a dataset of several files
+    more += "".join(f", CASE WHEN why IS NULL THEN spot.{name} END AS {name}" for name in _more_columns(settings))
     values = {
         "records": str(records),
         "bytes_per_token": shape_of(settings).bytes_per_token(itemsize),

@@ -33,7 +33,7 @@ OTHER_SETTINGS = "no embedding is stored yet, and the config has other settings"
 class Wanted:
     """What a config asks of a store, as far as the store's files say what they were made with."""
 
-    stamps: dict[str, dict]  # {dataset: `identity.input_stamp` of its FASTA}
+    stamps: dict[str, list[dict]]  # {dataset: `identity.input_stamp` of each of its files}
     policy: dict  # `identity.policy_of`
     retry_rejected: bool
     exports: list[str]
@@ -58,7 +58,7 @@ def stale_outputs(store: Path, wanted: Wanted, settings: dict | None) -> Reasons
     Raises
     ------
     LengthwiseError
-        A dataset belongs to another file; or a newer Lengthwise wrote a file.
+        A dataset belongs to other files; or a newer Lengthwise wrote a file.
     """
     found: Reasons = {store / "weights.json": _why_weights(store, wanted, settings), **broken_job_records(store)}
     summaries = {name: identity.read_summary(store / "inputs" / name) for name in wanted.stamps}
@@ -211,13 +211,13 @@ def _is_good(path: Path) -> bool:
 def _adopt(store: Path, wanted: Wanted, settings: dict | None) -> None:
     """Give summaries and the plan of an earlier version their stamps, where everything is still as they say."""
     complete = True
-    for name, stamp in wanted.stamps.items():
+    for name, stamps in wanted.stamps.items():
         folder = store / "inputs" / name
         summary = identity.read_summary(folder)
         if summary is None:
             complete = False
         elif "inputs" not in summary:
-            complete &= identity.adopt(folder, stamp)
+            complete &= identity.adopt(folder, stamps)
     if complete and settings and read_plan_record(store) is None and is_adoptable(store, list(wanted.stamps)):
         sequences = {name: store / "inputs" / name / "sequences.parquet" for name in wanted.stamps}
         write_plan_record(store, sequences, wanted.retry_rejected, settings)

@@ -83,7 +83,8 @@ class Dataset(Embeddings):
         self.layers = self.settings["layers"]
         self._layer = self.layers[0]
         with unless_replaced(path, manifest_stamp):
-            self._index = Index(path.absolute(), self.manifest["accepted"] + self.manifest["duplicate"])
+            readable = self.manifest["accepted"] + self.manifest["duplicate"]
+            self._index = Index(path.absolute(), readable, self.manifest.get("input"))
             if not self.manifest["shards"].keys() >= set(self._index.shard_names):
                 raise self._index.damaged()
             self._windows = Windows(path)

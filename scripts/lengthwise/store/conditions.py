@@ -41,13 +41,15 @@ def names_sequence(condition: str) -> bool:
     return _NAMES_SEQUENCE.search(condition) is not None
 
 
-def sandbox(index: Path, sequences: Path | None = None) -> "duckdb.DuckDBPyConnection":
+def sandbox(index: Path, file: str | None = None, sequences: Path | None = None) -> "duckdb.DuckDBPyConnection":
     """A database with the view `records` and no access to other files, the network or Python variables.
 
     Parameters
     ----------
     index
         `index.parquet`. In the view, digests are text.
+    file
+        The value of the column `file`, if the index has none.
     sequences
         The dataset's table of sequences; with it, the view has the column `sequence`.
 
@@ -65,6 +67,8 @@ def sandbox(index: Path, sequences: Path | None = None) -> "duckdb.DuckDBPyConne
     database.execute("SET allowed_paths = ?", [[str(path) for path in (index, *tables)]])
     database.execute("SET enable_external_access = false")
     records = database.read_parquet(str(index))
+    if file is not None and "file" not in records.columns:
+        records = records.project("*, '{}' AS file".format(file.replace("'", "''")))
     if sequences:
         records = _with_sequences(database, records, sequences, tables)
     records.project(f"* REPLACE ({_DIGEST_NAME} AS digest)").create_view("records")

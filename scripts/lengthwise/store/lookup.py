@@ -130,6 +130,8 @@ class Index:
         The dataset's folder.
     readable
         The number of records that are not rejected, from the manifest.
+    file
+        The dataset's FASTA file. Only an index of several files has the column `file`; for others it is added when read.
 
     Attributes
     ----------
@@ -147,8 +149,8 @@ class Index:
         The index or the lookup is missing or damaged.
     """
 
-    def __init__(self, folder: Path, readable: int):
-        self.path = folder / "index.parquet"
+    def __init__(self, folder: Path, readable: int, file: str | None = None):
+        self.path, self.file = folder / "index.parquet", file
         try:
             self.bytes = self.path.stat().st_size
             mapped = _map_lookup(folder / LOOKUP, self.bytes)
@@ -224,9 +226,12 @@ class Index:
         try:
             table = pq.read_table(self.path)
             number = table.schema.get_field_index("digest")
-            return table.set_column(number, "digest", digest_names(table["digest"])).to_pandas()
+            frame = table.set_column(number, "digest", digest_names(table["digest"])).to_pandas()
         except _UNREADABLE as error:
             raise self.damaged() from error
+        if self.file is not None and "file" not in frame:
+            frame["file"] = self.file
+        return frame
 
     def check(self) -> int:
         """Read the whole index and compare the lookup with it. Returns the number of records.
@@ -287,7 +292,7 @@ class Index:
 
         self._require_unchanged()
         try:
-            return sandbox(self.path, sequences)
+            return sandbox(self.path, self.file, sequences)
         except duckdb.Error as error:
             raise self.damaged() from error
 

@@ -28,23 +28,23 @@ def record_run(path: Path) -> None:
     write_json(path, this_run())
 
 
-def inputs_of(datasets: dict[str, str]) -> dict[str, dict]:
-    """{dataset: path, bytes, mtime_ns, ctime_ns} of {dataset: path}.
+def inputs_of(datasets: dict[str, list[str]]) -> dict[str, list[dict]]:
+    """{dataset: path, bytes, mtime_ns, ctime_ns of each file} of {dataset: paths}.
 
     Raises
     ------
     OSError
         A file is gone.
     """
-    return {name: {"path": path, **stamp(Path(path))} for name, path in datasets.items()}
+    return {name: [{"path": path, **stamp(Path(path))} for path in paths] for name, paths in datasets.items()}
 
 
-def record_inputs(store: str, inputs: dict[str, dict]) -> None:
+def record_inputs(store: str, inputs: dict[str, list[dict]]) -> None:
     """Write the `inputs_of` a run as it found them when it began, for its jobs: whatever comes, moves or goes meanwhile."""
     write_json(_inputs_path(store), inputs)
 
 
-def recorded_inputs(store: str) -> dict[str, dict] | None:
+def recorded_inputs(store: str) -> dict[str, list[dict]] | None:
     """The inputs of this working folder's run in this store; None if it recorded none."""
     path = _inputs_path(store)
     return read_json(path) if path.exists() else None

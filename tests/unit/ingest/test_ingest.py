@@ -43,7 +43,7 @@ def run(tmp_path):
         fasta.write_bytes(data)
         paths = [folder / "records.parquet", folder / "sequences.parquet", folder / "summary.json"]
         stamp = input_stamp(fasta) | {"path": "in.fasta"}  # the same path: each file takes the place of the one before
-        summary = ingest(fasta, *paths, Policy(**options), stamp=stamp)
+        summary = ingest(fasta, *paths, Policy(**options), stamps=[stamp])
         assert read_json(paths[2]) == summary
         tables = [duckdb.sql(f"FROM '{path}'").to_arrow_table().to_pylist() for path in paths[:2]]
         return *tables, summary

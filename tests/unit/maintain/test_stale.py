@@ -35,7 +35,7 @@ def store(pristine, tmp_path):
 
 
 def wanted(store, **changes) -> Wanted:
-    stamps = {name: input_stamp(store.folder / f"{name}.fasta") for name in store.datasets}
+    stamps = {name: [input_stamp(store.folder / f"{name}.fasta")] for name in store.datasets}
     asked = {"retry_rejected": False, "exports": ["pt", "parquet"], "scaling": False, "model_sha256": ""}
     return Wanted(**{"stamps": stamps, "policy": asdict(Policy()), **asked, **changes})
 
@@ -182,7 +182,7 @@ def test_another_file_of_that_size_is_not_adopted(store, tmp_path):
     other = tmp_path / "a.fasta"
     other.write_text(text[:-2] + ("A" if text[-2] != "A" else "C") + text[-1:])
     asked = wanted(store)
-    asked = dataclasses.replace(asked, stamps=asked.stamps | {"a": input_stamp(other)})
+    asked = dataclasses.replace(asked, stamps=asked.stamps | {"a": [input_stamp(other)]})
     restore(store.path, asked, store.config)
     assert "inputs/a/records.parquet" in {
         str(path.relative_to(store.path)) for path in stale_outputs(store.path, asked, load(store.path))

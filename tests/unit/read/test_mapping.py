@@ -199,9 +199,12 @@ def test_digests_read_as_refget_names(ds):
     assert ds.where(f"digest = '{chosen}'").ids == ["sp|Q00001|ONE", "again"]
 
 
-def test_records_are_those_of_the_index_but_for_the_digests_form(ds):
+def test_records_are_those_of_the_index_with_digests_as_text_and_the_file(ds, store):
     stored = pd.read_parquet(ds.path / "index.parquet")
-    pd.testing.assert_frame_equal(ds.records.drop(columns="digest"), stored.drop(columns="digest"))
+    pd.testing.assert_frame_equal(ds.records.drop(columns=["digest", "file"]), stored.drop(columns="digest"))
+    fasta = str(store.folder / "a.fasta")
+    assert ds.records["file"].unique().tolist() == [fasta]
+    assert ds.where(f"file = '{fasta}'").ids == ds.ids
 
 
 # ---- masks, torch
