@@ -337,7 +337,9 @@ def test_a_wrong_scalar_is_explained_like_a_wrong_item(refused):
     for value in ("last", ["last"]):
         with refused("config: layers: 'last' is not of type 'integer' (Which hidden layers to store"):
             validate(layers=value)
-    with refused("config: outputs: 'median' is not one of ['residue', 'mean', 'bos'] (What to store of each protein"):
+    with refused(
+        "config: outputs: 'median' is not one of ['residue', 'mean', 'bos', ", "(What to store of each protein"
+    ):
         validate(outputs="median")
 
 
