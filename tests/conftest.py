@@ -6,6 +6,7 @@ It imports little: tests/gpu must run where only torch and a few packages are.
 import ctypes
 import os
 import random
+import shutil
 import signal
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +23,8 @@ import pytest
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2 import tensors, tokens
-from lengthwise.esm2.checkpoint import write_random
+from lengthwise.esm2.checkpoint import write_random, write_random_regression
+from lengthwise.esm2.fair_esm_layout import contact_regression_path
 from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.ingest import digests
 from lengthwise.system.machine import usable_cores
@@ -53,6 +55,15 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     """Two layers, 32 wide, two heads, random weights."""
     path = tmp_path_factory.mktemp("weights") / "tiny.pt"
     write_random(path, TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_with_contact_head(tmp_path_factory, tiny_checkpoint) -> Path:
+    """The same weights with those of a contact head beside them."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
+    shutil.copy(tiny_checkpoint, path)
+    write_random_regression(contact_regression_path(path), TINY)
     return path
 
 

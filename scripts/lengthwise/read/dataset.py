@@ -287,12 +287,30 @@ class Dataset(Embeddings):
         """Start and stop of a record's rows, after a check that shard and index agree on them."""
         if "residue" not in self.settings["outputs"]:
             raise LengthwiseError(f"{self.path}: residues are not among the stored outputs; use pooled()")
+        return self._checked_bounds(shard, place)
+
+    def _checked_bounds(self, shard: Shard, place: int) -> tuple[int, int]:
+        """Where a record's residues begin and end in a shard, after a check that shard and index agree."""
         index = self._index
         number, start = index.sequence_no.item(place), index.row_start.item(place)
         length = index.length.item(place)
         if not shard.holds(number, index.digest[place].tobytes(), start, length):
             raise mismatch(self.path, shard)
         return start, start + length
+
+    def _result(self, place: int, name: str) -> np.ndarray:
+        """What is stored of the record at a place: logits (L, 33); contacts, the (L (L + 1) / 2,) upper triangle."""
+        if name not in self.settings["outputs"]:
+            raise LengthwiseError(f"{self.path}: {name!r} was not stored; 'outputs' in the config lists what is")
+        shard = self._cached_shard(self._index.shard.item(place))
+        start, stop = self._checked_bounds(shard, place)
+        own = shard.entries(name, self._index.sequence_no.item(place))
+        if own.start == own.stop:
+            raise LengthwiseError(
+                f"{self.path}: {self._index.id(place)!r} has {stop - start:,} residues; {name} were stored of proteins of "
+                f"at most {self.settings['contacts_max_residues']:,} (contacts_max_residues in the config)"
+            )
+        return shard.rows(name, own.start, own.stop)
 
     def _by_shard(self) -> Iterator[np.ndarray]:
         """The records grouped by shard: numbers in `ids`, each group in its shard's order."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.read.ids import Ids, NoRecordError
+from lengthwise.read.predictions import Predictions
 from lengthwise.store.accessions import is_accession
 from lengthwise.system.text import count
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _WRONG_KEY = "select records by an id, a number, a slice, a list of these, or a mask of bools; {!r} is none of them"
 
 
-class Embeddings(Mapping[str, np.ndarray]):
+class Embeddings(Predictions, Mapping[str, np.ndarray]):
     """What `Dataset` and `Joined` have in common: records in an order, each with an id and an (L, D) array.
 
     A record's place is its number in the index behind the selection.

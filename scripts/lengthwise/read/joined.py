@@ -10,7 +10,7 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.read.dataset import Dataset
 from lengthwise.read.embeddings import Embeddings
 from lengthwise.read.ids import Ids
-from lengthwise.store.settings import COMPARABLE
+from lengthwise.store.settings import comparable
 from lengthwise.system.text import count
 
 if TYPE_CHECKING:
@@ -140,6 +140,10 @@ class Joined(Embeddings):
         part, number = self._index.locate(place)
         return part._read(int(part.ids.places[number]))
 
+    def _result(self, place: int, name: str) -> np.ndarray:
+        part, number = self._index.locate(place)
+        return part._result(int(part.ids.places[number]), name)
+
     def _sequences_at(self, places: np.ndarray) -> "pa.LargeStringArray":
         import pyarrow as pa
 
@@ -196,9 +200,9 @@ def _named_records(part: Embeddings) -> "pd.DataFrame":
 def _require_comparable(one: Embeddings, other: Embeddings) -> None:
     if one.settings["fingerprint"] != other.settings["fingerprint"]:
         differences = [
-            f"{key} is {one.settings[key]} in one and {other.settings[key]} in the other"
-            for key in COMPARABLE
-            if one.settings[key] != other.settings[key]
+            f"{key} is {one.settings[key]} in one and {other.settings.get(key)} in the other"
+            for key in comparable(one.settings)
+            if one.settings[key] != other.settings.get(key)
         ]
         raise LengthwiseError(f"concat: {one!r} and {other!r} are not comparable: {'; '.join(differences)}")
     if one._layer != other._layer:

@@ -132,12 +132,12 @@ def make(config: dict, weights: dict, auto_device: str) -> dict:
 
 
 def fingerprint(settings: dict) -> str:
-    """SHA-256, in hex, of the settings in `COMPARABLE`. The order of layers has no influence."""
-    comparable = {key: settings[key] for key in _comparable(settings)} | {"layers": sorted(settings["layers"])}
-    return hashlib.sha256(json.dumps(comparable, sort_keys=True).encode()).hexdigest()
+    """SHA-256, in hex, of the settings in `comparable`. The order of layers has no influence."""
+    values = {key: settings[key] for key in comparable(settings)} | {"layers": sorted(settings["layers"])}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _comparable(settings: dict) -> tuple[str, ...]:
+def comparable(settings: dict) -> tuple[str, ...]:
     """The settings in the fingerprint."""
     return (*COMPARABLE, *OF_CONTACTS) if "contacts" in settings["outputs"] else COMPARABLE
 
@@ -304,7 +304,7 @@ def guard(store: Path, config: dict, weights: dict | None = None) -> dict | None
         asked["weights_sha256"] = _current_sha256(store, config["model"])
     differences = [
         f"{key} is {_format_value(stored[key])} there and {_format_value(asked[key])} in the config"
-        for key in (*_comparable(stored), "attention_heads")
+        for key in (*comparable(stored), "attention_heads")
         if stored[key] != asked[key]
     ]
     default = _default_layer(config, num_layers)

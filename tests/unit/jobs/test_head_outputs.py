@@ -17,17 +17,8 @@ OUTPUTS = ["residue", "std", "logits", "contacts"]
 
 
 @pytest.fixture(scope="module")
-def with_head(tmp_path_factory, tiny_checkpoint):
-    """The tiny checkpoint with the weights of a contact head beside it."""
-    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
-    shutil.copy(tiny_checkpoint, path)
-    checkpoint.write_random_regression(fair_esm_layout.contact_regression_path(path), checkpoint.read(path)[0])
-    return path
-
-
-@pytest.fixture(scope="module")
-def store(small_store, with_head, random_proteins):
-    made = small_store(with_head, outputs=OUTPUTS, contacts_max_residues=40)
+def store(small_store, tiny_with_contact_head, random_proteins):
+    made = small_store(tiny_with_contact_head, outputs=OUTPUTS, contacts_max_residues=40)
     made.ingest("a", {**random_proteins(20), "short": "M", "rejected": "M1", "twin": random_proteins(20)["p0"]})
     made.run(shard_bytes=1 << 16)
     return made
@@ -45,11 +36,11 @@ def test_a_shard_has_all_outputs_and_is_whole(store):
 
 
 @torch.inference_mode()
-def test_records_have_fair_esms_pseudo_perplexity_of_one_pass_without_masks(store, with_head):
+def test_records_have_fair_esms_pseudo_perplexity_of_one_pass_without_masks(store, tiny_with_contact_head):
     records = pd.read_parquet(store.path / "datasets" / "a" / "index.parquet").set_index("id")
     fasta = (store.folder / "a.fasta").read_text().split()
     sequences = {name.removeprefix(">"): sequence for name, sequence in zip(fasta[::2], fasta[1::2], strict=True)}
-    model = checkpoint.reference_model(with_head)
+    model = checkpoint.reference_model(tiny_with_contact_head)
     for name, found in records["pseudo_perplexity"].items():
         if name == "rejected":
             assert np.isnan(found)
@@ -74,40 +65,40 @@ def test_the_receipt_compares_logits_and_says_that_contacts_are_left_out(store):
     assert receipt["stored"]["share_of_limit"] < 1
 
 
-def test_a_wrong_logit_is_a_miss(small_store, with_head, random_proteins, monkeypatch):
+def test_a_wrong_logit_is_a_miss(small_store, tiny_with_contact_head, random_proteins, monkeypatch):
     from lengthwise.esm2.heads import LMHead
 
     original = LMHead.forward
     monkeypatch.setattr(LMHead, "forward", lambda self, x: original(self, x).roll(1, dims=1))
-    made = small_store(with_head, outputs=["logits"])
+    made = small_store(tiny_with_contact_head, outputs=["logits"])
     made.ingest("a", random_proteins(5, shortest=20))
     made.plan()
     with pytest.raises(LengthwiseError, match="logits"):
         made.embed_all()
 
 
-def test_a_store_of_contacts_alone_compares_nothing_and_says_why(small_store, with_head, random_proteins):
-    made = small_store(with_head, outputs=["contacts"])
+def test_a_store_of_contacts_alone_compares_nothing_and_says_why(small_store, tiny_with_contact_head, random_proteins):
+    made = small_store(tiny_with_contact_head, outputs=["contacts"])
     made.ingest("a", random_proteins(5))
     made.plan()
     (job_record,) = made.embed_all()
     assert "contacts" in job_record["parity"]["skipped"]
 
 
-def test_only_contacts_bring_their_settings_into_the_fingerprint(small_store, with_head, store):
+def test_only_contacts_bring_their_settings_into_the_fingerprint(small_store, tiny_with_contact_head, store):
     assert store.settings["contacts_max_residues"] == 40
     assert len(store.settings["contact_regression_sha256"]) == 64
     assert fingerprint(store.settings | {"contacts_max_residues": 41}) != store.settings["fingerprint"]
-    plain = small_store(with_head, outputs=["mean"], contacts_max_residues=7).settings
+    plain = small_store(tiny_with_contact_head, outputs=["mean"], contacts_max_residues=7).settings
     assert "contacts_max_residues" not in plain
     assert "contact_regression_sha256" not in plain
 
 
-def test_another_limit_and_another_regression_do_not_fit(small_store, store, with_head, tmp_path, refused):
+def test_another_limit_and_another_regression_do_not_fit(small_store, store, tiny_with_contact_head, tmp_path, refused):
     with refused("contacts_max_residues is 40 there and 41 in the config"):
-        small_store(with_head, store.folder, outputs=OUTPUTS, contacts_max_residues=41)
+        small_store(tiny_with_contact_head, store.folder, outputs=OUTPUTS, contacts_max_residues=41)
     other = tmp_path / "tiny.pt"
-    shutil.copy(with_head, other)
+    shutil.copy(tiny_with_contact_head, other)
     checkpoint.write_random_regression(
         fair_esm_layout.contact_regression_path(other), checkpoint.read(other)[0], seed=1
     )
@@ -116,10 +107,10 @@ def test_another_limit_and_another_regression_do_not_fit(small_store, store, wit
 
 
 def test_a_regression_replaced_after_the_store_was_made_is_refused_by_the_job(
-    small_store, random_proteins, tmp_path, with_head, refused
+    small_store, random_proteins, tmp_path, tiny_with_contact_head, refused
 ):
     own = tmp_path / "tiny.pt"
-    shutil.copy(with_head, own)
+    shutil.copy(tiny_with_contact_head, own)
     regression, shape = fair_esm_layout.contact_regression_path(own), checkpoint.read(own)[0]
     checkpoint.write_random_regression(regression, shape)
     made = small_store(own, outputs=["contacts"])
