@@ -20,6 +20,8 @@ from torch import Tensor
 from lengthwise.esm2.checkpoint import load_head
 from lengthwise.esm2.model import Packing
 
+# Stays in a core's cache; larger blocks take memory and are no faster.
+CPU_BLOCK_BYTES = 2 << 20
 # A head that attends to BOS and EOS alone has an empty map: nothing is corrected, where fair-esm divides zero by zero.
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -62,57 +64,59 @@ class ContactSums:
     max_residues
         Longer sequences have no contacts.
     block_bytes
-        Attention maps of at most this size are computed at once, one head of one sequence at least.
+        Rows of attention maps of about this size are computed at once, one row of each head of a sequence at least.
     """
 
     def __init__(self, head: ContactHead, packing: Packing, max_residues: int, block_bytes: int):
         self.head, self.block_numbers = head, block_bytes // 4
-        self.runs: list[
-            tuple[slice, Tensor]
-        ] = []  # the tokens of sequences of equal length, and their sums [n, 1, L * L]
+        # The tokens of neighbours of equal length, and their sums [n, L - 2, L]: no rows of BOS and EOS.
+        self.runs: list[tuple[slice, Tensor]] = []
         start = 0
         for length, group in groupby(packing.lengths):
             n = sum(1 for _ in group)
             if length - 2 <= max_residues:
-                sums = torch.zeros(n, 1, length * length, device=packing.bounds.device)
+                sums = torch.zeros(n, length - 2, length, device=packing.bounds.device)
                 self.runs.append((slice(start, start + n * length), sums))
             start += n * length
 
     def add(self, index: int, q: Tensor, k: Tensor) -> None:
         """Add the attention maps of a layer (counted from 0): its rotated queries and keys [T, H, C]."""
         for span, sums in self.runs:
-            n = len(sums)
-            of_run = (part[span].unflatten(0, (n, -1)).transpose(1, 2) for part in (q, k))  # [n, H, L, C] each
-            queries, keys = of_run
-            heads, length = queries.shape[1:3]
-            at_once = max(1, self.block_numbers // length**2)  # maps
-            sequences = max(1, min(n, at_once // heads))
-            for first in range(0, n, sequences):
-                for head in range(0, heads, at_once):
-                    some = slice(first, first + sequences), slice(head, head + at_once)
-                    weight = self.head.weight[index, some[1]]  # [h]
-                    self._add_block(sums[some[0]], queries[some].float(), keys[some].float(), weight)
+            n, _, length = sums.shape
+            at_once = max(1, self.block_numbers // (q.shape[1] * length**2))  # sequences
+            tokens = (part[span].unflatten(0, (n, length)).transpose(1, 2) for part in (q, k))
+            queries, keys = tokens  # [n, H, L, C] each
+            for first in range(0, n, at_once):
+                some = slice(first, first + at_once)
+                self._add_maps(sums[some], queries[some], keys[some], self.head.weight[index])
 
-    @staticmethod
-    def _add_block(sums: Tensor, queries: Tensor, keys: Tensor, weight: Tensor) -> None:
-        """Add h heads [h] of n sequences, queries and keys [n, h, L, C], to the sums [n, 1, L * L] in place."""
-        length = queries.shape[2]
-        scores = torch.matmul(queries * queries.shape[-1] ** -0.5, keys.transpose(2, 3))  # [n, h, L, L]
-        maps = scores.softmax(-1)  # [n, h, L, L]
-        del scores
-        sums.baddbmm_(weight.expand(len(sums), 1, -1), maps.flatten(2))
-        residues = maps[:, :, 1:-1, 1:-1]  # [n, h, L - 2, L - 2]
-        rows = F.pad(residues.sum(3) + residues.sum(2), (1, 1))  # [n, h, L]
-        scaled = rows * (weight / rows.sum(2).clamp_min(_TINY))[..., None]  # [n, h, L]
-        sums.view(-1, length, length).baddbmm_(scaled.transpose(1, 2), rows, alpha=-0.5)
+    def _add_maps(self, sums: Tensor, queries: Tensor, keys: Tensor, weight: Tensor) -> None:
+        """Add the maps of n sequences, queries and keys [n, H, L, C], weighted [H], to their sums in place."""
+        n, heads, length, channels = queries.shape
+        keys = keys.float().transpose(2, 3)  # [n, H, C, L]
+        rows_at_once = max(1, self.block_numbers // (n * heads * length))
+        columns = torch.zeros(n, heads, length, device=sums.device)
+        of_rows = []
+        for first in range(1, length - 1, rows_at_once):
+            rows = slice(first, min(first + rows_at_once, length - 1))  # r of them
+            scores = torch.matmul(queries[:, :, rows].float() * channels**-0.5, keys)  # [n, H, r, L]
+            maps = scores.softmax(-1)  # [n, H, r, L]
+            del scores
+            of_rows.append(maps[..., 1:-1].sum(3))  # [n, H, r]
+            columns += maps.sum(2)
+            weighted = torch.matmul(weight, maps.flatten(2))  # [n, r * L]
+            sums[:, rows.start - 1 : rows.stop - 1] += weighted.unflatten(1, (-1, length))
+        totals = torch.cat(of_rows, 2) + columns[..., 1:-1]  # [n, H, L - 2]
+        scaled = totals * (weight / totals.sum(2).clamp_min(_TINY))[..., None]  # [n, H, L - 2]
+        sums.baddbmm_(scaled.transpose(1, 2), F.pad(totals, (1, 1)), alpha=-0.5)
 
-    def probabilities(self) -> Tensor:
+    def probabilities(self, dtype: torch.dtype) -> Tensor:
         """The probabilities of contact [P]: the upper triangle of each sequence that has contacts, row by row."""
-        found = [torch.empty(0, device=self.head.bias.device)]
+        found = [torch.empty(0, dtype=dtype, device=self.head.bias.device)]
         for _, sums in self.runs:
-            length = round(sums.shape[2] ** 0.5)
-            half = sums.view(-1, length, length)[:, 1:-1, 1:-1]  # [n, L - 2, L - 2]
-            logits = half + half.transpose(1, 2) + self.head.bias
-            row, column = torch.triu_indices(length - 2, length - 2, device=logits.device)
-            found.append(logits[:, row, column].sigmoid_().flatten())
+            half = sums[..., 1:-1]  # [n, L - 2, L - 2]
+            whole = (half + half.transpose(1, 2)).add_(self.head.bias).sigmoid_().to(dtype)
+            residues = len(whole[0])
+            row, column = torch.triu_indices(residues, residues, dtype=torch.int32, device=whole.device)
+            found.append(whole.flatten(1).index_select(1, row * residues + column).flatten())
         return torch.cat(found)

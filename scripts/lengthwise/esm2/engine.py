@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lengthwise.esm2.batching import fitting_tokens, prefetch
 from lengthwise.esm2.checkpoint import load_model
-from lengthwise.esm2.contacts import ContactHead, ContactSums
+from lengthwise.esm2.contacts import CPU_BLOCK_BYTES, ContactHead, ContactSums
 from lengthwise.esm2.costs import result_bytes_per_token
 from lengthwise.esm2.devices import DTYPES, device_name, is_out_of_memory
 from lengthwise.esm2.heads import load_lm_head
@@ -283,8 +283,10 @@ class Engine:
         """What a batch's attention maps are added to; None where contacts are no output."""
         if self.contact_head is None or "contacts" not in self.output.outputs:
             return None
-        # The memory of fc1's result, which no layer needs while it attends, for maps before and after softmax.
-        block_bytes = 2 * sum(packing.lengths) * self.model.config.embed_dim * DTYPES[self.precision].itemsize
+        block_bytes = CPU_BLOCK_BYTES
+        if self.device.type == "cuda":
+            # The memory of fc1's result, which no layer needs while it attends, for maps before and after softmax.
+            block_bytes = 2 * sum(packing.lengths) * self.model.config.embed_dim * DTYPES[self.precision].itemsize
         return ContactSums(self.contact_head, packing, self.output.contacts_max_residues, block_bytes)
 
     def _results(
@@ -293,7 +295,7 @@ class Engine:
         """The tensors of a batch that these hidden representations give, {layer: [T, D]} of some or all of the layers."""
         results, last = self.output.pool(hidden, packing), self.model.config.num_layers
         if contacts is not None and last in hidden:
-            results["contacts"] = contacts.probabilities().to(self.output.contacts_dtype)
+            results["contacts"] = contacts.probabilities(self.output.contacts_dtype)
         if self.lm_head is not None and "logits" in self.output.outputs and last in hidden:
             results |= self.lm_head.results(hidden[last], tokens, packing, self.output.stored_dtype)
         return results
