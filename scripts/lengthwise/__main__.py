@@ -49,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     progress.add_argument("store", type=Path, help="results/<model>")
     progress.add_argument("--once", action="store_true", help="print it once; without this, until the run is complete")
     progress.set_defaults(run=_progress)
+    info = commands.add_parser("info", help="print versions, device and a store's state, to report a problem with")
+    info.add_argument("store", type=Path, nargs="?", help="results/<model>")
+    info.set_defaults(run=_info)
     bench = commands.add_parser("benchmark", help="time this engine beside fair-esm, transformers and esm-cpp")
     model_help = "model sizes to time, with random weights"
     bench.add_argument("--model", nargs="+", default=["esm2_t6_8M_UR50D"], choices=MODELS, help=model_help)
@@ -95,6 +98,12 @@ def _progress(options: argparse.Namespace) -> int:
     from lengthwise.maintain.progress_command import run
 
     return run(options.store, options.once)
+
+
+def _info(options: argparse.Namespace) -> int:
+    from lengthwise.maintain.info import run
+
+    return run(options.store)
 
 
 def _benchmark(options: argparse.Namespace) -> int:
