@@ -113,6 +113,32 @@ def _require_model(model: str) -> None:
         )
 
 
+def require_distinct_keys(path: Path) -> None:
+    """Refuse a config file that names a key twice: YAML takes the last one, and a dataset would be lost silently.
+
+    Raises
+    ------
+    LengthwiseError
+        There is such a key.
+    """
+    todo = [yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, yaml.SequenceNode):
+            todo += node.value
+        if not isinstance(node, yaml.MappingNode):
+            continue
+        seen: set[str] = set()
+        for key, value in node.value:
+            todo.append(value)
+            if str(key.value) in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise LengthwiseError(
+                    f"{path}: line {key.start_mark.line + 1}: the key {key.value!r} is there twice, and only one of the two "
+                    "would count; rename one, or write both values under one key"
+                )
+            seen.add(str(key.value))
+
+
 def datasets(inputs: list[str] | dict[str, list[str]]) -> dict[str, list[str]]:
     """Return {dataset: paths of its FASTA files, in order} for the config's inputs, with globs expanded.
 

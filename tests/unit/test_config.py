@@ -277,6 +277,30 @@ def test_a_dataset_without_files_is_one_line(refused, files):
         validate(inputs={"x": files})
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("inputs:\n  human: a.fasta\n  human: b.fasta\n", ["line 3", "'human'"]),
+        ("inputs: [a.fasta]\nmodel: demo\n\ninputs: [b.fasta]\n", ["line 4", "'inputs'"]),
+        ('{"inputs": {"x": "a", "x": "b"}}', ["line 1", "'x'"]),
+        ("inputs:\n  - {a: 1, a: 2}\n", ["line 2", "'a'"]),
+    ],
+)
+def test_a_key_that_is_there_twice_is_one_line(tmp_path, refused, text, words):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with refused(str(path), "is there twice", *words):
+        config.require_distinct_keys(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a: {x: 1}\nb: {x: 1}\n", "a: &a {x: 1}\nb: {<<: *a, <<: *a, x: 2}\n", "[1, 1]", "a: [x, x]"]
+)
+def test_keys_that_are_there_once_are_fine(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    config.require_distinct_keys(tmp_path / "config.yaml")
+
+
 def test_a_number_as_the_name_of_a_dataset_is_one_line(here, refused):
     with refused("config: inputs", "2024"):
         config.datasets(validate(inputs={2024: "a.fasta"})["inputs"])

@@ -100,13 +100,21 @@ def test_a_changed_file_is_read_wherever_it_is_named(project):
         assert opened(project, name).sequences.to_dict() == proteins(**files)
 
 
-def test_other_files_under_that_name_are_refused(project):
+def error_of(run: Run) -> str:
+    assert run.code != 0
+    (line,) = [line for line in run.output.splitlines() if line.startswith("lengthwise: error: ")]
+    return line
+
+
+def test_other_files_under_that_name_and_a_name_that_is_there_twice_are_refused(project):
     project.write_fasta("x", C)
     project.write_fasta("y", C[:2])
     project.configure(inputs={"human": ["in/x.fasta", "in/y.fasta"]}, model="tiny.pt")
-    run = project.snakemake()
-    assert run.code != 0
-    (line,) = [line for line in run.output.splitlines() if line.startswith("lengthwise: error: ")]
+    line = error_of(project.snakemake())
     assert "the dataset 'human'" in line
     assert "was read from 2 other files" in line
+    (project.folder / "config/config.yaml").write_text(
+        "inputs:\n  human: in/a.fasta\n  human: in/b.fasta\nmodel: tiny.pt\n"
+    )
+    assert "line 3: the key 'human' is there twice" in error_of(project.snakemake("--dry-run"))
     assert opened(project, "human").sequences.to_dict() == proteins(a=A, b=B)

@@ -171,6 +171,8 @@ class NothingToDo(logging.Handler):
 
 
 try:
+    for path in map(Path, workflow.configfiles if workflow.is_main_process else []):
+        lengthwise.config.require_distinct_keys(path)
     config.update(lengthwise.config.validate(config, WORKFLOW / "schemas" / "config.schema.yaml"))
     STORE = str(Path(config["results"]) / store_name(config["model"]))
     INPUTS = (not workflow.is_main_process and recorded_inputs(STORE)) or inputs_of(
