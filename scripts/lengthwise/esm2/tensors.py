@@ -61,6 +61,16 @@ def pair_counts(lengths: np.ndarray, max_residues: int) -> np.ndarray:
     return np.where(lengths <= max_residues, lengths * (lengths + 1) // 2, 0)
 
 
+def unpacked(triangle: np.ndarray) -> np.ndarray:
+    """A sequence's whole map of contacts (L, L) from its upper triangle, of any type: float32, symmetric."""
+    length = (int(np.sqrt(8 * len(triangle) + 1)) - 1) // 2
+    found = np.empty((length, length), np.float32)
+    upper = np.triu_indices(length)
+    found[upper] = triangle
+    found.T[upper] = triangle
+    return found
+
+
 def entries(name: str, lengths: np.ndarray, settings: Mapping) -> np.ndarray:
     """Entries [N] of a tensor's first dimension that each sequence has.
 

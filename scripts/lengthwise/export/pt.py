@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from crc32c import crc32c
 
+from lengthwise.esm2.tensors import unpacked
 from lengthwise.export.source import Source
 
 # Ids that can be file names unchanged, with room for an ending.
@@ -30,6 +31,10 @@ def write_pt(source: Source, folder: Path, names: list[str]) -> int:
             n += 1
             result: dict = {"label": protein.id}
             for name, array in protein.stored.items():
+                if name == "contacts":
+                    if len(array):
+                        result["contacts"] = torch.from_numpy(unpacked(array))
+                    continue
                 kind, layer = name.split("_")
                 result.setdefault(keys[kind], {})[int(layer)] = torch.from_numpy(array.astype(np.float32))
             buffer = io.BytesIO()

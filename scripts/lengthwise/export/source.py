@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
+from lengthwise.esm2.tensors import POOLED
 from lengthwise.ingest.tables import WINDOWS
 from lengthwise.read.shards import mismatch, open_shard
 from lengthwise.store.layout import REMAKE
@@ -24,6 +25,7 @@ from lengthwise.store.windows import Windows
 from lengthwise.system.files import checked_sha256, read_json
 from lengthwise.system.text import size
 
+_POOLED = tuple(f"{output}_" for output in POOLED)
 # The size of a batch of pooled vectors.
 _GATHERED_BYTES = 64 << 20
 _OPEN_SHARDS = 128
@@ -35,7 +37,9 @@ class Protein:
 
     id: str
     key: str | None  # biotrainer's key of its sequence
-    stored: dict[str, np.ndarray]  # layer_<n> [L, D]; mean_<n> and bos_<n> [D] float32
+    stored: dict[
+        str, np.ndarray
+    ]  # layer_<n> [L, D]; mean_<n> and bos_<n> [D] float32; contacts [P], none if it is too long
 
 
 class Source:
@@ -171,8 +175,7 @@ class Source:
                     raise LengthwiseError(
                         f"{shard.path}: sequence {number}, which is {record['id']}, is damaged; {REMAKE}"
                     )
-                rows = slice(start, start + record["length"])
-                stored = {n: shard[n][rows if n.startswith("layer_") else number] for n in names}
+                stored = {name: _own(shard, name, number) for name in names}
                 yield Protein(record["id"], record["key"], stored)
 
     def _joined(self, row: int, names: list[str]) -> dict[str, np.ndarray]:
@@ -220,3 +223,9 @@ class Source:
 
     def __exit__(self, *_: object) -> None:
         self.database.close()
+
+
+def _own(shard: Shard, name: str, number: int) -> np.ndarray:
+    """What a tensor has of a sequence."""
+    own = shard[name][shard.entries(name, number)]
+    return own[0] if name.startswith(_POOLED) else own

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lengthwise.esm2.tensors import unpacked
 from lengthwise.esm2.tokens import STANDARD, VOCABULARY, tokenize
 
 if TYPE_CHECKING:
@@ -86,13 +87,7 @@ class Predictions(ABC):
         LengthwiseError
             Contacts were not stored, or not of a protein of this length.
         """
-        triangle = self._result(self._place(key), "contacts")
-        length = (int(np.sqrt(8 * len(triangle) + 1)) - 1) // 2
-        found = np.empty((length, length), np.float32)
-        upper = np.triu_indices(length)
-        found[upper] = triangle
-        found.T[upper] = triangle
-        return found
+        return unpacked(self._result(self._place(key), "contacts"))
 
     def _tokens(self, key: str | int) -> np.ndarray:
         """The columns (L, 1) of the residues that are there."""

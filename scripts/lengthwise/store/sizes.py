@@ -19,7 +19,8 @@ def tensors_of(kind: str, settings: dict) -> list[str]:
         return [f"layer_{first}", f"mean_{first}"]
     kinds = tensors.POOLED if kind == "parquet" else ("residue", "mean", "bos")
     outputs = [output for output in kinds if output in settings["outputs"]]
-    return tensors.names(outputs, settings["layers"])
+    contacts = ["contacts"] if kind == "pt" and "contacts" in settings["outputs"] else []
+    return tensors.names(outputs, settings["layers"]) + contacts
 
 
 def export_bytes(kind: str, settings: dict, records: Path) -> int:
@@ -32,11 +33,19 @@ def export_bytes(kind: str, settings: dict, records: Path) -> int:
     records
         A dataset's `index.parquet` or `records.parquet`.
     """
-    query = "SELECT count(*), coalesce(sum(length), 0)::BIGINT FROM read_parquet(?) WHERE status <> 'rejected'"
+    query = (
+        "SELECT count(*), coalesce(sum(length), 0)::BIGINT,"
+        " coalesce(sum(length * length::BIGINT) FILTER (length <= ?), 0)::BIGINT"
+        " FROM read_parquet(?) WHERE status <> 'rejected'"
+    )
     with duckdb.connect(config={"threads": 1}) as database:
-        ((n, residues),) = database.execute(query, [str(records)]).fetchall()
+        most = settings.get("contacts_max_residues", 0)
+        ((n, residues, pairs),) = database.execute(query, [most, str(records)]).fetchall()
     total = n * _ENTRY_BYTES[kind]
     for name in tensors_of(kind, settings):
+        if name == "contacts":
+            total += 4 * pairs  # whole maps
+            continue
         by_residue = name.startswith("layer_")
         # biotrainer's files keep the storage type of rows.
         half = kind == "h5" or (kind == "biotrainer" and by_residue and settings["storage_dtype"] == "float16")

@@ -33,6 +33,7 @@ from lengthwise.store.paths import QUARANTINE_ENDING, shard_path
 from lengthwise.store.receipts import RECEIPT, read_receipt, why_exported_again
 from lengthwise.store.settings import fingerprint
 from lengthwise.store.shard import Shard
+from lengthwise.store.sizes import export_bytes
 from lengthwise.system.files import read_json, sha256, write_json
 from lengthwise.system.locks import exclusive_store_lock
 
@@ -577,3 +578,18 @@ def anonymous_bytes() -> int:
     """Memory of this process that no file stands behind."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon:"))
+
+
+def test_pt_has_contacts_as_extract_py_writes_them(small_store, tiny_with_contact_head):
+    store = small_store(tiny_with_contact_head, outputs=["mean", "contacts"], contacts_max_residues=30)
+    store.ingest("a", {"short": "MKVLAW", "long": "MKVLAW" * 6})
+    store.run()
+    export(store.path / "datasets" / "a", "pt")
+    folder, ds = store.path / "datasets" / "a" / "exports" / "pt", store.open("a")
+    short, long = (torch.load(folder / f"{name}.pt", weights_only=True) for name in ("short", "long"))
+    assert list(short) == ["label", "mean_representations", "contacts"]
+    assert np.array_equal(short["contacts"].numpy(), ds.contacts("short"))
+    assert short["contacts"].dtype == torch.float32
+    assert list(long) == ["label", "mean_representations"]
+    written = sum(path.stat().st_size for path in folder.iterdir())
+    assert 4 * 6**2 < written <= export_bytes("pt", store.settings, store.path / "datasets" / "a" / "index.parquet")
