@@ -23,7 +23,7 @@ with reporting(snakemake.log[0]):
         snakemake.params.threads,
         snakemake.resources.mem_mb * 10**6 * 2 // 5,
         config["exports"],
-        path_of(config["model"], config["weights"]),
+        None if (store / "weights.json").exists() else path_of(config["model"], config["weights"]),
         config["device_like"],
         config["residency"],
     )

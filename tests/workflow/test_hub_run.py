@@ -37,8 +37,9 @@ def test_a_model_of_the_hub_is_embedded_and_its_folder_gives_the_same(project, m
 
     hub.close()  # another file needs no hub any more
     project.write_fasta("b", random_sequences(5, seed=4))
-    run = project.snakemake("results/lab--tuned--v1/datasets/b/manifest.json")
+    run = project.snakemake("results/lab--tuned--v1/datasets/b/manifest.json", "forecast")
     assert run.code == 0, run.output
+    assert read_json(store / "forecast" / "forecast.json")["disk"]["download"] is None
     assert not run.rules["fetch_model"]
 
     project.configure(inputs=["in/*.fasta"], model=str(model), exports=["h5"])

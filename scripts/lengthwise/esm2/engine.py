@@ -50,7 +50,7 @@ class Engine:
     Parameters
     ----------
     checkpoint
-        A checkpoint in fair-esm's layout.
+        A checkpoint, as of `lengthwise.esm2.checkpoint.read`.
     device, precision
         The device and the compute type.
     output

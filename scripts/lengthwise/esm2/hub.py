@@ -2,6 +2,7 @@
 
 import logging
 import re
+from itertools import count
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download, list_repo_files
@@ -31,6 +32,7 @@ from lengthwise.esm2.sources import (
 )
 
 log = logging.getLogger("lengthwise")
+ATTEMPTS = 3  # of a run
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -48,7 +50,7 @@ def fetch(model: HubId) -> tuple[Path, dict[str, str]]:
         The hub does not have the model or does not give it, it has no safetensors, or it is not ESM-2.
     """
     try:
-        folder = _fetch(model)
+        folder = _fetch_patiently(model)
     except LocalEntryNotFoundError as error:
         raise LengthwiseError(
             f"{model}: not whole in the cache {constants.HF_HUB_CACHE}, and {_why_local(error)}; with a network, run "
@@ -58,13 +60,23 @@ def fetch(model: HubId) -> tuple[Path, dict[str, str]]:
         raise LengthwiseError(f"{model}: {_what_it_lacks(model)}") from error
     except HfHubHTTPError as error:
         raise LengthwiseError(f"{model}: {_refusal(model, error)}") from error
-    except LengthwiseError:
-        raise
-    except Exception as error:  # each version of the library has its own HTTP client, with its own exceptions
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise LengthwiseError(f"{model}: {reason}; run again; files that are whole are kept") from error
     asked = model.revision or constants.DEFAULT_REVISION
     return folder, {"id": model.id, "revision": asked, "commit": folder.name, "address": constants.ENDPOINT}
+
+
+def _fetch_patiently(model: HubId) -> Path:
+    """Fetch a model; a broken transfer is taken up again, which some versions of the library leave to the caller."""
+    for attempt in count(1):
+        try:
+            return _fetch(model)
+        except (EntryNotFoundError, HfHubHTTPError, LengthwiseError):
+            raise
+        except Exception as error:  # each version of the library has its own HTTP client, with its own exceptions
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+            if attempt == ATTEMPTS:
+                raise LengthwiseError(f"{model}: {reason}; run again; files that are whole are kept") from error
+            log.info("%s: the transfer broke (%s); going on", model, reason)
+    raise AssertionError  # count has no end
 
 
 def require_own_checksums(model: HubId, checksums: dict[Path, str]) -> None:

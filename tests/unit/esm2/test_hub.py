@@ -90,10 +90,12 @@ def test_a_model_is_fetched_once_into_the_librarys_cache_and_found_offline(hub, 
     assert len(weights_sent(hub)) == 1
     assert again == receipt | {"model": "org/tiny@main"}
     hub.close()
-    assert fetched("org/tiny", HF_HUB_OFFLINE="1") == [receipt]
-    assert fetched("org/tiny") == [receipt]  # no answer, and all is there
-    assert_refused(fetched("org/other", HF_HUB_OFFLINE="1")[0], "org/other", "HF_HUB_OFFLINE is set", "hf download")
-    assert_refused(fetched("org/other")[0], f"{hub.url} does not answer", "HF_HOME", "give a folder")
+    whole, other = fetched("org/tiny", "org/other", HF_HUB_OFFLINE="1")
+    assert whole == receipt
+    assert_refused(other, "org/other", "HF_HUB_OFFLINE is set", "hf download")
+    whole, other = fetched("org/tiny", "org/other")  # no answer
+    assert whole == receipt
+    assert_refused(other, f"{hub.url} does not answer", "HF_HOME", "give a folder")
 
 
 def test_each_revision_is_a_model_of_its_own(hub, fetched, tmp_path):
@@ -131,7 +133,9 @@ def test_a_file_that_is_not_what_the_hub_announced_is_refused(hub, fetched):
     assert_refused(fetched("org/tiny")[0], "org/tiny", "announced 0000", "blobs/0000", "remove")
 
 
-def test_a_pinned_checksum_is_held_against_the_file(fetched, folder):
+def test_a_pinned_checksum_is_held_against_the_file_and_no_tokenizer_is_needed(hub, fetched, tmp_path):
+    folder = hugging_face.write(tmp_path / "tuned", TINY, EsmForSequenceClassification, vocabulary=False)
+    hub.push("org/tiny", folder)
     right = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     good, bad = fetched({"model": "org/tiny", "pinned_sha256": right}, {"model": "org/tiny", "pinned_sha256": "0" * 64})
     assert good["sha256"] == right
@@ -140,9 +144,10 @@ def test_a_pinned_checksum_is_held_against_the_file(fetched, folder):
 
 def test_a_gated_model_wants_terms_accepted_and_a_token(hub, fetched):
     hub.repositories["org/tiny"].gated = True
-    assert_refused(fetched("org/tiny")[0], "org/tiny: is gated", f"{hub.url}/org/tiny", "hf auth login", "HF_TOKEN")
+    gated, none = fetched("org/tiny", "org/none")
+    assert_refused(gated, "org/tiny: is gated", f"{hub.url}/org/tiny", "hf auth login", "HF_TOKEN")
+    assert_refused(none, "org/none", "knows no such model", "HF_TOKEN")
     assert isinstance(fetched("org/tiny", HF_TOKEN=Hub.token)[0], dict)
-    assert_refused(fetched("org/none")[0], "org/none", "knows no such model", "HF_TOKEN")
 
 
 def pushed(hub, folder, name, change):
@@ -200,9 +205,3 @@ def test_the_six_come_from_the_hub_where_fair_esms_address_does_not_give_them(hu
     hub.repositories.clear()
     neither = fetched({"model": "esm2_t12_35M_UR50D", "url": closed}, official=closed)[0]
     assert_refused(neither, f"{closed}/models/", "Nor does the hub give it: facebook/esm2_t12_35M_UR50D")
-
-
-def test_a_fine_tuned_model_without_a_tokenizer_is_read(hub, fetched, tmp_path):
-    tuned = hugging_face.write(tmp_path / "tuned", TINY, EsmForSequenceClassification, vocabulary=False)
-    hub.push("lab/tuned", tuned)
-    assert fetched("lab/tuned")[0]["hub"]["id"] == "lab/tuned"

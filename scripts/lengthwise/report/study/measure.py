@@ -101,7 +101,7 @@ def scaling(
     Parameters
     ----------
     weights
-        A checkpoint in fair-esm's layout.
+        A checkpoint, as of `lengthwise.esm2.checkpoint.read`.
     device, precision
         As in the store's settings.
     table
