@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 RECORDS = pa.schema(
     [
@@ -47,6 +46,8 @@ class TableWriter:
     COMPRESSED = ("id", "description", "reason")
 
     def __init__(self, path: Path, schema: pa.Schema):
+        import pyarrow.parquet as pq  # takes 35 ms, and reading a dataset needs the names above alone
+
         self.writer = pq.ParquetWriter(
             path,
             schema,

@@ -2,13 +2,16 @@
 
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lengthwise.errors import LengthwiseError
 from lengthwise.ingest.digests import digest_all
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 
 class Sequences:
@@ -72,8 +75,10 @@ class Sequences:
         return self._last[1]
 
     @cached_property
-    def _file(self) -> pq.ParquetFile:
-        return pq.ParquetFile(self.path)
+    def _file(self) -> "ParquetFile":
+        from pyarrow.parquet import ParquetFile  # takes 35 ms, which most readers need not wait for
+
+        return ParquetFile(self.path)
 
     @cached_property
     def _group_ends(self) -> np.ndarray:

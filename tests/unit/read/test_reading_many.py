@@ -632,10 +632,10 @@ def test_collating_needs_no_dataset():
 # ---- the rest
 
 
-def test_opening_and_reading_imports_neither_pandas_nor_torch_nor_duckdb(store):
+def test_opening_and_reading_imports_neither_pandas_nor_torch_nor_duckdb_nor_parquet(store):
     path = store.path / "datasets" / "a"
     code = f"import lengthwise, sys; ds = lengthwise.open({str(path)!r}); ds['p1'], ds[3], ds.pooled(), ds.ids[:3]\n"
-    code += "print({'pandas', 'torch', 'duckdb'} & sys.modules.keys())"
+    code += "print({'pandas', 'torch', 'duckdb', 'pyarrow.parquet'} & sys.modules.keys())"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True, env=with_scripts()
     )
