@@ -700,13 +700,16 @@ def test_the_examples_in_the_docstrings_run(example, monkeypatch, module):
     assert result.attempted or module in (torch_module, lookup)
 
 
-def test_the_readmes_lines_run(example, monkeypatch):
+def test_the_readmes_lines_run(example, small_store, tiny_with_contact_head, monkeypatch):
     monkeypatch.chdir(example)
     section = (ROOT / "README.md").read_text().split("## Read the embeddings")[1].split("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    reading, training, predictions = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     names: dict = {}
-    for block in blocks:
+    for block in (reading, training):
         exec(block, names)
-    assert len(blocks) == 2
     assert names["ds"]["sp|P02135|HBB_LITCT"].shape == (140, 320)
     assert 0 < len(names["short"]) < len(names["ds"])
+    made = small_store(tiny_with_contact_head, outputs=["logits", "contacts"])
+    made.ingest("a", {"sp|P02135|HBB_LITCT": "MKVLAW"})
+    made.run()
+    exec(predictions, {"ds": made.open("a")})
