@@ -10,7 +10,8 @@ The reference is fair-esm 2.0.0, `esm.model.esm2.ESM2` (Lin et al. 2023, doi:10.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.util import find_spec
 from itertools import groupby, zip_longest
 from typing import Any, cast
 
@@ -210,7 +211,9 @@ class ESM2(nn.Module):
 
         # torch counts recompilations per function, for all models of a process, and beyond eight runs uncompiled in silence.
         torch._dynamo.reset()
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        config = torch._dynamo.config
+        renamed = hasattr(config, "fail_on_recompile_limit_hit")  # in torch 2.7
+        setattr(config, "fail_on_recompile_limit_hit" if renamed else "fail_on_cache_limit_hit", True)
         self.compiled_parts = {name: torch.compile(getattr(Layer, name), dynamic=True) for name in COMPILED_PARTS}
 
     def uncompile(self) -> None:
@@ -274,7 +277,14 @@ def uses_varlen(device: torch.device, dtype: torch.dtype) -> bool:
         and dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and torch.backends.cuda.is_flash_attention_available()
+        and has_varlen()
     )
+
+
+@cache
+def has_varlen() -> bool:
+    """Whether this torch has `varlen_attn`: from 2.10 on. (Looked up, not imported: that would import torch's compiler.)"""
+    return find_spec("torch.nn.attention.varlen") is not None
 
 
 def _attention_padded(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
