@@ -9,6 +9,7 @@ from pathlib import Path
 from lengthwise._version import __version__
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.shapes import MODELS
+from lengthwise.system.extras import named_extras
 from lengthwise.system.logging import error_line
 
 
@@ -22,7 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        with named_extras():
+            return options.run(options)
     except (LengthwiseError, OSError) as error:
         print(error_line(error), file=sys.stderr)
         return 1

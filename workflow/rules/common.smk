@@ -20,13 +20,18 @@ WORKFLOW = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).pare
 SCRIPTS = str(WORKFLOW.parent / "scripts")
 
 
+def has_conda_environments():
+    """Whether rules run in conda environments, and not in this process's."""
+    return DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
+
+
 def own_package_first():
     """Let this process and its jobs import this clone's package, whatever other one is installed."""
     sys.path[:] = [SCRIPTS, *(path for path in sys.path if path != SCRIPTS)]
     given = os.getenv("PYTHONPATH")
     others = [path for path in given.split(os.pathsep) if path != SCRIPTS] if given else []
     os.environ.update(PYTHONPATH=os.pathsep.join([SCRIPTS, *others]))
-    if DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method:
+    if has_conda_environments():
         # Jobs in conda environments get no PYTHONPATH from Snakemake. `set` is what it begins every job with.
         shell.prefix(f"set -euo pipefail; export PYTHONPATH={shlex.quote(SCRIPTS)}; ")
 
@@ -50,6 +55,7 @@ from lengthwise.store.paths import store_name
 from lengthwise.store.settings import guard, load
 from lengthwise.store.weights import note_new_time
 from lengthwise.system.control_groups import count_oom_kills
+from lengthwise.system.extras import require_workflow
 from lengthwise.system.gpus import refuse_missing_gpu
 from lengthwise.system.locks import run_lock, shared_store_lock
 from lengthwise.system.logging import error_line
@@ -171,6 +177,8 @@ class NothingToDo(logging.Handler):
 
 
 try:
+    if workflow.is_main_process and not has_conda_environments():
+        require_workflow()
     for path in map(Path, workflow.configfiles if workflow.is_main_process else []):
         lengthwise.config.require_distinct_keys(path)
     config.update(lengthwise.config.validate(config, WORKFLOW / "schemas" / "config.schema.yaml"))

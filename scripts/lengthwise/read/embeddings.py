@@ -10,6 +10,7 @@ from lengthwise.errors import LengthwiseError
 from lengthwise.read.ids import Ids, NoRecordError
 from lengthwise.read.predictions import Predictions
 from lengthwise.store.accessions import is_accession
+from lengthwise.system.extras import named_extras
 from lengthwise.system.text import count
 
 if TYPE_CHECKING:
@@ -244,7 +245,8 @@ class Embeddings(Predictions, Mapping[str, np.ndarray]):
         >>> batch.rows.shape, batch.cu_seqlens.tolist()
         (torch.Size([478, 320]), [0, 140, 478])
         """
-        from lengthwise.read.torch import TorchDataset
+        with named_extras():
+            from lengthwise.read.torch import TorchDataset
 
         return TorchDataset(self, dtype)
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lengthwise.errors import LengthwiseError
+from lengthwise.system.extras import named_extras
 from lengthwise.system.files import discard, remove_temporaries, removed_on_sigterm
 from lengthwise.system.slurm import job_number
 from lengthwise.system.text import printable
@@ -57,7 +58,8 @@ def reporting(log_file: str) -> Iterator[None]:
     log.setLevel(logging.INFO)
     _exit_on_sigterm(log_file)
     try:
-        yield
+        with named_extras():
+            yield
     except KeyboardInterrupt:
         print("lengthwise: interrupted; finished shards are kept", file=sys.stderr, flush=True)
         sys.exit(130)
