@@ -61,7 +61,7 @@ class Embeddings(Predictions, Mapping[str, np.ndarray]):
         """One vector per record, in the order of `ids`: (N, D) float32."""
 
     @abstractmethod
-    def verify(self, good: set[str] | None = None) -> int:
+    def verify(self) -> int:
         """Check all files. Returns the number of records."""
 
     @abstractmethod

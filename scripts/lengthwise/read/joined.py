@@ -116,8 +116,8 @@ class Joined(Embeddings):
             out[numbers] = selection.pooled(kind)
         return out
 
-    def verify(self, good: set[str] | None = None) -> int:
-        """Check index and shards of every dataset. Returns the number of records. `good` is not used: stores may differ."""
+    def verify(self) -> int:
+        """Check index and shards of every dataset. Returns the number of records."""
         return sum(part.verify() for part in self.parts)
 
     def __repr__(self) -> str:

@@ -286,6 +286,7 @@ def test_selections_and_joined_datasets_can_be_joined(ds, other):
     assert list(nested) == wanted
     for name, rows in nested.items():
         np.testing.assert_array_equal(rows, (other if name == "new" else ds)[name])
+        np.testing.assert_array_equal(nested[name], rows)
     again = pickle.loads(pickle.dumps(nested[1:]))
     assert list(again) == wanted[1:]
     np.testing.assert_array_equal(again.pooled(), nested.pooled()[1:])
