@@ -159,7 +159,7 @@ def _fetch_from_hub_instead(model: str, error: LengthwiseError) -> tuple[Path, d
 def known_sha256(path: Path) -> str:
     """The checkpoint's SHA-256: from its download's record if size and time still match, else computed."""
     record = record_path(path)
-    if record.exists():
+    if path.suffix == ".pt" and record.exists():
         known = read_json(record, "sha256")
         if stamp(path).items() <= known.items():
             return known["sha256"]

@@ -156,7 +156,10 @@ def _refusal(model: HubId, error: HfHubHTTPError) -> str:
     if isinstance(error, GatedRepoError):
         return f"is gated; accept its terms at {constants.ENDPOINT}/{model.id}, and {token}"
     if isinstance(error, RepositoryNotFoundError):
-        return f"{constants.ENDPOINT} knows no such model; check the id, or {token} if it is private"
+        return (
+            f"there is no folder of that name here, and {constants.ENDPOINT} knows no such model; check the name, or {token} if "
+            "it is private"
+        )
     if isinstance(error, RevisionNotFoundError):
         return f"the model has no branch, tag or commit {model.revision!r}"
     return f"{constants.ENDPOINT} refused: {_first_line(error)}"

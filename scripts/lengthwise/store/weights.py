@@ -28,7 +28,7 @@ def origin(store: Path) -> str:
     if hub := receipt.get("hub"):
         return f"{hub['address']}/{hub['id']} at {hub['commit']}"
     record = record_path(store / receipt["path"])
-    if record.exists():
+    if record.name.endswith(".pt.json") and record.exists():
         return read_json(record, "url")["url"]
     if receipt["model"] == DEMO:
         return "made on the spot, seeded and random"

@@ -9,11 +9,12 @@ import pytest
 from transformers import EsmForMaskedLM, EsmForSequenceClassification
 
 import hugging_face
+from lengthwise.esm2.download import fetch
 from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.maintain.verify import verify
 from lengthwise.store import settings as settings_module
 from lengthwise.store.paths import store_name
-from lengthwise.store.weights import origin, require_unchanged
+from lengthwise.store.weights import note_new_time, origin, require_unchanged
 from lengthwise.system.files import read_json, write_json
 
 PROTEINS = {"a": "MKVLAWSTRE", "b": "MKTAYIAKQRQISFVKSHFSRQ"}
@@ -43,6 +44,7 @@ def changed(store, tmp_path):
     model = Path(shutil.copytree(store.config["model"], tmp_path / "tuned"))
     other = store.copy(tmp_path / "store")
     write_json(other.path / "weights.json", read_json(other.path / "weights.json") | {"path": str(model)})
+    note_new_time(other.path)  # from here on checksums are taken again only of what changes
     other.config = {**other.config, "model": str(model)}
     return other
 
@@ -63,6 +65,13 @@ def test_settings_and_manifest_say_where_weights_and_frequencies_are_from(store)
     assert manifest["weights"]["origin"] == store.config["model"]
     assert not settings["random_weights"]
     assert not [problem for result in verify(store.path) for problem in result.problems]
+
+
+def test_a_file_that_is_named_like_a_downloads_record_is_none(changed):
+    model = Path(changed.config["model"])
+    model.with_name("tuned.json").write_text('{"learning_rate": 1e-4}')
+    assert fetch(str(model), "unused")["sha256"] == changed.receipt["sha256"]
+    assert origin(changed.path) == changed.receipt["model"]
 
 
 def test_a_model_of_the_hub_is_in_the_manifest_by_id_revision_and_address(changed):
