@@ -11,11 +11,9 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from lengthwise.esm2.shapes import ModelConfig
-from lengthwise.report.pca import Projection
 from lengthwise.report.study.fits import Fit, choose
 from lengthwise.report.study.schema import FAIR_ESM, LENGTHWISE, OK, SKIPPED_TIME
 from lengthwise.report.svg import BLUE, CARD, GREEN, INK, LINE, ORANGE, PURPLE, SOFT, STYLE, VERMILION, Plot
@@ -242,45 +240,6 @@ def copies(study: pd.DataFrame) -> Plot | str:
     plot.axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     plot.axes.yaxis.set_minor_formatter(NullFormatter())
     plot.legend(columns=2)
-    return plot
-
-
-@styled
-def embedding_map(projection: Projection) -> Plot:
-    """Records on two principal components, coloured by length on the left and by dataset on the right."""
-    records = projection.records
-    plot = Plot(size=(8.8, 3.7))
-    grid = plot.figure.add_gridspec(1, 2)
-    plot.axes.set_subplotspec(grid[0])
-    left, right = plot.axes, plot.figure.add_subplot(grid[1])
-    hover_texts = [f"{row.id}: {row.length:,} residues, {row.dataset}" for row in records.itertuples()]
-    tones = LinearSegmentedColormap.from_list("lengths", ["#56b4e9", "#0072b2", "#cc79a7", "#d55e00"])
-    norm = matplotlib.colors.LogNorm(records["length"].min(), max(records["length"].max(), records["length"].min() + 1))
-    drawn = left.scatter(
-        records["pc1"], records["pc2"], s=9, c=records["length"], cmap=tones, norm=norm, lw=0, alpha=0.8
-    )
-    plot.explain(drawn, hover_texts)
-    bar = plot.figure.colorbar(drawn, ax=left, label="Length (residues)", format=lambda value, _: f"{value:,.0f}")
-    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    bar.ax.yaxis.set_minor_formatter(NullFormatter())
-    bar.outline.set_visible(False)
-    frequent = records["dataset"].value_counts().index[: len(GROUP_COLORS)].tolist()
-    for color, dataset in zip(GROUP_COLORS, frequent, strict=False):
-        here = records["dataset"] == dataset
-        drawn = right.scatter(
-            records["pc1"][here], records["pc2"][here], s=9, color=color, lw=0, alpha=0.6, label=dataset
-        )
-        plot.explain(drawn, [text for text, inside in zip(hover_texts, here, strict=True) if inside])
-    rest = ~records["dataset"].isin(frequent)
-    if rest.any():
-        drawn = right.scatter(
-            records["pc1"][rest], records["pc2"][rest], s=9, color=SOFT, lw=0, alpha=0.6, label="others"
-        )
-        plot.explain(drawn, [text for text, inside in zip(hover_texts, rest, strict=True) if inside])
-    for axes in (left, right):
-        axes.set_xlabel(f"First component ({projection.shares[0]:.0%} of the variance)")
-        axes.set_ylabel(f"Second ({projection.shares[1]:.0%})")
-    right.legend(fontsize=8, markerscale=2)
     return plot
 
 

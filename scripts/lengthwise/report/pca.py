@@ -1,5 +1,6 @@
-"""The map of embeddings: pooled vectors of a sample of records on their first two principal components."""
+"""The map of embeddings: pooled vectors of a sample of records, on two principal components and by UMAP where it is installed."""
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lengthwise.store.shard import Shard
 from lengthwise.store.windows import Windows
 
 MAX_RECORDS = 2_000
+UMAP_NEIGHBOURS = 15
 # The first that is stored is used.
 POOLED = {
     "mean": "mean over residues",
@@ -23,7 +25,7 @@ POOLED = {
 
 @dataclass(frozen=True)
 class Projection:
-    """Records with `dataset`, `id`, `length`, `pc1`, `pc2`, and the share of variance of each component."""
+    """Records with `dataset`, `id`, `length`, `pc1`, `pc2`, `umap1`, `umap2`, and the share of variance of each component."""
 
     records: pd.DataFrame
     shares: tuple[float, float]
@@ -66,7 +68,10 @@ def project(store: Path, settings: dict, manifests: dict[str, Path]) -> tuple[Pr
         vectors[rows.index] = Shard(shard_path(store, name))[f"{pooled}_{layer}"][rows["sequence_no"]]
     good = np.isfinite(vectors).all(axis=1)
     components, shares = principal_components(vectors[good].astype(float))
-    records = records.loc[good, ["dataset", "id", "length"]].assign(pc1=components[:, 0], pc2=components[:, 1])
+    near = neighbourhoods(vectors[good])
+    records = records.loc[good, ["dataset", "id", "length"]].assign(
+        pc1=components[:, 0], pc2=components[:, 1], umap1=near[:, 0], umap2=near[:, 1]
+    )
     return Projection(records.reset_index(drop=True), shares, f"{POOLED[pooled]}, layer {layer}"), ""
 
 
@@ -77,6 +82,18 @@ def principal_components(vectors: np.ndarray) -> tuple[np.ndarray, tuple[float, 
     directions = directions[:2] * np.sign(directions[np.arange(2), np.abs(directions[:2]).argmax(axis=1)])[:, None]
     shares = sizes[:2] ** 2 / max((sizes**2).sum(), 1e-30)
     return centred @ directions.T, (float(shares[0]), float(shares[1]))
+
+
+def neighbourhoods(vectors: np.ndarray) -> np.ndarray:
+    """[n, D] -> [n, 2] by UMAP (McInnes et al. 2018, arXiv:1802.03426), the same in every run.
+
+    NaN where umap-learn is not installed, or where there are fewer vectors than UMAP looks at around each.
+    """
+    if len(vectors) <= UMAP_NEIGHBOURS or importlib.util.find_spec("umap") is None:
+        return np.full((len(vectors), 2), np.nan)
+    import umap  # here: it compiles for many seconds
+
+    return umap.UMAP(n_neighbors=UMAP_NEIGHBOURS, random_state=0, n_jobs=1).fit_transform(vectors)
 
 
 def _sample(manifests: dict[str, Path]) -> pd.DataFrame:

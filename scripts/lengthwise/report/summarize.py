@@ -16,6 +16,7 @@ from lengthwise.ingest.judge import TRUNCATED
 from lengthwise.plan.planner import read_jobs
 from lengthwise.report import figures, tables
 from lengthwise.report.histogram import histogram
+from lengthwise.report.map_figure import embedding_map
 from lengthwise.report.pca import Projection, project
 from lengthwise.report.proteins import Proteins, count_proteins
 from lengthwise.report.study.facts import study_facts, why_skipped
@@ -114,7 +115,7 @@ def summarize(
         proteins=proteins,
         by_dataset=proteins.by_dataset.head(SHOWN).to_dict("index"),
         policies=_policies(ledger),
-        truncated=sum((row["changes"] or {}).get(TRUNCATED, 0) for row in ledger),
+        truncated=sum((row.get("changes") or {}).get(TRUNCATED, 0) for row in ledger),
         windows=None if windows is None else _compared_windows(windows, ledger),
         reason_words=REASONS,
         reasons=sum((Counter(row["reasons"]) for row in ledger), Counter()).most_common(),
@@ -126,6 +127,7 @@ def summarize(
         study=study_facts(study, found, settings),
         study_off=study_off,
         map_of=projection.of if projection else "",
+        map_by_umap=projection is not None and bool(projection.records["umap1"].notna().all()),
         map_records=len(projection.records) if projection else 0,
         jobs=jobs.sort_values("residues_per_second", kind="stable").head(SHOWN).to_dict("records"),
         devices=devices.to_dict("records"),
@@ -266,7 +268,7 @@ def _figures(
         "memory": memory,
         "time": figures.time_shares(devices, _rest(batches)) if len(batches) else none,
         **(dict.fromkeys(STUDY_FIGURES, study) if isinstance(study, str) else _study_figures(study, found, settings)),
-        "map": projection if isinstance(projection, str) else figures.embedding_map(projection),
+        "map": projection if isinstance(projection, str) else embedding_map(projection),
     }
     shown = {}
     for name, plot in drawn.items():

@@ -168,6 +168,8 @@ COLUMNS = {
         "length": "its residues",
         "pc1": "first principal component of its pooled vector",
         "pc2": "second",
+        "umap1": "first coordinate of UMAP; null without umap-learn",
+        "umap2": "second",
     },
 }
 

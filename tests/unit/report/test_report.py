@@ -20,8 +20,10 @@ import pytest
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.plan.planner import JOBS_COLUMNS
-from lengthwise.report import proteins, summarize
+from lengthwise.report import pca, proteins, summarize
+from lengthwise.report.map_figure import embedding_map
 from lengthwise.report.study.schema import COLUMNS, read_scaling
+from lengthwise.report.svg import save
 from lengthwise.report.tables import COLUMNS as MEANINGS
 from lengthwise.store.layout import layout
 from lengthwise.store.metrics import METRICS, write_metrics
@@ -337,6 +339,32 @@ def test_the_map_has_the_principal_components_of_the_stored_means(whole, tmp_pat
     assert found.std() == pytest.approx(values[-1] ** 0.5, rel=1e-4)
     assert found.is_monotonic_increasing
     assert f"First component ({values[-1] / values.sum():.0%} of the variance)" in Page(page).text
+
+
+def test_without_umap_the_map_has_two_panels_and_no_coordinates_of_it(whole, monkeypatch):
+    monkeypatch.setattr(pca.importlib.util, "find_spec", lambda name: None)
+    assert np.isnan(pca.neighbourhoods(np.zeros((40, 3)))).all()
+
+
+def test_with_umap_the_map_has_two_more_panels_that_keep_clusters_apart_and_are_the_same_in_every_run():
+    pytest.importorskip("umap")
+    rng = np.random.default_rng(0)
+    vectors = np.concatenate([rng.standard_normal((20, 8)) + 30 * cluster for cluster in (0, 1)])
+    near = pca.neighbourhoods(vectors.astype(np.float32))
+    assert np.array_equal(near, pca.neighbourhoods(vectors.astype(np.float32)))
+    centres = near[:20].mean(0), near[20:].mean(0)
+    spread = max(np.linalg.norm(part - part.mean(0), axis=1).max() for part in (near[:20], near[20:]))
+    assert np.linalg.norm(centres[0] - centres[1]) > 2 * spread
+    assert np.isnan(pca.neighbourhoods(vectors[: pca.UMAP_NEIGHBOURS])).all()
+
+
+def test_coordinates_of_umap_are_drawn_below_the_components(tmp_path):
+    records = pd.DataFrame({"dataset": ["a", "b", "a"], "id": ["x", "y", "z"], "length": [10, 20, 30]})
+    records = records.assign(pc1=[0.0, 1, 2], pc2=[2.0, 1, 0], umap1=[5.0, 6, 7], umap2=[7.0, 6, 5])
+    drawn = save(embedding_map(pca.Projection(records, (0.5, 0.3), "mean")), tmp_path, "map")
+    assert drawn.count("UMAP 1") == 2
+    without = records.assign(umap1=np.nan, umap2=np.nan)
+    assert "UMAP" not in save(embedding_map(pca.Projection(without, (0.5, 0.3), "mean")), tmp_path, "map")
 
 
 def test_a_map_of_random_weights_is_left_out(store):
