@@ -180,7 +180,7 @@ class Store:
             "record_no": range(n),
             "id": [f"P{i}" for i in range(n)],
             "length": lengths,
-            "digest": [f"{i}" for i in range(n)],
+            "digest": [f"{i:024}" for i in range(n)],
         }
         index |= {"status": "accepted", "shard": name, "sequence_no": range(n)}
         manifest = next(iter(self.datasets.values()))
