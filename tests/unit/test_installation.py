@@ -92,6 +92,12 @@ def test_a_command_says_which_extra_brings_what_is_missing():
     )
 
 
+def test_info_needs_no_more_than_reading():
+    done = without("torch,psutil", "from lengthwise.__main__ import main; sys.exit(main(sys.argv[2:]))", "info")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "memory" not in done.stdout
+
+
 RULE = """
 from lengthwise.system.logging import reporting
 with reporting(sys.argv[2]):

@@ -49,7 +49,8 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "python", f"{platform.python_version()}, {platform.platform()}"
     yield "packages", ", ".join(f"{name} {_version(name)}" for name in (*_READING, *_EMBEDDING, *_WORKFLOW))
     yield "processor", f"{processor_name()}, {count(usable_cores(), 'core')} to use"
-    yield "memory", f"{size(host_total())}, of which {size(host_available())} are free"
+    with suppress(ImportError):  # an installation that reads has no psutil
+        yield "memory", f"{size(host_total())}, of which {size(host_available())} are free"
     yield "device", _device()
     if shutil.which("sbatch"):
         yield "slurm", "sbatch is there" + (", inside of a job" if "SLURM_JOB_ID" in os.environ else "")
