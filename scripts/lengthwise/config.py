@@ -1,6 +1,5 @@
 """The config: validation against its schema, default values, and the datasets of its inputs."""
 
-import difflib
 import glob
 import os
 import re
@@ -12,19 +11,12 @@ import jsonschema
 import yaml
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.esm2.shapes import MODELS, TRAINED_RESIDUES
-from lengthwise.esm2.sources import (
-    DEMO,
-    hub_id,
-    is_path,
-    not_served,
-    other_family,
-    require_checkpoint,
-    require_secure,
-)
+from lengthwise.esm2.shapes import TRAINED_RESIDUES
+from lengthwise.esm2.sources import require_model, require_secure
 from lengthwise.store.paths import dataset_name
 from lengthwise.store.settings import EXPORT_OUTPUTS, WINDOWED_OUTPUTS
 from lengthwise.system.files import ignores_case
+from lengthwise.system.text import did_you_mean
 
 
 def validate(config: dict, schema_path: Path) -> dict:
@@ -98,19 +90,10 @@ def _long_sequences(policy: dict, outputs: list[str]) -> dict:
 
 
 def _require_model(model: str) -> None:
-    if is_path(model):
-        try:
-            require_checkpoint(model)
-        except LengthwiseError as error:
-            raise LengthwiseError(f"config: model: {error}") from error
-    elif model not in (DEMO, *MODELS) and hub_id(model) is None:
-        if family := other_family(model):
-            raise LengthwiseError(f"config: model: {model!r} {not_served(family)}")
-        raise LengthwiseError(
-            f"config: model: {model!r} is not a model;{_did_you_mean(model, [DEMO, *MODELS])} give one of "
-            f"{', '.join([DEMO, *MODELS])}, an id of the Hugging Face hub (org/name), or the path of a fair-esm .pt file, of a "
-            "safetensors file or of a folder that transformers wrote"
-        )
+    try:
+        require_model(model)
+    except LengthwiseError as error:
+        raise LengthwiseError(f"config: model: {error}") from error
 
 
 def require_distinct_keys(path: Path) -> None:
@@ -269,7 +252,7 @@ def _explain(error: jsonschema.ValidationError, schema: dict) -> str:
         known = list(error.schema.get("properties", {}))
         unknown = next(key for key in error.instance if key not in known)
         path = f"{where}.{unknown}" if where else unknown
-        return f"unknown key {path!r};{_did_you_mean(str(unknown), known)} the keys are {', '.join(known)}"
+        return f"unknown key {path!r};{did_you_mean(str(unknown), known)} the keys are {', '.join(known)}"
     if error.validator == "required":
         key = next(key for key in error.validator_value if key not in error.instance)
         return f"the key {f'{where}.{key}' if where else key!r} is missing"
@@ -286,8 +269,3 @@ def _description(error: jsonschema.ValidationError, schema: Any) -> str:
         schema = schema[step]
         found = schema.get("description", found) if isinstance(schema, dict) else found
     return found
-
-
-def _did_you_mean(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f" did you mean {near[0]!r}?" if near else ""

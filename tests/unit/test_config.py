@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from lengthwise import config
+from lengthwise.esm2.shapes import MODELS
 from lengthwise.store import paths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,7 +177,7 @@ def test_the_nearest_model_name_is_suggested(refused):
         validate(model="esm2_t6_8m_UR50D")
 
 
-@pytest.mark.parametrize("model", ["demo", *config.MODELS])
+@pytest.mark.parametrize("model", ["demo", *MODELS])
 def test_every_model_has_a_store_of_its_name(model):
     assert paths.store_name(validate(model=model)["model"]) == model
 

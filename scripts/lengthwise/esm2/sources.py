@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.shapes import MODELS
 from lengthwise.system.files import sha256, stamp
+from lengthwise.system.text import did_you_mean
 
 DEMO = "demo"
 # The URL in fair-esm 2.0.0's own loader (esm/pretrained.py).
@@ -61,6 +62,20 @@ def hub_id(model: str) -> HubId | None:
     """The config's `model` as an id of the hub, ``org/name`` or ``org/name@revision``; None if it is none."""
     found = _HUB_ID.fullmatch(model)
     return HubId(found["id"], found["revision"]) if found and not is_path(model) else None
+
+
+def require_model(model: str) -> None:
+    """Raise LengthwiseError unless `model` is a name, an id of the hub, or the path of a checkpoint of a kind that is read."""
+    if is_path(model):
+        require_checkpoint(model)
+    elif model not in (DEMO, *MODELS) and hub_id(model) is None:
+        if family := other_family(model):
+            raise LengthwiseError(f"{model!r} {not_served(family)}")
+        raise LengthwiseError(
+            f"{model!r} is not a model;{did_you_mean(model, [DEMO, *MODELS])} give one of {', '.join([DEMO, *MODELS])}, "
+            "an id of the Hugging Face hub (org/name), or the path of a fair-esm .pt file, of a safetensors file or of a folder "
+            "that transformers wrote"
+        )
 
 
 def require_checkpoint(model: str) -> None:

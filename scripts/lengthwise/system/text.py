@@ -1,4 +1,6 @@
-"""Numbers as text for people."""
+"""Numbers and words as text for people."""
+
+import difflib
 
 
 def count(number: int, noun: str) -> str:
@@ -24,6 +26,12 @@ def printable(text: str) -> str:
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
     )
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """Return a question that names the known word most like this one, after a space; empty if none is like it."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" did you mean {near[0]!r}?" if near else ""
 
 
 def duration(seconds: float) -> str:
