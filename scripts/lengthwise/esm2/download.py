@@ -80,7 +80,7 @@ def fetch(
     """
     from lengthwise.esm2 import checkpoint, hub
 
-    path, origin = _provide(model, folder, url, pinned_sha256, contact_regression, source)
+    path, origin = provide(model, folder, url, pinned_sha256, contact_regression, source)
     opened = checkpoint.read(path)
     if origin:
         checksums = file_sha256(path)
@@ -108,10 +108,15 @@ def fetch(
     }
 
 
-def _provide(
-    model: str, folder: str, url: str, pinned_sha256: str, contact_regression: bool, source: str
+def provide(
+    model: str,
+    folder: str,
+    url: str = OFFICIAL_URL,
+    pinned_sha256: str = "",
+    contact_regression: bool = False,
+    source: str = "auto",
 ) -> tuple[Path, dict[str, str]]:
-    """The path of a checkpoint that is there now; and what the hub says of it, if it is from there."""
+    """The path of a checkpoint that is there now; and what the hub says of it, if it is from there. As `fetch`, unchecked."""
     from lengthwise.esm2 import checkpoint, hub
 
     path = path_of(model, folder)

@@ -3,6 +3,7 @@
 The only file that it reads is the checkpoint.
 """
 
+import copy
 import gc
 import logging
 import os
@@ -69,20 +70,14 @@ class Engine:
     twin_residency = "auto"  # float32 may not fit where half precision does
 
     def __init__(self, checkpoint: Path, device: torch.device, precision: str, output: Output, compile: bool = False):
-        self.checkpoint = checkpoint
-        self.device = device
-        self.precision = precision
-        self.output = output
+        self.checkpoint, self.device, self.precision, self.output = checkpoint, device, precision, output
         if device.type == "cpu" and emulated_on_cpu(DTYPES[precision]):
             log.warning("this CPU has no instructions for %s: it is emulated, slower than float32", precision)
         self.at_once = 1 if device.type == "cuda" else min(torch.get_num_threads(), MOST_AT_ONCE)
         for cache in _SHAPE_CACHES:  # read when the first primitive is created
             os.environ.setdefault(cache, str(_CACHED_SHAPES_PER_CORE * self.at_once))
         self.model = self._load()
-        self.lm_head = load_lm_head(checkpoint, device, DTYPES[precision]) if "logits" in output.outputs else None
-        self.contact_head: ContactHead | None = None
-        if "contacts" in output.outputs:
-            self.contact_head = ContactHead.load(checkpoint, self.model.config.num_layers, device)
+        self._load_heads()
         self.memory = MemoryMeter(device)
         self.twin: Engine | None = None  # in float32
         self.token_limit = sys.maxsize  # a larger batch was refused by memory before
@@ -95,6 +90,18 @@ class Engine:
 
     def _load(self) -> ESM2:
         return load_model(self.checkpoint, self.device, DTYPES[self.precision])
+
+    def _load_heads(self) -> None:
+        path, outputs, layers = self.checkpoint, self.output.outputs, self.model.config.num_layers
+        self.lm_head = load_lm_head(path, self.device, DTYPES[self.precision]) if "logits" in outputs else None
+        self.contact_head = ContactHead.load(path, layers, self.device) if "contacts" in outputs else None
+
+    def with_output(self, output: Output) -> "Engine":
+        """The same weights with other outputs; the two may take turns."""
+        other = copy.copy(self)
+        other.output, other.twin = output, None
+        other._load_heads()
+        return other
 
     def embed(self, batches: Iterable[list[bytes]]) -> Iterator[BatchResult]:
         """Embed batches, in order. A result is yielded after the next batch was started.

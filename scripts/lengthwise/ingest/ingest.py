@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.ingest.fasta import read_chunks
+from lengthwise.ingest.fasta import place, read_chunks
 from lengthwise.ingest.identity import input_stamp, require_same_content, stamps_with
 from lengthwise.ingest.judge import Policy, judge_chunk
 from lengthwise.ingest.nucleotides import NucleotideCounter
@@ -113,7 +114,7 @@ def _read(
         TableWriter(windowed, WINDOWED) if windowed else nullcontext() as windowed_table,
     ):
         for fasta in files:
-            source, nucleotides = Source(fasta, before=status.total()), NucleotideCounter(fasta)
+            source, nucleotides = Source(fasta, before=status.total()), NucleotideCounter(fasta, partial(place, fasta))
             sources.read.append(source)
             for chunk in read_chunks(fasta, source.add):
                 first_no = status.total() + 1

@@ -1,11 +1,11 @@
 """Nucleotides: refuse a file of DNA or RNA, whatever the order, line widths and compression of its records."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.ingest.fasta import place
 
 # A record looks like nucleotides if at most one letter in _ONE_IN is another one, at most one of _SPREAD evenly spaced letters
 # is another one, and it has three different bases (some proteins alternate two amino acids).
@@ -37,10 +37,19 @@ def look_alike(letters: bytes) -> bool:
 
 
 class NucleotideCounter:
-    """Counts a file's letters, and those in records that look like nucleotides."""
+    """Counts the letters of a file, or of other records, and those in records that look like nucleotides.
 
-    def __init__(self, fasta: Path) -> None:
-        self.fasta, self.first, self.letters, self.like = fasta, 0, 0, 0
+    Parameters
+    ----------
+    source
+        The file, or a word for the records, named in the error.
+    place
+        Returns in words where a record is, from its number, for the error.
+    """
+
+    def __init__(self, source: Path | str, place: Callable[[int], str]) -> None:
+        self.source, self.place = source, place
+        self.first, self.letters, self.like = 0, 0, 0
 
     def count(self, letters: int, like: dict[int, int], first_no: int) -> None:
         """Add a chunk of records.
@@ -68,7 +77,7 @@ class NucleotideCounter:
 
     def _refuse(self) -> None:
         raise LengthwiseError(
-            f"{self.fasta}: looks like nucleotides: {self.like:,} of {self.letters:,} letters are in records of almost nothing "
-            f"but A, C, G, T, U and N, the first at {place(self.fasta, self.first)}; translate it to proteins, or set "
+            f"{self.source}: looks like nucleotides: {self.like:,} of {self.letters:,} letters are in records of almost nothing "
+            f"but A, C, G, T, U and N, the first at {self.place(self.first)}; translate it to proteins, or set "
             "nucleotides: allow"
         )

@@ -49,18 +49,18 @@ def shape_of(settings: dict) -> ModelConfig:
     return ModelConfig(settings["num_layers"], settings["embed_dim"], settings["attention_heads"])
 
 
-def resolve_layers(layers: list[int], num_layers: int, key: str = "layers") -> list[int]:
+def resolve_layers(layers: list[int], num_layers: int, key: str = "config: layers") -> list[int]:
     """Absolute layer indices without repeats, in the given order. Negative indices count from the last layer.
 
     Raises
     ------
     LengthwiseError
-        The model does not have one of the layers; the error names the config's `key`.
+        The model does not have one of the layers; the error names `key`.
     """
     for layer in layers:
         if not -num_layers - 1 <= layer <= num_layers:
             raise LengthwiseError(
-                f"config: {key}: {layer} does not exist; the model has layers 0 to {num_layers}, or {-num_layers - 1} to -1"
+                f"{key}: {layer} does not exist; the model has layers 0 to {num_layers}, or {-num_layers - 1} to -1"
             )
     return list(dict.fromkeys(int(layer) % (num_layers + 1) for layer in layers))
 
@@ -90,7 +90,7 @@ def order_layers(config: dict, num_layers: int) -> list[int]:
 def _default_layer(config: dict, num_layers: int) -> int | None:
     """The config's `default_layer` as an absolute index; None for auto."""
     asked = config["default_layer"]
-    return None if asked == "auto" else resolve_layers([asked], num_layers, "default_layer")[0]
+    return None if asked == "auto" else resolve_layers([asked], num_layers, "config: default_layer")[0]
 
 
 def make(config: dict, weights: dict, auto_device: str) -> dict:

@@ -1,10 +1,15 @@
-"""A cache folder that only this user can write to: what is in it is code, and runs."""
+"""The user's cache folder; and one that only this user can write to: what is in it is code, and runs."""
 
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+
+def user_cache() -> Path:
+    """The folder of this user's cache, which may not be there yet: in XDG_CACHE_HOME, else in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lengthwise")
 
 
 def private_cache(name: str) -> Path | None:
@@ -25,6 +30,6 @@ def private_cache(name: str) -> Path | None:
 
 
 def _candidates() -> Iterator[Path]:
-    yield Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lengthwise")
+    yield user_cache()
     if folder := os.environ.get("TMPDIR"):
         yield Path(folder, f"lengthwise-{os.getuid()}")  # TMPDIR may be one for all users
