@@ -131,6 +131,13 @@ Dataset.torch(object.__new__(Dataset))
     assert "LengthwiseError: not installed, of the extra 'embed': torch; run: pip install" in done.stderr
 
 
+@pytest.mark.parametrize("module", ["torch", "tqdm"])
+def test_embedding_from_python_says_which_extra_brings_what_is_missing(module):
+    for call in ("load('demo')", "embed(['MKT'], model='demo')"):
+        done = without(module, f"import lengthwise; lengthwise.{call}")
+        assert f"LengthwiseError: not installed, of the extra 'embed': {module}; run: pip install" in done.stderr
+
+
 def test_a_run_names_all_that_is_missing_before_it_begins():
     code = "from lengthwise.system.extras import require_workflow; require_workflow()"
     assert without("", code).returncode == 0

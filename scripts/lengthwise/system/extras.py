@@ -19,6 +19,7 @@ MODULES = {
         "filelock",
         "huggingface_hub",
         "safetensors",
+        "tqdm",
         "isal",
         *_ZSTD,
         "psutil",

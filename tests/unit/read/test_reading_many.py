@@ -695,6 +695,7 @@ def example(small_store, tmp_path_factory):
 )
 def test_the_examples_in_the_docstrings_run(example, monkeypatch, module):
     monkeypatch.chdir(example)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(example / "cache"))
     result = doctest.testmod(module, extraglobs={"lengthwise": lengthwise}, verbose=False)
     assert result.failed == 0
     assert result.attempted or module in (torch_module, lookup)
