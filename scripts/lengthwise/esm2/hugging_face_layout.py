@@ -53,7 +53,7 @@ _OF_THE_HEAD = {
     **{f"lm_head.{part}": f"lm_head.{part}" for part in ("bias", "dense.weight", "dense.bias")},
     **{f"lm_head.layer_norm.{kind}": f"lm_head.layer_norm.{kind}" for kind in ("weight", "bias")},
 }
-# transformers 5 writes LayerNorms under TensorFlow's names, 4 under torch's.
+# transformers writes LayerNorms under torch's names, from some version of 5 on under TensorFlow's.
 _OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 _OF_THE_VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")
 
@@ -208,7 +208,7 @@ def _has_adapters(tensors: dict[str, Tensor]) -> bool:
 def _frequencies(config: ModelConfig, prefix: str, tensors: dict[str, Tensor]) -> dict[int, Tensor]:
     """{layer: its rotary frequencies}, all of them, or those that are there; empty if the files hold none.
 
-    transformers 4 writes them for each layer; 5 once, under a name with an asterisk.
+    transformers writes them for each layer, from some version of 5 on once, under a name with an asterisk.
     """
     ending = "rotary_embeddings.inv_freq"
     for shared in (f"{prefix}{ending}", f"{prefix}encoder.layer.*.attention.self.{ending}"):
