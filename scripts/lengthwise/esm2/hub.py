@@ -74,7 +74,10 @@ def _fetch_patiently(model: HubId) -> Path:
         except Exception as error:  # each version of the library has its own HTTP client, with its own exceptions
             reason = f"{type(error).__name__}: {_first_line(error)}"
             if attempt == ATTEMPTS:
-                raise LengthwiseError(f"{model}: {reason}; run again; files that are whole are kept") from error
+                raise LengthwiseError(
+                    f"{model}: {constants.ENDPOINT} does not answer, or broke off ({reason}); run again, whole files are "
+                    "kept; or give a folder with the files as 'model'"
+                ) from error
             log.info("%s: the transfer broke (%s); going on", model, reason)
     raise AssertionError  # count has no end
 

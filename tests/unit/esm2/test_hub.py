@@ -95,7 +95,7 @@ def test_a_model_is_fetched_once_into_the_librarys_cache_and_found_offline(hub, 
     assert_refused(other, "org/other", "HF_HUB_OFFLINE is set", "hf download")
     assert fetched("org/tiny") == [receipt]  # no answer
     (other,) = fetched("org/other")
-    assert_refused(other, f"{hub.url} does not answer", "HF_HOME", "give a folder")
+    assert_refused(other, f"{hub.url} does not answer", "give a folder")
 
 
 def test_each_revision_is_a_model_of_its_own(hub, fetched, tmp_path):
