@@ -25,7 +25,7 @@ from lengthwise.system.files import facts, read_json, write_json
 from slurm import Cluster, ClusterProject, Gate, Submission, wait_until
 
 DONE = "results/tiny/datasets/a/manifest.json"
-PAGE = ROOT / "workflow" / "profiles" / "README.md"
+PAGE = ROOT / "docs" / "cluster.md"
 FAULTS = ("term", "kill", "cancel", "requeue", "walltime", "memory", "unknown", "controller", "node")
 FORECAST_MINUTES = 0.0634 / 60  # of all sequences
 LATE_SECONDS = 4.0
