@@ -5,7 +5,7 @@ FROM python:3.11-slim-bookworm
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY . /opt/lengthwise
 WORKDIR /opt/lengthwise
-RUN pip install --no-cache-dir -e .
+RUN pip install --no-cache-dir -e '.[workflow]'
 # A home that any user may write to: caches of Snakemake, torch and matplotlib.
 ENV HOME=/tmp
 WORKDIR /work

@@ -14,9 +14,9 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent / "pictures"
 MAX_BYTES = 200_000
-FIGURES = ("scaling_memory", "no_grad", "half_precision", "scaling_throughput", "throughput")
+FIGURES = ("scaling_memory", "no_grad", "half_precision")
 # Name, width and height of the window, dark or not.
-SCREENS = [("report", 1280, 1010, False), ("report-dark", 1280, 1010, True)]
+SCREENS = [("report", 1280, 900, False), ("report-dark", 1280, 900, True)]
 
 
 def main(store: Path) -> None:
@@ -38,7 +38,13 @@ def take(page: Path, to: Path, width: int, height: int, dark: bool) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         sys.exit("no chromium here: apt-get install chromium")
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},{height}"]
+    options = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--window-size={width},{height}",
+    ]
     options += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--user-data-dir={to.parent / 'profile'}"]
     run = [browser, *options, f"--screenshot={to}", page.as_uri()]
     subprocess.run(run, check=True, capture_output=True, timeout=120)

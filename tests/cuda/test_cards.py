@@ -61,7 +61,7 @@ def test_a_card_that_torch_was_not_built_for_is_one_line(small_store, random_pro
     store = small_store(device="cuda")
     store.ingest("a", random_proteins(3))
     (job,) = store.plan()["job"]
-    with pretended(V100), refused("device: cuda", "Tesla V100-SXM2-16GB", "sm_70", "sm_75", "README"):
+    with pretended(V100), refused("device: cuda", "Tesla V100-SXM2-16GB", "sm_70", "sm_75", "docs/install.md"):
         store.embed(job)
 
 
@@ -93,7 +93,7 @@ def test_a_cpu_build_is_one_line(small_store, random_proteins, refused):
     store = small_store(device="cuda")
     store.ingest("a", random_proteins(3))
     (job,) = store.plan()["job"]
-    with pretended(Card(cuda=None)), refused("device: cuda", "this torch is a CPU build", "README"):
+    with pretended(Card(cuda=None)), refused("device: cuda", "this torch is a CPU build", "docs/install.md"):
         store.embed(job)
 
 
@@ -134,7 +134,9 @@ def test_auto_takes_cuda_where_torch_has_it_whatever_its_version_is_called(run, 
         assert (device, lines) == ("cuda", [])
     else:
         assert device == "cpu"
-        assert lines == [f"device: cuda, but torch {version} is a CPU build; the README says how to install another"]
+        assert lines == [
+            f"device: cuda, but torch {version} is a CPU build; docs/install.md says how to install another"
+        ]
 
 
 LEASE = """

@@ -128,7 +128,7 @@ def test_a_cpu_build_under_any_version_is_one_line_before_any_job(tmp_path):
     run = project.snakemake()
     assert run.code != 0
     assert run.errors == [
-        "lengthwise: error: device: cuda, but torch 2.13.0 is a CPU build; the README says how to install another"
+        "lengthwise: error: device: cuda, but torch 2.13.0 is a CPU build; docs/install.md says how to install another"
     ]
     assert "rule ingest" not in run.output
     assert "Traceback" not in run.output

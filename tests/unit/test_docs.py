@@ -8,7 +8,7 @@ import snakemake.cli
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [
     path
-    for pattern in ("*.md", "config/*.md", "workflow/**/*", "scripts/**/*")
+    for pattern in ("*.md", "config/*.md", "docs/*.md", "workflow/**/*", "scripts/**/*")
     for path in sorted(ROOT.glob(pattern))
     if path.suffix in (".md", ".py", ".smk", ".rst", ".yaml", ".html", ".j2")
 ]

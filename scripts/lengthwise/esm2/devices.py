@@ -24,12 +24,12 @@ def resolve_device(device: str) -> torch.device:
 def _require_gpu() -> None:
     if not torch.cuda.is_available():
         build = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no GPU"
-        raise LengthwiseError(f"device: cuda, but {build}; see the README on CUDA builds, or use device: cpu")
+        raise LengthwiseError(f"device: cuda, but {build}; see docs/install.md on CUDA builds, or use device: cpu")
     capability, built_for = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
     if not any(_runs_on(capability, architecture) for architecture in built_for):
         raise LengthwiseError(
             f"device: cuda, but torch {torch.__version__} has no kernels for {torch.cuda.get_device_name()} "
-            f"(sm_{capability[0]}{capability[1]}), only for {', '.join(built_for)}; see the README on CUDA builds"
+            f"(sm_{capability[0]}{capability[1]}), only for {', '.join(built_for)}; see docs/install.md on CUDA builds"
         )
 
 

@@ -188,7 +188,9 @@ def refuse_missing_gpu() -> None:
             "set device: cpu (in a new 'results'), or run on a machine with a GPU"
         )
     if build := _cpu_build():
-        raise LengthwiseError(f"device: cuda, but torch {build} is a CPU build; the README says how to install another")
+        raise LengthwiseError(
+            f"device: cuda, but torch {build} is a CPU build; docs/install.md says how to install another"
+        )
 
 
 def _cpu_build() -> str | None:

@@ -5,7 +5,6 @@ import gc
 import json
 import os
 import pickle
-import re
 import resource
 import shutil
 import subprocess
@@ -699,18 +698,3 @@ def test_the_examples_in_the_docstrings_run(example, monkeypatch, module):
     result = doctest.testmod(module, extraglobs={"lengthwise": lengthwise}, verbose=False)
     assert result.failed == 0
     assert result.attempted or module in (torch_module, lookup)
-
-
-def test_the_readmes_lines_run(example, small_store, tiny_with_contact_head, monkeypatch):
-    monkeypatch.chdir(example)
-    section = (ROOT / "README.md").read_text().split("## Read the embeddings")[1].split("\n## ")[0]
-    reading, training, predictions = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    names: dict = {}
-    for block in (reading, training):
-        exec(block, names)
-    assert names["ds"]["sp|P02135|HBB_LITCT"].shape == (140, 320)
-    assert 0 < len(names["short"]) < len(names["ds"])
-    made = small_store(tiny_with_contact_head, outputs=["logits", "contacts"])
-    made.ingest("a", {"sp|P02135|HBB_LITCT": "MKVLAW"})
-    made.run()
-    exec(predictions, {"ds": made.open("a")})
