@@ -13,7 +13,7 @@ TEXTS = [
     if path.suffix in (".md", ".py", ".smk", ".rst", ".yaml", ".html", ".j2")
 ]
 # The program's name, and the words up to a punctuation mark.
-COMMAND = re.compile(r"\bsnakemake((?: +(?:'[^']+'|[-\w=./\[\]]*[-\w=/\]]))+)")
+COMMAND = re.compile(r"\bsnakemake((?: +(?:'[^']+'|[-\w=./:\[\]]*[-\w=/\]]))+)")
 RULE = re.compile(r"^(?:rule|checkpoint) (\w+):", re.MULTILINE)
 
 
