@@ -103,13 +103,13 @@ def readings(summary: dict) -> list[list[dict]]:
 
 def _difference(stamps: list[dict], known: list[list[dict]]) -> str:
     """How files differ from those that were read."""
-    seen = [stamp for reading in known for stamp in reading]
+    seen = {stamp["path"]: stamp for reading in known for stamp in reading}
     for stamp in stamps:
-        if stamp not in seen:
+        if seen.get(stamp["path"]) != stamp:
             return f"{stamp['path']} is another path, or has another size or time, than the file that was read"
-    for stamp in known[-1]:
-        if stamp not in stamps:
-            return f"{stamp['path']} is no longer among the dataset's files"
+    asked = {*_paths(stamps)}
+    if gone := [path for path in _paths(known[-1]) if path not in asked]:
+        return f"{gone[0]} is no longer among the dataset's files"
     return "the dataset's files are in another order"
 
 
@@ -118,7 +118,7 @@ def _paths(stamps: list[dict]) -> list[str]:
 
 
 def _share_a_path(stamps: list[dict], known: list[list[dict]]) -> bool:
-    return any(path in _paths(reading) for path in _paths(stamps) for reading in known)
+    return not {path for reading in known for path in _paths(reading)}.isdisjoint(_paths(stamps))
 
 
 def require_same_content(folder: Path, stamps: list[dict]) -> None:

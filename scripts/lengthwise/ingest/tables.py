@@ -58,15 +58,17 @@ class TableWriter:
         )
         self.schema = schema
         self.batches: list[pa.RecordBatch] = []
+        self.rows = self.bytes = 0  # of the batches: there may be one for each of thousands of files
 
     def append(self, batch: pa.RecordBatch) -> None:
         self.batches.append(batch)
-        if sum(map(len, self.batches)) >= ROWS_PER_GROUP or sum(b.nbytes for b in self.batches) >= BYTES_PER_GROUP:
+        self.rows, self.bytes = self.rows + len(batch), self.bytes + batch.nbytes
+        if self.rows >= ROWS_PER_GROUP or self.bytes >= BYTES_PER_GROUP:
             self.flush()
 
     def flush(self) -> None:
         self.writer.write_table(pa.Table.from_batches(self.batches, self.schema))
-        self.batches = []
+        self.batches, self.rows, self.bytes = [], 0, 0
 
     def __enter__(self) -> "TableWriter":
         return self
