@@ -5,8 +5,10 @@ R residues, N sequences, D width, P pairs of residues: the upper triangle, diago
 """
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:  # numpy is imported where it is used, to keep it out of the Snakefile
+    import numpy as np
 
 POOLED = ("mean", "bos", "max", "std")
 # Made from the residues' rows alone, stored ones too.
@@ -55,14 +57,18 @@ def by_residue(name: str) -> bool:
     return name.startswith(_BY_RESIDUE)
 
 
-def pair_counts(lengths: np.ndarray, max_residues: int) -> np.ndarray:
+def pair_counts(lengths: "np.ndarray", max_residues: int) -> "np.ndarray":
     """Pairs [N] in the upper triangles of sequences of these lengths [N]; none where there are more than `max_residues`."""
+    import numpy as np
+
     lengths = np.asarray(lengths, np.int64)
     return np.where(lengths <= max_residues, lengths * (lengths + 1) // 2, 0)
 
 
-def unpacked(triangle: np.ndarray) -> np.ndarray:
+def unpacked(triangle: "np.ndarray") -> "np.ndarray":
     """A sequence's whole map of contacts (L, L) from its upper triangle, of any type: float32, symmetric."""
+    import numpy as np
+
     length = (int(np.sqrt(8 * len(triangle) + 1)) - 1) // 2
     found = np.empty((length, length), np.float32)
     upper = np.triu_indices(length)
@@ -71,7 +77,7 @@ def unpacked(triangle: np.ndarray) -> np.ndarray:
     return found
 
 
-def entries(name: str, lengths: np.ndarray, settings: Mapping) -> np.ndarray:
+def entries(name: str, lengths: "np.ndarray", settings: Mapping) -> "np.ndarray":
     """Entries [N] of a tensor's first dimension that each sequence has.
 
     Parameters
@@ -83,6 +89,8 @@ def entries(name: str, lengths: np.ndarray, settings: Mapping) -> np.ndarray:
     settings
         The store's settings; `contacts_max_residues` where contacts are an output.
     """
+    import numpy as np
+
     if by_residue(name):
         return np.asarray(lengths, np.int64)
     if name == "contacts":
@@ -90,8 +98,10 @@ def entries(name: str, lengths: np.ndarray, settings: Mapping) -> np.ndarray:
     return np.ones(len(lengths), np.int64)
 
 
-def over_rows(rows: np.ndarray, kind: str) -> np.ndarray:
+def over_rows(rows: "np.ndarray", kind: str) -> "np.ndarray":
     """The mean, max or std of a protein's rows (L, D), of any type: (D,) float32."""
+    import numpy as np
+
     if kind == "max":
         return rows.max(axis=0).astype(np.float32)
     return getattr(rows, kind)(axis=0, dtype=np.float64).astype(np.float32)
