@@ -89,10 +89,12 @@ def head_facts(path: Path, outputs: Collection[str]) -> dict[str, str]:
         if "contacts" in outputs:
             facts["contact_regression_sha256"] = ContactHead.load(path, read(path)[0].num_layers, cpu).sha256
     except LengthwiseError as error:
-        head, output = ("contact", "contacts") if "contact_head" in str(error) else ("language model", "logits")
+        head, output, more = "language model", "logits", ""
+        if "contact_head" in str(error):
+            head, output = "contact", "contacts"
+            more = f", or put {contact_regression_path(path).name} beside it" if path.suffix == ".pt" else ""
         raise LengthwiseError(
-            f"{error}: this checkpoint has no {head} head that fits; take {output} out of 'outputs'"
-            + (f", or put {contact_regression_path(path).name} beside it" if head == "contact" else "")
+            f"{error}: this checkpoint has no {head} head that fits; take {output} out of 'outputs'{more}"
         ) from error
     return facts
 

@@ -243,3 +243,37 @@ def test_a_checkpoint_without_contact_weights_is_refused_in_one_line(any_head, r
     fair_esm_layout.contact_regression_path(any_head).unlink()
     with refused(str(any_head), "contact_head"):
         embed(any_head, random_sequences([5]), ("contacts",), contacts_max_residues=5)
+
+
+def test_heads_of_transformers_files_give_what_transformers_gives(tmp_path):
+    from transformers import EsmConfig, EsmForMaskedLM
+
+    options = {"position_embedding_type": "rotary", "token_dropout": True, "emb_layer_norm_before": False}
+    torch.manual_seed(0)
+    theirs = EsmForMaskedLM(
+        EsmConfig(
+            vocab_size=33,
+            mask_token_id=32,
+            pad_token_id=1,
+            hidden_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=256,
+            layer_norm_eps=1e-5,
+            attn_implementation="eager",  # the others give no attention maps
+            **options,
+        )
+    ).eval()
+    with torch.no_grad():
+        for weights in theirs.parameters():
+            weights *= 3
+        theirs.esm.contact_head.regression.weight *= 30
+    theirs.save_pretrained(tmp_path)
+    (sequence,) = random_sequences([60])
+    given = torch.from_numpy(tokens.tokenize(sequence)).long()[None]
+    ours = embed(tmp_path, [sequence], ("logits", "contacts"), contacts_max_residues=60, rounds_contacts=False)
+    with torch.no_grad():
+        assert_close(ours["logits"], theirs(given).logits[0, 1:-1].numpy())
+        contacts_of = theirs.predict_contacts(given, torch.ones_like(given))[0].numpy()
+    assert contacts_of.std() > 0.05
+    assert_close(ours["contacts"], triangles([{"contacts": contacts_of}]))
