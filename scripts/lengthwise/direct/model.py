@@ -68,7 +68,7 @@ class Model:
         self._folder = str(Path(weights).expanduser() if weights is not None else user_cache() / "weights")
         torch_device = resolve_device(device)
         with _messages_shown():
-            receipt = download.fetch(self.name, self._folder)
+            receipt = self._fetch()
             self.num_layers, self.embed_dim = receipt["num_layers"], receipt["embed_dim"]
             self.weights_sha256 = receipt["sha256"]
             output = Output((self.num_layers,), ("mean",), "float32")
@@ -77,6 +77,13 @@ class Model:
         self._tokens: dict[Output, int] = {}
         if receipt["random_weights"]:
             warnings.warn(f"RANDOM WEIGHTS: embeddings of the model {self.name!r} mean nothing", stacklevel=4)
+
+    def _fetch(self) -> dict:
+        try:
+            return download.fetch(self.name, self._folder)
+        except OSError as error:
+            what = f"{error.filename or self._folder}: {error.strerror or error}"
+            raise LengthwiseError(f"{what}; give another folder for weights as 'weights'") from error
 
     def __repr__(self) -> str:
         shape = f"{self.num_layers} layers, width {self.embed_dim}"

@@ -8,8 +8,11 @@ from pathlib import Path
 
 
 def user_cache() -> Path:
-    """The folder of this user's cache, which may not be there yet: in XDG_CACHE_HOME, else in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lengthwise")
+    """The folder of this user's cache, made where it can be, for this user alone: in XDG_CACHE_HOME, else in ~/.cache."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lengthwise")
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
 
 
 def private_cache(name: str) -> Path | None:

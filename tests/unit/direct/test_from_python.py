@@ -348,6 +348,12 @@ def test_a_named_models_weights_are_kept_in_the_users_cache_or_where_one_says(tm
     assert not (tmp_path / "cache/lengthwise/weights").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_refused_in_a_line(tmp_path, refused):
+    (tmp_path / "file").touch()
+    with refused("file/weights", "'weights'"):
+        lengthwise.load("demo", device="cpu", weights=tmp_path / "file/weights")
+
+
 def hot_checkpoint(tiny_checkpoint: Path, path: Path) -> Path:
     """Tryptophan's embedding has one large channel, which a product takes beyond float16's range."""
     data = torch.load(tiny_checkpoint, weights_only=False)

@@ -2,12 +2,14 @@
 
 import os
 import stat
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lengthwise.jobs import embed_job
-from lengthwise.system.cache import private_cache
+from lengthwise.store.settings import shape_of
+from lengthwise.system.cache import private_cache, user_cache
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +26,15 @@ def test_it_is_in_the_users_cache(home, monkeypatch, tmp_path):
     found = private_cache("compiled")
     assert found == tmp_path / "xdg" / "lengthwise" / "compiled"
     assert stat.S_IMODE(found.parent.stat().st_mode) == stat.S_IMODE(found.stat().st_mode) == 0o700
+
+
+def test_weights_in_it_leave_it_to_this_user_alone(home):
+    before = os.umask(0o002)  # usual where each user has a group of their own
+    try:
+        (user_cache() / "weights").mkdir()
+    finally:
+        os.umask(before)
+    assert private_cache("compiled") == home / ".cache" / "lengthwise" / "compiled"
 
 
 def test_a_folder_that_others_may_write_to_is_not_taken(home, monkeypatch, tmp_path):
@@ -60,10 +71,10 @@ def test_where_no_folder_can_be_made_nothing_is_compiled_and_a_line_says_so(monk
 
 def test_a_job_on_a_gpu_compiles_in_it_and_never_in_the_store(small_store, monkeypatch, home):
     """Where the job is long enough; a CPU compiles nothing."""
-    asked = []
-    monkeypatch.setattr(embed_job, "open_engine", lambda *given: asked.append(given[4]))
+    store, asked = small_store(), []
+    engine = SimpleNamespace(model=SimpleNamespace(config=shape_of(store.settings)), contact_head=None)
+    monkeypatch.setattr(embed_job, "open_engine", lambda *given: asked.append(given[4]) or engine)
     monkeypatch.setattr(embed_job, "forecast_seconds", lambda *_: torch.tensor([1000.0]))
-    store = small_store()
     checkpoint = store.config["model"]
     for device in ("cuda", "cpu"):
         embed_job._load(store.path, store.settings, checkpoint, torch.device(device), [1], "auto")
