@@ -1,6 +1,9 @@
 """Check that every record of one dataset has its embedding, and write the dataset's index and manifest."""
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, snakemake.scriptdir)  # this clone's package, whatever other one is installed
 
 from lengthwise.system.logging import log, reporting
 

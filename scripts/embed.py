@@ -1,6 +1,9 @@
 """Embed one job's sequences."""
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, snakemake.scriptdir)  # this clone's package, whatever other one is installed
 
 from lengthwise.system.logging import log, reporting
 from lengthwise.system.text import count

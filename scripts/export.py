@@ -1,6 +1,9 @@
 """Write one dataset in the layout of another tool."""
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, snakemake.scriptdir)  # this clone's package, whatever other one is installed
 
 from lengthwise.system.logging import log, reporting
 

@@ -1,7 +1,10 @@
 """Download or find the model's checkpoint, and create or check the store's settings."""
 
 import os
+import sys
 from pathlib import Path
+
+sys.path.insert(0, snakemake.scriptdir)  # this clone's package, whatever other one is installed
 
 from lengthwise.system.logging import reporting
 

@@ -1,6 +1,9 @@
 """Forecast the disk space, memory and time of a run."""
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, snakemake.scriptdir)  # this clone's package, whatever other one is installed
 
 from lengthwise.system.logging import log, reporting
 

@@ -1,6 +1,9 @@
 """Account for every record of a dataset's FASTA files."""
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, snakemake.scriptdir)  # this clone's package, whatever other one is installed
 
 from lengthwise.system.logging import log, reporting
 
@@ -16,7 +19,8 @@ with reporting(snakemake.log[0]):
     params, dataset = snakemake.params, snakemake.wildcards.dataset
     files = [Path(path) for path in snakemake.input]
     long_sequences, store = dict(params.long_sequences), Path(snakemake.output.records).parents[2]
-    recorded = (recorded_inputs(str(store)) or {}).get(dataset) or [None] * len(files)
+    recorded = (recorded_inputs(str(store)) or {}).get(dataset) or [{}] * len(files)
+    recorded = [entry if "bytes" in entry else None for entry in recorded]  # the run of a module records paths alone
     for fasta, entry in zip(files, recorded, strict=True):
         if entry and not stamp(fasta).items() <= entry.items():
             raise LengthwiseError(f"{fasta}: changed since this run began; run again once nothing writes to it")

@@ -1,6 +1,9 @@
 """Write the work orders of all sequences that no finished shard holds."""
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, snakemake.scriptdir)  # this clone's package, whatever other one is installed
 
 from lengthwise.system.logging import log, reporting
 

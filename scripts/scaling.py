@@ -1,8 +1,11 @@
 """Measure time and memory against sequence length on this device."""
 
 import os
+import sys
 import time
 from pathlib import Path
+
+sys.path.insert(0, snakemake.scriptdir)  # this clone's package, whatever other one is installed
 
 from lengthwise.system.logging import reporting
 

@@ -1,6 +1,9 @@
 """Turn batch metrics and the scaling study into tables, figures and a page."""
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, snakemake.scriptdir)  # this clone's package, whatever other one is installed
 
 from lengthwise.system.logging import reporting
 

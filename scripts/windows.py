@@ -1,6 +1,9 @@
 """Compare proteins stored in windows with what they are whole, for a sample."""
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, snakemake.scriptdir)  # this clone's package, whatever other one is installed
 
 from lengthwise.system.logging import reporting
 

@@ -122,10 +122,11 @@ def require_distinct_keys(path: Path) -> None:
             seen.add(str(key.value))
 
 
-def datasets(inputs: list[str] | dict[str, list[str]]) -> dict[str, list[str]]:
+def datasets(inputs: list[str] | dict[str, list[str]], may_be_made: bool = False) -> dict[str, list[str]]:
     """Return {dataset: paths of its FASTA files, in order} for the config's inputs, with globs expanded.
 
-    Of a list, each file is a dataset. Of a mapping, all files under a name are one.
+    Of a list, each file is a dataset. Of a mapping, all files under a name are one. With `may_be_made` a file that is named in
+    full need not be there yet.
 
     Raises
     ------
@@ -139,9 +140,9 @@ def datasets(inputs: list[str] | dict[str, list[str]]) -> dict[str, list[str]]:
                 raise LengthwiseError(
                     f"config: inputs: the name {name!r} should consist of A-Z a-z 0-9 . _ -, quoted, and begin with a letter"
                 )
-        return {name: _distinct(_expand(patterns)) for name, patterns in inputs.items()}
+        return {name: _distinct(_expand(patterns, may_be_made)) for name, patterns in inputs.items()}
     found: dict[str, list[str]] = {}
-    for path in _expand(inputs):
+    for path in _expand(inputs, may_be_made):
         name = dataset_name(path)
         (other,) = found.setdefault(name, [path])
         if os.path.realpath(other) != os.path.realpath(path):
@@ -152,7 +153,7 @@ def datasets(inputs: list[str] | dict[str, list[str]]) -> dict[str, list[str]]:
     return found
 
 
-def _expand(patterns: list[str]) -> Iterator[str]:
+def _expand(patterns: list[str], may_be_made: bool) -> Iterator[str]:
     """The files of paths and globs; those of a glob in alphabetical order."""
     for pattern in patterns:
         if glob.has_magic(pattern) and not os.path.exists(pattern):
@@ -162,7 +163,9 @@ def _expand(patterns: list[str]) -> Iterator[str]:
         else:
             paths = [pattern]
         for path in paths:
-            _require_file(path)
+            _require_name(path)
+            if os.path.exists(path) or not may_be_made:
+                _require_file(path)
             yield path
 
 
@@ -192,13 +195,16 @@ def require_own_folders(names: Iterable[str], results: Path) -> None:
             )
 
 
-def _require_file(path: str) -> None:
+def _require_name(path: str) -> None:
     if "\n" in path or "\r" in path:
         raise LengthwiseError(f"config: inputs: {path!r}: a file name must not contain a line break; rename it")
     if set(path) & set("{}<>"):
         raise LengthwiseError(
             f"config: inputs: {path!r}: Snakemake does not support {{ }} < > in a file name; rename it"
         )
+
+
+def _require_file(path: str) -> None:
     if os.path.isdir(path):
         raise LengthwiseError(
             f"config: inputs: {path!r} is a folder; write {path.rstrip('/') + '/*.fasta'!r} for its files"

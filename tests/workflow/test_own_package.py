@@ -90,28 +90,23 @@ def test_every_rule_imports_the_clones_package(other, installed, arguments):
     assert [job["versions"]["lengthwise"] for job in manifest["made_by"]] == [lengthwise.__version__]
 
 
-def test_parsing_puts_the_package_first_once_and_keeps_what_is_there(tmp_path):
-    """As a module of another workflow, whose folder is elsewhere; each job parses again what its run has exported."""
+def test_parsing_leaves_path_and_environment_to_the_other_workflow(tmp_path):
+    """As a module: names of this workflow's scripts (`plan`, `export`) are free for the other's own Python modules."""
     project = Project.with_tiny_model(tmp_path / "project", a=[b"MKV"])
-    scripts = str(ROOT / "scripts")
     outer = tmp_path / "Snakefile"
     outer.write_text(
         "import os, sys\n"
+        f"times = lambda: sys.path.count({str(ROOT / 'scripts')!r})\n"
+        "before = times()\n"
         "configfile: 'config/config.yaml'\n"
+        "shell.prefix('true; ')\n"
         f"module lengthwise:\n    snakefile: {str(ROOT / 'workflow/Snakefile')!r}\n    config: config\n"
         "use rule * from lengthwise\n"
-        "print('exported', os.environ['PYTHONPATH'], sys.path.count(os.environ['PYTHONPATH'].split(':')[0]))\n"
+        "print('left', os.environ.get('PYTHONPATH'), times() - before, shell._process_prefix)\n"
     )
-    command = project.command("--list-rules")
+    command = project.command("--list-rules", "--software-deployment-method", "conda")
     command[command.index("--snakefile") + 1] = str(outer)
-    for given, expected in {
-        None: scripts,
-        "/x:/y": f"{scripts}:/x:/y",
-        f"/x:{scripts}:": f"{scripts}:/x:",
-        f"{scripts}:/x": f"{scripts}:/x",
-    }.items():
-        environment = {key: value for key, value in project.environment.items() if key != "PYTHONPATH"}
-        environment |= {"PYTHONPATH": given} if given else {}
-        done = subprocess.run(command, cwd=project.folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert f"exported {expected} 1" in done.stdout.splitlines(), done.stdout
+    environment = project.environment | {"PYTHONPATH": "/x:/y"}
+    done = subprocess.run(command, cwd=project.folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "left /x:/y 0 true; " in done.stdout.splitlines(), done.stdout

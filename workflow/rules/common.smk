@@ -8,35 +8,10 @@ import atexit
 import functools
 import logging
 import os
-import shlex
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-
-from snakemake.settings.types import DeploymentMethod
-
-WORKFLOW = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).parent
-SCRIPTS = str(WORKFLOW.parent / "scripts")
-
-
-def has_conda_environments():
-    """Whether rules run in conda environments, and not in this process's."""
-    return DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
-
-
-def own_package_first():
-    """Let this process and its jobs import this clone's package, whatever other one is installed."""
-    sys.path[:] = [SCRIPTS, *(path for path in sys.path if path != SCRIPTS)]
-    given = os.getenv("PYTHONPATH")
-    others = [path for path in given.split(os.pathsep) if path != SCRIPTS] if given else []
-    os.environ.update(PYTHONPATH=os.pathsep.join([SCRIPTS, *others]))
-    if has_conda_environments():
-        # Jobs in conda environments get no PYTHONPATH from Snakemake. `set` is what it begins every job with.
-        shell.prefix(f"set -euo pipefail; export PYTHONPATH={shlex.quote(SCRIPTS)}; ")
-
-
-own_package_first()
 
 import snakemake.cli
 from snakemake.logging import logger
@@ -45,7 +20,7 @@ import lengthwise.config
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.shapes import MODELS
 from lengthwise.esm2.sources import is_path, weight_files
-from lengthwise.ingest.identity import input_stamp, policy_of, read_summary
+from lengthwise.ingest.identity import expected_stamps, policy_of, read_summary
 from lengthwise.maintain.cleanup import remove_leftovers
 from lengthwise.maintain.killed_jobs import REQUESTS, Evidence, FailedJob
 from lengthwise.maintain.run_summary import failure_lines_of, forecast_lines_of, success_lines_of, working_folder
@@ -89,6 +64,12 @@ def command_line():
         return None
 
 
+# Another workflow may give the rules of a module other names.
+FORECAST_RULE = workflow.modifier.modify_rulename("forecast")
+
+# {store: what this process has found of it}: another workflow may parse this file several times, for one store or for several.
+FOUND = vars(workflow).setdefault("lengthwise_stores", {})
+
 WORKING_FOLDER = working_folder(getattr(command_line(), "directory", None))
 
 
@@ -111,7 +92,7 @@ def folder_is_locked():
 
 def forecasts_alone():
     """Whether this command only forecasts: it needs no device and leaves the store to the run that may be at work in it."""
-    return command_line() is not None and set(command_line().targets) == {"forecast"}
+    return command_line() is not None and set(command_line().targets) == {FORECAST_RULE}
 
 
 def lock_store(store):
@@ -129,7 +110,7 @@ def lock_store(store):
 
 def find_stale(store):
     """The outputs that have to be made again; prints why. A run locks the store, and mends what needs no job."""
-    stamps = {name: [input_stamp(entry["path"], entry) for entry in entries] for name, entries in INPUTS.items()}
+    stamps = {name: expected_stamps(store / "inputs" / name, entries) for name, entries in INPUTS.items()}
     asked = {key: config[key] for key in ("retry_rejected", "exports", "scaling", "model_sha256")}
     wanted = stale.Wanted(stamps, policy_of(config), **asked)
     is_run = runs_jobs() and not forecasts_alone()
@@ -165,6 +146,48 @@ def print_lock_holder(line):
         print(error_line(line), file=sys.stderr)
 
 
+def require_own_paths():
+    """Refuse a module's `prefix` and `replace_prefix`: the jobs and the store would look for their files under other paths."""
+    replaced = workflow.modifier.path_modifier.replace_prefix
+    for path in (STORE, *(entry["path"] for entries in INPUTS.values() for entry in entries)):
+        if replaced(path) != path:
+            raise LengthwiseError(
+                f"{path}: the module's prefix or replace_prefix would move it; take that out, and write the paths into the "
+                "module's config ('results', 'inputs')"
+            )
+
+
+def begin():
+    """Look into the store, once in this process. Returns the outputs that have to be made again."""
+    key = os.path.abspath(STORE)
+    if key not in FOUND:
+        FOUND[key] = dict(config), find_stale(Path(STORE))
+        if runs_jobs():
+            begin_run()
+    elif FOUND[key][0] != config:
+        raise LengthwiseError(
+            f"{STORE}: two modules with different configs would share this store; name all inputs in one of them, or give "
+            "one another 'results'"
+        )
+    return FOUND[key][1]
+
+
+def begin_run():
+    """Write what the jobs of this run and other commands need to know of it."""
+    if folder_is_locked():
+        atexit.register(print_lock_holder, explain_lock(RUN_RECORD))
+    elif IS_MODULE:  # no `onstart`
+        record_run(RUN_RECORD)
+        with suppress(LengthwiseError):  # the jobs that need the checkpoint say so
+            note_new_time(Path(STORE))
+    if IS_MODULE:  # rules of the other workflow may make the inputs in this run
+        record_inputs(STORE, {name: [{"path": entry["path"]} for entry in INPUTS[name]] for name in INPUTS})
+    else:
+        record_inputs(STORE, INPUTS)
+    if wants_everything() and not IS_MODULE:  # a module says nothing at the end
+        logger.addHandler(NothingToDo())
+
+
 class NothingToDo(logging.Handler):
     """Prints the summary of a run for which Snakemake finds no job: it calls neither onsuccess nor onerror then."""
 
@@ -181,22 +204,17 @@ try:
         require_workflow()
     for path in map(Path, workflow.configfiles if workflow.is_main_process else []):
         lengthwise.config.require_distinct_keys(path)
-    config.update(lengthwise.config.validate(config, WORKFLOW / "schemas" / "config.schema.yaml"))
+    config.update(lengthwise.config.validate(config, SCHEMA))
     STORE = str(Path(config["results"]) / store_name(config["model"]))
     INPUTS = (not workflow.is_main_process and recorded_inputs(STORE)) or inputs_of(
-        lengthwise.config.datasets(config["inputs"])
+        lengthwise.config.datasets(config["inputs"], may_be_made=IS_MODULE), may_be_made=IS_MODULE
     )
+    require_own_paths()
     DATASETS = list(INPUTS)
     lengthwise.config.require_own_folders(DATASETS, Path(config["results"]))
     STALE = set()
     if workflow.is_main_process:
-        STALE = find_stale(Path(STORE))
-        if runs_jobs() and folder_is_locked():
-            atexit.register(print_lock_holder, explain_lock(RUN_RECORD))
-        if runs_jobs():
-            record_inputs(STORE, INPUTS)
-        if runs_jobs() and wants_everything():
-            logger.addHandler(NothingToDo())
+        STALE = begin()
     else:
         guard(Path(STORE), config)
 except (LengthwiseError, OSError) as error:
@@ -233,7 +251,12 @@ def fasta_of(wildcards):
 
 
 def fasta_state(wildcards):
-    """Their sizes and mtimes. The form must not change: Snakemake compares it with that of earlier runs."""
+    """Their sizes and mtimes. The form must not change: Snakemake compares it with that of earlier runs.
+
+    Nothing in a module, where rules of the other workflow may make the files in the same run; `find_stale` compares them.
+    """
+    if IS_MODULE:
+        return ""
     return "; ".join(f"{entry['bytes']} bytes, {entry['mtime_ns']} ns" for entry in INPUTS[wildcards.dataset])
 
 
@@ -348,7 +371,7 @@ def failed_jobs():
             {name: value for name, value in job.resources.items() if name in REQUESTS and isinstance(value, int)},
         )
         for job in jobs
-        if job.log
+        if job.log and Path(job.log[0]).is_relative_to(STORE)
     ]
 
 

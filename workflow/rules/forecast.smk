@@ -12,6 +12,7 @@ rule forecast:
         sequences=expand(f"{STORE}/inputs/{{dataset}}/sequences.parquet", dataset=DATASETS),
     log:
         f"{STORE}/logs/forecast.log",
+    localrule: True
     conda:
         "../../envs/lengthwise.yaml"
     threads: 1

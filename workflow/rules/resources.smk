@@ -66,12 +66,19 @@ def embed_minutes(wildcards, attempt):
     return planned_request(wildcards, "runtime_minutes") * attempt
 
 
+def input_bytes(entry):
+    """Size of a FASTA file; 0 if another workflow has yet to make it."""
+    if "bytes" in entry:
+        return entry["bytes"]
+    return os.path.getsize(entry["path"]) if os.path.exists(entry["path"]) else 0
+
+
 def input_gigabytes(wildcards):
     """Uncompressed size of the dataset's FASTA files, or of all; compressed files count four times their size."""
     datasets = [wildcards.dataset] if "dataset" in wildcards.keys() else DATASETS
     entries = [entry for dataset in datasets for entry in INPUTS[dataset]]
     compressed = (".gz", ".bgz", ".zst")
-    return sum(entry["bytes"] * (4 if entry["path"].lower().endswith(compressed) else 1) for entry in entries) / 1e9
+    return sum(input_bytes(entry) * (4 if entry["path"].lower().endswith(compressed) else 1) for entry in entries) / 1e9
 
 
 def bounded_mem_mb(wildcards, attempt):
@@ -86,8 +93,10 @@ def assemble_mem_mb(wildcards, attempt):
     return int(2000 + records * 200 / 1e6) * attempt
 
 
-def reading_minutes(wildcards, attempt):
+def reading_minutes(wildcards, input, attempt):
     """Three minutes per gigabyte of FASTA: about ten times what ingest or plan takes on two cores."""
+    for fasta in input.get("fasta", ()):
+        os.stat(fasta)  # where it is not made yet, Snakemake asks again later
     return int(10 + 3 * input_gigabytes(wildcards)) * attempt
 
 

@@ -12,6 +12,7 @@ rule fetch_model:
         weights=WEIGHTS,
     log:
         f"{STORE}/logs/fetch_model.log",
+    localrule: True
     conda:
         "../../envs/lengthwise.yaml"
     threads: 1

@@ -44,6 +44,28 @@ def input_stamp(path: str | Path, found: dict | None = None) -> dict[str, Any]:
     return {"path": os.path.abspath(path), "bytes": found["bytes"], "mtime_ns": found["mtime_ns"]}
 
 
+def expected_stamps(folder: Path, entries: list[dict]) -> list[dict]:
+    """The `input_stamp` of each file of a dataset as a run found it.
+
+    A file that is not there is as it was when it was last read: another workflow has yet to make it, or has removed it.
+
+    Parameters
+    ----------
+    folder
+        The folder ``inputs/<dataset>``.
+    entries
+        ``path`` of each file; ``bytes`` and ``mtime_ns`` where the file is there.
+    """
+    known = {stamp["path"]: stamp for reading in readings(read_summary(folder) or {}) for stamp in reading}
+    absent = {"bytes": -1, "mtime_ns": -1}
+    return [
+        input_stamp(entry["path"], entry)
+        if "bytes" in entry
+        else known.get(os.path.abspath(entry["path"]), input_stamp(entry["path"], absent))
+        for entry in entries
+    ]
+
+
 def policy_of(config: dict) -> dict:
     """The policy for records that a checked config asks for, as `summary.json` has it."""
     long_sequences = dict(config["long_sequences"])

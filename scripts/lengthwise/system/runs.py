@@ -28,15 +28,23 @@ def record_run(path: Path) -> None:
     write_json(path, this_run())
 
 
-def inputs_of(datasets: dict[str, list[str]]) -> dict[str, list[dict]]:
+def inputs_of(datasets: dict[str, list[str]], may_be_made: bool = False) -> dict[str, list[dict]]:
     """{dataset: path, bytes, mtime_ns, ctime_ns of each file} of {dataset: paths}.
+
+    With `may_be_made` a file that is not there has its path alone.
 
     Raises
     ------
     OSError
         A file is gone.
     """
-    return {name: [{"path": path, **stamp(Path(path))} for path in paths] for name, paths in datasets.items()}
+    return {
+        name: [
+            {"path": path} if may_be_made and not os.path.exists(path) else {"path": path, **stamp(Path(path))}
+            for path in paths
+        ]
+        for name, paths in datasets.items()
+    }
 
 
 def record_inputs(store: str, inputs: dict[str, list[dict]]) -> None:
