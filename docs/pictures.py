@@ -14,6 +14,7 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent / "pictures"
 MAX_BYTES = 200_000
+WIDTH = 560  # of a figure, in pixels
 FIGURES = ("scaling_memory", "no_grad", "half_precision")
 # Name, width and height of the window, dark or not.
 SCREENS = [("report", 1280, 900, False), ("report-dark", 1280, 900, True)]
@@ -30,7 +31,7 @@ def main(store: Path) -> None:
             save(Image.open(screen), name)
     for name in FIGURES:
         figure = Image.open(report / f"{name}.png")
-        save(figure.resize((720, round(720 * figure.height / figure.width)), Image.Resampling.LANCZOS), name)
+        save(figure.resize((WIDTH, round(WIDTH * figure.height / figure.width)), Image.Resampling.LANCZOS), name)
 
 
 def take(page: Path, to: Path, width: int, height: int, dark: bool) -> None:

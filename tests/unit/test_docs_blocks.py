@@ -32,8 +32,8 @@ OF_THE_SYSTEM = {"cd", "git", "pipx", "docker", "$EDITOR", "."}
 PYTHON_PAGES = [page for page in PAGES if page.name not in OWN_TEST and "```python" in page.read_text()]
 # Commands that read a store and end by themselves.
 READERS = {"verify", "prune", "info"}
-# Where a block begins with this comment, it is no config of Lengthwise but the file so named.
-OTHER_FILE = re.compile(r"# (\S+\.yaml)\b")
+# A block that begins with this comment is a file of the reader's own: a script, a config with another program's keys.
+OTHER_FILE = re.compile(r"# \S+\.(yaml|py)\b")
 
 
 def blocks(language: str) -> list:
@@ -93,7 +93,9 @@ def test_the_python_of_a_page_runs_from_its_first_line_to_its_last(page, folder,
     names: dict = {}
     for name, text in BLOCK.findall(page.read_text()):
         if name == "python":
-            exec(compile(text, page.name, "exec"), names)
+            code = compile(text, page.name, "exec")
+            if not OTHER_FILE.match(text):
+                exec(code, names)
     if page.name == "README.md":
         assert names["ds"]["P02135"].shape == (140, 320)  # as its comment says
         assert 0 < len(names["short"]) < len(names["ds"])
@@ -101,11 +103,10 @@ def test_the_python_of_a_page_runs_from_its_first_line_to_its_last(page, folder,
 
 @pytest.mark.parametrize("text", blocks("yaml"))
 def test_a_config_is_valid(text):
-    if other := OTHER_FILE.match(text):
-        assert other[1] not in ("config.yaml", "config/config.yaml")
-        assert isinstance(yaml.safe_load(text), dict)
-    else:
-        config.validate({"inputs": ["proteins.fasta"]} | yaml.safe_load(text), SCHEMA)
+    keys = yaml.safe_load(text)
+    if OTHER_FILE.match(text):
+        keys = keys.get("lengthwise", {})  # below this key in the config of a workflow that has Lengthwise as a module
+    config.validate({"inputs": ["proteins.fasta"]} | keys, SCHEMA)
 
 
 @pytest.mark.parametrize("text", blocks("snakemake"))
@@ -136,3 +137,15 @@ def test_a_shell_block_is_read_by_what_it_calls(text, folder, monkeypatch, capsy
             assert asked <= EXTRAS.keys(), words
         else:
             assert program in OF_THE_SYSTEM or (ROOT / program).is_file(), words
+
+
+def test_the_readme_is_read_in_minutes():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 900
+    assert len(re.findall(r"^pip install -e", text, re.MULTILINE)) == 2  # the lines that .ci/run runs
+
+
+@pytest.mark.parametrize("picture", sorted((ROOT / "docs" / "pictures").iterdir()), ids=lambda path: path.name)
+def test_a_picture_is_small_and_in_a_page(picture):
+    assert picture.stat().st_size <= 200_000
+    assert any(f"pictures/{picture.name})" in page.read_text() for page in PAGES)
