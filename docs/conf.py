@@ -5,12 +5,16 @@ The source folder is the repository itself, so that a link is the same on the si
 `sphinx-build -W -n -c docs . build/site` builds it; `build/site/index.html` is where to begin.
 """
 
+from pygments.lexers import PythonLexer
+from sphinx.highlighting import lexers
+
 project = "Lengthwise"
 extensions = ["myst_parser"]
 root_doc = "docs/index"
 include_patterns = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/**", "config/**"]
 
 myst_heading_anchors = 3
+lexers["snakemake"] = PythonLexer()  # Pygments has none of its own
 
 html_theme = "furo"
 html_title = "Lengthwise"
