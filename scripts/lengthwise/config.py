@@ -104,7 +104,8 @@ def require_distinct_keys(path: Path) -> None:
     LengthwiseError
         There is such a key.
     """
-    todo = [yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)]
+    text = path.read_text(encoding="utf-8").replace("\t", " ")  # JSON may be indented with tabs, YAML may not
+    todo = [yaml.compose(text, Loader=yaml.SafeLoader)]
     while todo:
         node = todo.pop()
         if isinstance(node, yaml.SequenceNode):

@@ -272,6 +272,31 @@ def test_unusable_inputs_are_one_line(here, refused, inputs, words):
         config.datasets(validate(inputs=inputs)["inputs"])
 
 
+@pytest.mark.parametrize(
+    ("inputs", "found"),
+    [
+        (["none.fasta", "a.fasta"], {"none": ["none.fasta"], "a": ["a.fasta"]}),
+        ({"x": ["a.fasta", "deep/none.fasta"]}, {"x": ["a.fasta", "deep/none.fasta"]}),
+    ],
+)
+def test_inputs_that_another_workflow_makes_need_not_be_there(here, inputs, found):
+    assert config.datasets(validate(inputs=inputs)["inputs"], may_be_made=True) == found
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (["none/*.fasta"], ["no file matches"]),
+        (["none{x}.fasta"], ["does not support"]),
+        (["none.fasta", "other/none.fasta"], ["would both be the dataset 'none'"]),
+        (["in"], ["'in' is a folder"]),
+    ],
+)
+def test_inputs_that_another_workflow_makes_have_usable_names(here, refused, inputs, words):
+    with refused("config: inputs: ", *words):
+        config.datasets(validate(inputs=inputs)["inputs"], may_be_made=True)
+
+
 @pytest.mark.parametrize("files", [[], {}, None, 5, [5], [""], {"y": "a.fasta"}, [["a.fasta"]]], ids=str)
 def test_a_dataset_without_files_is_one_line(refused, files):
     with refused("config: inputs.x"):
@@ -284,6 +309,7 @@ def test_a_dataset_without_files_is_one_line(refused, files):
         ("inputs:\n  human: a.fasta\n  human: b.fasta\n", ["line 3", "'human'"]),
         ("inputs: [a.fasta]\nmodel: demo\n\ninputs: [b.fasta]\n", ["line 4", "'inputs'"]),
         ('{"inputs": {"x": "a", "x": "b"}}', ["line 1", "'x'"]),
+        ('{\n\t"inputs": {"x": "a"},\n\t"inputs": {"x": "b"}}', ["line 3", "'inputs'"]),
         ("inputs:\n  - {a: 1, a: 2}\n", ["line 2", "'a'"]),
     ],
 )

@@ -1,16 +1,19 @@
 """As a module of another workflow, from another folder, with a checkout that nobody may write to."""
 
+import os
 import shutil
+import signal
 import subprocess
 import textwrap
 from pathlib import Path
 
 import pytest
 import yaml
-from project import ROOT, Project, of_file, served
+from project import ROOT, Project, of_file, served, wait_for
 
 import lengthwise
 from lengthwise.system.files import read_json
+from lengthwise.system.locks import run_lock_holder
 
 PARTS = ("workflow", "scripts", "envs")
 TAG = "v1"
@@ -32,11 +35,11 @@ class Outer(Project):
         config = {"model": "tiny.pt", "scaling": False} | config
         (self.folder / "config.yaml").write_text(yaml.safe_dump({"samples": ["x"], "lengthwise": config}))
 
-    def write(self, text: str) -> None:
+    def write(self, text: str, snakefile: Path | None = None) -> None:
         """The other Snakefile; MODULE stands for the two statements."""
         use = f"""
             module lengthwise:
-                snakefile: {str(self.checkout / "workflow" / "Snakefile")!r}
+                snakefile: {str(snakefile or self.checkout / "workflow" / "Snakefile")!r}
                 config: config["lengthwise"]
             use rule * from lengthwise as lengthwise_*
         """
@@ -99,15 +102,15 @@ Path(snakemake.output[0]).write_text("\\n".join(lines))
 @pytest.mark.slow  # four runs: 40 s of processor
 def test_another_workflow_makes_the_input_and_reads_the_dataset(tmp_path):
     """The default target stays the other's; a run after it finds nothing to do; an input that is made again is read again."""
-    checkout = tmp_path / "checkout"
+    checkout = tmp_path / "outer/lengthwise"  # a submodule
+    outer = Outer.over(tmp_path / "outer", checkout, a=[b"MKV", b"MKTAYIAK"])
     for part in PARTS:
         shutil.copytree(ROOT / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
     for path in checkout.rglob("*"):
         path.chmod(0o555 if path.is_dir() else 0o444)
     before = contents(checkout)
-    outer = Outer.over(tmp_path / "outer", checkout, a=[b"MKV", b"MKTAYIAK"])
     outer.configure(inputs=["in/a.fasta", "made/b.fasta"])
-    outer.write(WORKFLOW)
+    outer.write(WORKFLOW, Path("lengthwise/workflow/Snakefile"))
     (outer.folder / "code").mkdir()
     (outer.folder / "code/count.py").write_text(COUNT)
     (outer.folder / "b.txt").write_text(">b\nMKVL\n")
@@ -162,12 +165,19 @@ def test_two_models_are_two_modules_and_one_store_is_one(outer):
 
 
 def test_a_rule_called_forecast_is_no_forecast(outer):
-    """A run holds the store's lock, and has what is stale made again."""
-    outer.write('MODULE\nrule forecast:\n    output: "weather.txt"\n    shell: "echo rain > {output}"')
+    """A run holds the store's lock. The names of local rules are those that this workflow's rules have here."""
+    outer.write("""
+        rule forecast:
+            output: "weather.txt"
+            shell: "echo rain > {output}"
+        MODULE
+        print("local", *sorted(workflow._localrules), "default", workflow.default_target)
+    """)
     run = outer.snakemake("forecast")
     assert (run.code, run.rules) == (0, {"forecast": 1}), run.output
     assert (outer.store / "run.lock").exists()
-    assert "localrules" not in run.output
+    local = "lengthwise_all lengthwise_fetch_model lengthwise_forecast"
+    assert f"local {local} default forecast" in run.output.splitlines()
 
 
 def test_the_other_workflows_failure_is_its_own(outer):
@@ -184,6 +194,35 @@ def test_the_other_workflows_failure_is_its_own(outer):
     run = outer.snakemake("broken")
     assert (run.code, run.errors) == (1, []), run.output
     assert "Snakemake's lines above say why" in run.output
+
+
+def test_a_run_that_was_killed_is_explained_once(outer):
+    """Without `onstart`, and with two modules."""
+    shutil.copy(outer.folder / "tiny.pt", outer.folder / "other.pt")
+    outer.write(f"""
+        rule sleep:
+            output: "never.txt"
+            shell: "touch asleep; sleep 100"
+        MODULE
+        module second:
+            snakefile: {str(ROOT / "workflow/Snakefile")!r}
+            config: config["lengthwise"] | dict(model="other.pt")
+        use rule * from second as second_*
+    """)
+    first = outer.begin()
+    try:
+        wait_for((outer.folder / "asleep").exists)
+        refused = outer.snakemake()
+        (line,) = refused.errors
+        assert f"process {first.pid}" in line
+        assert "is at work in this store" in line
+        first.kill()
+        first.wait()
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+    wait_for(lambda: run_lock_holder(outer.store) is None)
+    (line,) = outer.snakemake().errors
+    assert f"(process {first.pid}) was killed: run snakemake --unlock" in line
 
 
 def test_an_input_that_no_rule_makes_is_missing(outer):

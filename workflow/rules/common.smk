@@ -175,7 +175,8 @@ def begin():
 def begin_run():
     """Write what the jobs of this run and other commands need to know of it."""
     if folder_is_locked():
-        atexit.register(print_lock_holder, explain_lock(RUN_RECORD))
+        if len(FOUND) == 1:  # one of several modules says it
+            atexit.register(print_lock_holder, explain_lock(RUN_RECORD))
     elif IS_MODULE:  # no `onstart`
         record_run(RUN_RECORD)
         with suppress(LengthwiseError):  # the jobs that need the checkpoint say so

@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from lengthwise.ingest import fasta as fasta_module
-from lengthwise.ingest.identity import adopt, input_stamp, read_summary, why_read_again
+from lengthwise.ingest.identity import adopt, expected_stamps, input_stamp, read_summary, why_read_again
 from lengthwise.ingest.ingest import ingest
 from lengthwise.ingest.judge import Policy
 from lengthwise.system.files import read_json, write_json
+from lengthwise.system.runs import inputs_of
 
 TABLES = ("records.parquet", "sequences.parquet", "summary.json")
 ONE = b">a one\nMKV\n>b\nMAVK\n>bad\nM1K\n"
@@ -224,3 +225,24 @@ def test_a_summary_of_an_earlier_version_is_not_adopted_by_several_files(files, 
     assert "has another size" in why(tmp_path / "t", files[:2])
     assert not adopt(tmp_path / "t", stamps(files[:2]))
     assert not path.exists()
+
+
+def test_a_file_that_is_gone_is_as_it_was_last_read(files, tmp_path, refused):
+    """A rule of another workflow made it, and it was temporary."""
+    folder, policy = tmp_path / "t", {"strict": False}
+    summary, before = run(files, folder), stamps(files)
+    names = [str(file) for file in files]
+
+    def why(paths: list[str]) -> str:
+        entries = inputs_of({"t": paths}, may_be_made=True)["t"]
+        return why_read_again(folder, summary, expected_stamps(folder, entries), policy)
+
+    files[1].unlink()
+    assert inputs_of({"t": names}, may_be_made=True)["t"][1] == {"path": names[1]}
+    assert expected_stamps(folder, inputs_of({"t": names}, may_be_made=True)["t"]) == before
+    assert why(names) == ""
+    assert "is another path" in why([*names, str(tmp_path / "new.fasta")])
+    with refused("was read from 3 other files"):
+        why([str(tmp_path / "new.fasta")])
+    with pytest.raises(FileNotFoundError):
+        inputs_of({"t": names})
