@@ -187,7 +187,7 @@ def test_the_other_workflows_failure_is_its_own(outer):
         rule broken:
             output: "never.txt"
             log: "broken.log"
-            shell: "kill -9 $$"
+            shell: "echo 'Fatal Python error: Segmentation fault' > {log}; kill -9 $$"
         onerror:
             lengthwise.onerror()
     """)
