@@ -19,8 +19,8 @@ from lengthwise.esm2.devices import DTYPES, resolve_device
 from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.heads import head_facts
 from lengthwise.esm2.outputs import Output
-from lengthwise.esm2.sources import require_model
-from lengthwise.esm2.streamed import open_engine
+from lengthwise.esm2.sources import require_model, weights_stamp
+from lengthwise.esm2.streamed import StreamedEngine, open_engine
 from lengthwise.esm2.tensors import OUTPUTS
 from lengthwise.store.settings import resolve_layers
 from lengthwise.system.cache import user_cache
@@ -57,9 +57,8 @@ class Model:
     ):
         self.name = os.path.expanduser(model)
         require_model(self.name)
-        device = (
-            auto_device(on_cluster=False) if _chosen("device", device, ("auto", "cuda", "cpu")) == "auto" else device
-        )
+        if _chosen("device", device, ("auto", "cuda", "cpu")) == "auto":
+            device = auto_device(on_cluster=False)
         if _chosen("precision", precision, ("auto", *DTYPES)) == "auto":
             precision = "float16" if device == "cuda" else "float32"
         if batch_tokens != "auto" and not (isinstance(batch_tokens, int) and batch_tokens > 0):
@@ -73,6 +72,8 @@ class Model:
             self.weights_sha256 = receipt["sha256"]
             output = Output((self.num_layers,), ("mean",), "float32")
             self._engine = open_engine(Path(receipt["path"]), torch_device, precision, output)
+        self._stamp = {key: receipt[key] for key in weights_stamp(self._engine.checkpoint)}
+        self._require_unchanged()
         self._engines = {output: self._engine}  # of the same weights
         self._tokens: dict[Output, int] = {}
         if receipt["random_weights"]:
@@ -163,6 +164,8 @@ class Model:
                 engine, lambda: self._in_float32(engine.output), self._batch_tokens_of(engine), bar.update
             )
             for record, found in windows.embed(given.chunks()):
+                if isinstance(engine, StreamedEngine):  # which reads the checkpoint again for each wave
+                    self._require_unchanged()
                 if raises and found.reason:
                     raise LengthwiseError(_rejected(given, record, found.reason))
                 yield found
@@ -198,10 +201,18 @@ class Model:
                     download.provide(self.name, self._folder, contact_regression=True)
             head_facts(self._engine.checkpoint, output.outputs)
             self._engines[output] = self._engine.with_output(output)
+            self._require_unchanged()
         return self._engines[output]
 
     def _in_float32(self, output: Output) -> Engine:
-        return self._engine.in_float32().with_output(output)
+        engine = self._engine.in_float32().with_output(output)
+        self._require_unchanged()
+        return engine
+
+    def _require_unchanged(self) -> None:
+        """Raise LengthwiseError if the checkpoint is another one than was checked: numbers of both would mix."""
+        if weights_stamp(self._engine.checkpoint) != self._stamp:
+            raise LengthwiseError(f"{self._engine.checkpoint}: changed since it was checked; load the model again")
 
     def _batch_tokens_of(self, engine: Engine) -> int:
         if isinstance(self._batch_tokens, int):

@@ -4,6 +4,7 @@ import gzip
 import io
 import itertools
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -19,7 +20,7 @@ from Bio.Seq import Seq
 
 import lengthwise
 from lengthwise.direct import model as model_module
-from lengthwise.esm2 import checkpoint, fair_esm_layout, tensors
+from lengthwise.esm2 import checkpoint, fair_esm_layout, streamed, tensors
 from lengthwise.esm2.engine import Engine
 from lengthwise.store.shard import Shard
 
@@ -367,6 +368,23 @@ def test_a_folder_that_cannot_be_made_is_refused_in_a_line(tmp_path, refused):
     (tmp_path / "file").touch()
     with refused("file/weights", "'weights'"):
         lengthwise.load("demo", device="cpu", weights=tmp_path / "file/weights")
+
+
+def test_streamed_weights_give_the_same_and_are_not_mixed_with_others(
+    tiny, with_head, tmp_path, load, random_proteins, refused, monkeypatch
+):
+    copy = Path(shutil.copy(with_head, tmp_path / "tiny.pt"))
+    monkeypatch.setattr(streamed, "fits_resident", lambda *_: False)  # as if memory were too small
+    other, proteins = load(copy, batch_tokens=2_048), random_proteins(30)
+    assert isinstance(other._engine, streamed.StreamedEngine)
+    assert_same(other.embed(proteins, [2, 1], ["residue", "mean"]), tiny.embed(proteins, [2, 1], ["residue", "mean"]))
+    found = other.iter(proteins, [2, 1], ["residue", "mean"])
+    next(found)
+    checkpoint.write_random(copy, checkpoint.read(copy)[0], seed=1)
+    with refused("tiny.pt", "changed", "load the model again"):
+        next(found)
+    with refused("tiny.pt", "changed"):
+        other.embed(proteins, outputs="logits")
 
 
 def hot_checkpoint(tiny_checkpoint: Path, path: Path) -> Path:
