@@ -428,8 +428,8 @@ def spoiled_checkpoint(tiny_checkpoint, tmp_path):
         pytest.param(
             1e5, {"layers": [0], "precision": "float16", "storage_dtype": "float32"}, True, id="sums-are-float32"
         ),
-        pytest.param(float("inf"), {"storage_dtype": "float32"}, False, id="infinite-weight"),
-        pytest.param(float("nan"), {"storage_dtype": "float32", "outputs": ["mean", "bos"]}, False, id="nan-weight"),
+        pytest.param(3e38, {"storage_dtype": "float32"}, False, id="beyond-float32"),
+        pytest.param(3e38, {"storage_dtype": "float32", "outputs": ["mean", "bos"]}, False, id="pooled-beyond-float32"),
     ],
 )
 def test_what_overflows_is_nan_in_the_sequences_concerned_alone(
