@@ -200,8 +200,10 @@ class Model:
                 with _messages_shown():
                     download.provide(self.name, self._folder, contact_regression=True)
             head_facts(self._engine.checkpoint, output.outputs)
-            self._engines[output] = self._engine.with_output(output)
-            self._require_unchanged()
+            engine = self._engine.with_output(output)
+            if engine.lm_head or engine.contact_head:  # read now
+                self._require_unchanged()
+            self._engines[output] = engine
         return self._engines[output]
 
     def _in_float32(self, output: Output) -> Engine:

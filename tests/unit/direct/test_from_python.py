@@ -383,8 +383,16 @@ def test_streamed_weights_give_the_same_and_are_not_mixed_with_others(
     checkpoint.write_random(copy, checkpoint.read(copy)[0], seed=1)
     with refused("tiny.pt", "changed", "load the model again"):
         next(found)
-    with refused("tiny.pt", "changed"):
-        other.embed(proteins, outputs="logits")
+
+
+def test_heads_of_another_checkpoint_are_not_taken(tiny_checkpoint, tmp_path, load, refused):
+    copy = Path(shutil.copy(tiny_checkpoint, tmp_path / "tiny.pt"))
+    resident = load(copy)
+    checkpoint.write_random(copy, checkpoint.read(copy)[0], seed=1)
+    for _ in range(2):
+        with refused("tiny.pt", "changed", "load the model again"):
+            resident.embed(["MKTAY"], outputs="logits")
+    assert resident.embed(["MKTAY"], outputs="mean")[0].mean.shape == (32,)
 
 
 def hot_checkpoint(tiny_checkpoint: Path, path: Path) -> Path:
