@@ -1,6 +1,7 @@
 """As a module of another workflow, from another folder, with a checkout that nobody may write to."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -88,6 +89,9 @@ rule count:
     output: "counts.txt"
     script: "code/count.py"
 
+onstart:
+    lengthwise.onstart()
+
 onsuccess:
     lengthwise.onsuccess()
 """
@@ -164,6 +168,27 @@ def test_two_models_are_two_modules_and_one_store_is_one(outer):
     assert "two modules" in line
 
 
+def test_the_documented_example_is_planned(tmp_path):
+    outer = Outer(tmp_path / "outer")
+    outer.folder.mkdir()
+    text = (ROOT / "docs/module.md").read_text()
+    snakefile, config, script = re.findall(r"```(?:python|yaml)\n(.*?)```", text, re.DOTALL)[:3]
+    for name, content in {"Snakefile": snakefile, "config.yaml": config, "tabulate.py": script}.items():
+        (outer.folder / name).write_text(content)
+    (outer.folder / "genes.fna").touch()
+    (outer.folder / "translate.py").touch()
+    (outer.folder / "lengthwise").symlink_to(ROOT)
+    run = outer.snakemake("--dry-run")
+    assert run.code == 0, run.output
+    rules = [
+        "all",
+        "translate",
+        "tabulate",
+        *(f"lengthwise_{name}" for name in ("fetch_model", "ingest", "plan", "assemble")),
+    ]
+    assert run.rules == dict.fromkeys(rules, 1)
+
+
 def test_a_rule_called_forecast_is_no_forecast(outer):
     """A run holds the store's lock. The names of local rules are those that this workflow's rules have here."""
     outer.write("""
@@ -172,12 +197,14 @@ def test_a_rule_called_forecast_is_no_forecast(outer):
             shell: "echo rain > {output}"
         MODULE
         print("local", *sorted(workflow._localrules), "default", workflow.default_target)
+        print("gpu is", workflow.resource_scopes["gpu"])
     """)
     run = outer.snakemake("forecast")
     assert (run.code, run.rules) == (0, {"forecast": 1}), run.output
     assert (outer.store / "run.lock").exists()
     local = "lengthwise_all lengthwise_fetch_model lengthwise_forecast"
     assert f"local {local} default forecast" in run.output.splitlines()
+    assert "gpu is local" in run.output.splitlines()
 
 
 def test_the_other_workflows_failure_is_its_own(outer):
