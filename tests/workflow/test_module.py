@@ -172,8 +172,8 @@ def test_the_documented_example_is_planned(tmp_path):
     outer = Outer(tmp_path / "outer")
     outer.folder.mkdir()
     text = (ROOT / "docs/module.md").read_text()
-    snakefile, config, script = re.findall(r"```(?:python|yaml)\n(.*?)```", text, re.DOTALL)[:3]
-    for name, content in {"Snakefile": snakefile, "config.yaml": config, "tabulate.py": script}.items():
+    snakefile, config, script = re.findall(r"```(?:snakemake|yaml|python)\n(.*?)```", text, re.DOTALL)[:3]
+    for name, content in {"Snakefile": snakefile, "config.yaml": config, "write_table.py": script}.items():
         (outer.folder / name).write_text(content)
     (outer.folder / "genes.fna").touch()
     (outer.folder / "translate.py").touch()
@@ -183,7 +183,7 @@ def test_the_documented_example_is_planned(tmp_path):
     rules = [
         "all",
         "translate",
-        "tabulate",
+        "write_table",
         *(f"lengthwise_{name}" for name in ("fetch_model", "ingest", "plan", "assemble")),
     ]
     assert run.rules == dict.fromkeys(rules, 1)
