@@ -4,9 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hugging_face
 import pytest
 
+import hugging_face
 from lengthwise.esm2.checkpoint import write_random
 from lengthwise.esm2.shapes import ModelConfig
 

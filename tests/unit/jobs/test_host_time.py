@@ -21,7 +21,10 @@ from lengthwise.plan.work_orders import PlannedShard
 from lengthwise.store import shard_writer
 
 WIDTH = 320  # that of 8M, whose batches are the shortest on a GPU
-BATCH_TOKENS, BATCHES, ROUNDS = 32_768, 20, 5
+BATCH_TOKENS, BATCHES, ROUNDS = 32_768, 20, 40
+LAUNCHES_MS = 1.3  # assumed of a batch's launches: there are none without a GPU
+# `reference_ms` on the core of an AMD EPYC server for which the goals were set.
+REFERENCE_MS = 2.5
 
 
 class FreeDevice(Engine):
@@ -63,12 +66,22 @@ def seconds_without_the_lock(monkeypatch):
     return spent
 
 
-@pytest.mark.parametrize(("length", "max_ms"), [(300, 2.0), (30, 3.5)])
-def test_a_batch_of_8m_costs_the_host_less_than_it_takes_a_gpu(tmp_path, seconds_without_the_lock, length, max_ms):
-    """Its 32,768 tokens are predicted to take an H100 3.4 ms. Launches are left out: there are none here.
+def reference_ms() -> float:
+    """Processor time of a fixed piece of work, most of it the interpreter's: how fast this core is."""
+    began = time.process_time()
+    for _ in range(20):
+        np.arange(5_000, dtype=np.int32).cumsum()
+        sum(number * number for number in range(5_000))
+    return (time.process_time() - began) * 1000
 
-    Processor time, so that other processes do not count, and the best of several shards: 1.1 ms and 1.6 ms, on a machine
-    with four busy processes for its two cores up to 1.3 ms and 2.0 ms.
+
+@pytest.mark.parametrize(("length", "goal_ms"), [(300, 2.5), (30, 3.4)])
+def test_a_batch_of_8m_costs_the_host_less_than_it_takes_a_gpu(tmp_path, seconds_without_the_lock, length, goal_ms):
+    """With launches. Its 32,768 tokens are predicted to take an H100 3.4 ms; at 300 residues the goal is 2.5 ms.
+
+    Processor time, so that other processes do not count, and the best of many shards, which is 0.7 to 1.1 ms and 1.1 to 1.5 ms:
+    others' use of the caches only adds. The first shard that is fast enough ends it.
+    A core slower than the one of the goal gets more time, by as much as a reference takes longer on it.
     """
     write_random(tmp_path / "wide.pt", ModelConfig(1, WIDTH, 20))
     batch = BATCH_TOKENS // (length + 2)
@@ -84,12 +97,16 @@ def test_a_batch_of_8m_costs_the_host_less_than_it_takes_a_gpu(tmp_path, seconds
         "fingerprint": "",
     }
     engine = FreeDevice(tmp_path / "wide.pt", [length] * batch)
-    host_ms = []
+    host_ms, references_ms = [], []
     for number in range(ROUNDS):
+        references_ms.append(reference_ms())
         shard = PlannedShard(f"{number:032x}", [digest(s) for s in sequences], lengths, sequences)
         with ShardPipeline(tmp_path, settings, engine, Progress("job", int(lengths.sum()))) as pipeline:
             before = time.process_time() - seconds_without_the_lock[0]
             pipeline.make([shard], BATCH_TOKENS)
             host_ms.append((time.process_time() - seconds_without_the_lock[0] - before) * 1000 / BATCHES)
-    print(f"{length} residues: {min(host_ms):.2f} ms of the host for a batch")
-    assert min(host_ms) < max_ms
+        slowness = max(1.0, min(references_ms) / REFERENCE_MS)
+        if min(host_ms) / slowness + LAUNCHES_MS <= goal_ms:
+            break
+    print(f"{length} residues: {min(host_ms):.2f} ms of the host for a batch, on a core {slowness:.2f} times as slow")
+    assert min(host_ms) / slowness + LAUNCHES_MS <= goal_ms
