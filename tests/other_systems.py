@@ -16,13 +16,12 @@ USED = (
     "mmap:madvise",
     "module:fcntl",
     "open:/proc",
-    "libc: module:fcntl open:folders",
+    "libc: module:fcntl module:resource open:folders",
 )
 # As far as torch for Linux works without.
 ALL = (
     *dict.fromkeys(" ".join(USED).split()),
     *("os:posix_fallocate", "os:copy_file_range", "os:sched_setaffinity", "os:O_NOFOLLOW", "os:O_DIRECTORY"),
-    "module:resource",
 )
 # Reading works without torch, and so without these.
 OF_WRITERS = (

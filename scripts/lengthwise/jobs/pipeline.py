@@ -26,6 +26,7 @@ from lengthwise.store.paths import metrics_path
 from lengthwise.store.settings import require_same
 from lengthwise.store.shard_writer import ShardWriter
 from lengthwise.store.weights import require_unchanged
+from lengthwise.system.limits import open_files
 from lengthwise.system.locks import shared_store_lock
 from lengthwise.system.text import count, duration
 
@@ -33,6 +34,8 @@ log = logging.getLogger("lengthwise")
 PROGRESS_SECONDS = 10.0
 # Results that wait for the writer thread; more would cost memory and no time less.
 MAX_WAITING_WRITES = 2
+# Of the files that a process may open, those for shards; libraries, logs and the writer's folders have the others.
+OPEN_SHARE = 0.5
 # Reserved for the end of a job: the job record, the process's exit.
 END_OF_JOB_SECONDS = 20.0
 
@@ -106,8 +109,8 @@ class ShardPipeline:
     So metrics exist before their shard, and a shard is renamed after all its writes.
 
     Bounds: at most `MAX_WAITING_WRITES` results are queued for the writer; then the caller's thread waits. The engine works a few
-    batches ahead, so at most the shards of those batches are open at once. No shard is opened that would not be done by the
-    deadline.
+    batches ahead, or a wave, so at most the shards of those batches are open at once, and no more than `OPEN_SHARE` of the files
+    that a process may open. No shard is opened that would not be done by the deadline.
 
     Use as a context manager. Leaving it removes the temporary files of shards that are not committed.
 
@@ -146,6 +149,7 @@ class ShardPipeline:
         self.maker = maker
         self.device = device_name(engine.device)  # once: on a CPU it reads a file
         self.open: deque[_OpenShard] = deque()  # opened, and not yet handed to the writer for commit
+        self.most_open = max(1, int(OPEN_SHARE * open_files()))
         self.opened_residues = 0  # of all shards opened so far
         self.writes: deque[Future] = deque()  # of the writer thread, in order
         self.stack = ExitStack()
@@ -205,10 +209,12 @@ class ShardPipeline:
     def _batches(self, remaining: deque[PlannedShard], batch_tokens: int) -> Iterator[list[bytes]]:
         """Open the remaining shards one by one and yield their batches, longest sequences first.
 
-        Ends early at a shard that would miss the deadline, and at one that another process is making while shards of this
-        process are open: waiting then could deadlock.
+        Ends early at a shard that would miss the deadline, at one for which too many are open, so that the engine computes what
+        it has, and at one that another process is making while shards of this process are open: waiting then could deadlock.
         """
         while remaining and self._fits_deadline(shard := remaining[0]):
+            if len(self.open) >= self.most_open:
+                return
             if self.work_order:
                 require_planned(self.work_order)
             if self.check:

@@ -1,5 +1,6 @@
 """Embedding a job: killed and resumed, out of memory, beyond the range of its types; the rows and the metrics of each."""
 
+import os
 import resource
 import time
 
@@ -508,6 +509,23 @@ def test_a_cpu_without_the_memory_rejects_the_sequence_and_goes_on(new, random_p
     found = statuses(store)
     assert found.pop(digest_of("MKVLA" * 80_000)) == Status.DOES_NOT_FIT
     assert set(found.values()) == {Status.GOOD}
+
+
+def test_a_streamed_job_may_have_more_shards_than_a_process_may_open_files(new, random_proteins):
+    """A wave has the batches of many shards, as far as they can be open at once."""
+    warm, job = new()
+    warm.embed(job, residency="streamed")  # so that files that stay open are
+    store, job = new(random_proteins(200), shard_bytes=5_000)
+    shards = store.work_order(job)["shard"].nunique()
+    n_open = len(os.listdir("/proc/self/fd"))
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert shards > 2 * (n_open + 20)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * (n_open + 20), hard))
+    try:
+        store.embed(job, residency="streamed")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    assert len(store.shard_files()) == shards
 
 
 def test_a_dataset_misses_no_record_silently(new, refused):

@@ -22,10 +22,11 @@ HOMES = {
     r"/(proc|sys|dev)/.*": ["machine.py", "memory.py", "control_groups.py"],
     r"register_at_fork|O_NOFOLLOW": ["gpus.py"],
     r"get(res)?[ug]id|get(e|s)[ug]id": ["cache.py"],  # only compiling for a GPU asks for it
+    r"resource|getrlimit": ["limits.py"],
     # Nowhere.
     r"posix_fallocate|posix_spawn|copy_file_range|sendfile|splice|memfd_create|eventfd|preadv|pwritev|RWF_\w+": [],
     r"O_(DIRECT|TMPFILE|PATH|NOATIME|DIRECTORY|SYNC|DSYNC)|setns|unshare|epoll|inotify\w*|(get|set|list)xattr": [],
-    r"resource|getrusage|ru_maxrss|getrlimit|prctl|sysconf|statvfs|fork|setsid|MAP_\w+|PROT_\w+": [],
+    r"getrusage|ru_maxrss|prctl|sysconf|statvfs|fork|setsid|MAP_\w+|PROT_\w+": [],
 }
 
 
