@@ -1,9 +1,13 @@
 """Compute devices as torch knows them."""
 
+from pathlib import Path
+
 import torch
 
 from lengthwise.errors import LengthwiseError
+from lengthwise.system.limits import process_memory_limits
 from lengthwise.system.machine import processor_name, usable_cores
+from lengthwise.system.text import size
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -53,10 +57,23 @@ def device_name(device: torch.device) -> str:
     return processor_name()
 
 
+def cannot_map(path: Path) -> LengthwiseError:
+    """What to say where the system refuses memory for a checkpoint's map: torch's is private, so all of it is asked for."""
+    file_bytes = path.stat().st_size
+    limits = [limit for limit in process_memory_limits() if limit[1] - limit[2] < file_bytes]
+    found = [f"{option} allows {size(limit)}, and {size(used)} are in use" for option, limit, used in limits]
+    advice = f"raise the limit ({', '.join(f'{option} unlimited' for option, *_ in limits)})"
+    return LengthwiseError(
+        f"{path}: no memory to map its {size(file_bytes)} ({'; '.join(found) or 'the system refuses it'}); "
+        f"{advice if limits else 'embed on a machine with more memory'}"
+    )
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error means that memory ran out; torch raises plain RuntimeErrors for some of them."""
     words = (
         "can't allocate memory",
+        "Cannot allocate memory",  # of a map
         "CUDA error: out of memory",
         "CUBLAS_STATUS_ALLOC_FAILED",
         "CUBLAS_STATUS_NOT_INITIALIZED",  # no memory for its workspace

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lengthwise.errors import LengthwiseError
+from lengthwise.esm2.devices import cannot_map, is_out_of_memory
 from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.esm2.sources import not_served
 
@@ -79,7 +80,9 @@ def _load(path: Path) -> Any:
         # fair-esm's own local loader fails on torch 2.6 and later, and its loader for downloads runs pickled code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (*_READ_ERRORS, pickle.UnpicklingError) as error:
+    except (*_READ_ERRORS, pickle.UnpicklingError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise cannot_map(path) from error
         raise LengthwiseError(f"{path}: {_explain(path, error)}") from error
 
 

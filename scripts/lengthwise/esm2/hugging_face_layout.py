@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lengthwise.errors import LengthwiseError
+from lengthwise.esm2.devices import cannot_map, is_out_of_memory
 from lengthwise.esm2.model import LAYER_NORM_EPS
 from lengthwise.esm2.rotary import ROTARY_BASE, computed_inv_freq
 from lengthwise.esm2.shapes import ModelConfig
@@ -185,7 +186,9 @@ def _open(path: Path) -> dict[str, Tensor]:
             with safe_open(file, "pt") as opened:
                 stored = opened.keys()
                 tensors |= {name: opened.get_tensor(name) for name in stored}
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise cannot_map(file) from error
             reason = str(error).removeprefix("Error while deserializing header: ").splitlines()[0]
             raise LengthwiseError(f"{file}: damaged, or no safetensors file ({reason})") from error
     return tensors

@@ -63,7 +63,7 @@ def open_engine(
         resident, streamed, or auto: resident where weights and batches fit into what is free.
     """
     if residency == "auto":
-        shape, itemsize, free = read(checkpoint)[0], DTYPES[precision].itemsize, free_bytes(device)
+        shape, itemsize, free = read(checkpoint).shape, DTYPES[precision].itemsize, _free_beside(checkpoint, device)
         residency = "resident"
         if not fits_resident(shape, device.type, itemsize, min(torch.get_num_threads(), MOST_AT_ONCE), free):
             residency = "streamed"
@@ -76,6 +76,14 @@ def open_engine(
             )
     kind = StreamedEngine if residency == "streamed" else Engine
     return kind(checkpoint, device, precision, output, compile)
+
+
+def _free_beside(checkpoint: Path, device: torch.device) -> int:
+    """What a device has free while the checkpoint is mapped: in a limit of this process all of the file counts then."""
+    mapped = read(checkpoint)
+    free = free_bytes(device)
+    del mapped
+    return free
 
 
 @dataclass(eq=False)
@@ -140,20 +148,22 @@ class StreamedEngine(Engine):
     def _cut_waves(self, prepared: Iterable[tuple[Batch, float]]) -> Iterator[list[tuple[Batch, float]]]:
         """Batches in waves, each of what memory and time allow when it begins; a batch for each core if memory holds them."""
         wave: list[tuple[Batch, float]] = []
+        taken = 0, 0, 0  # by the wave: tokens, bytes on the device, and on a GPU's host
         for batch, waited_ms in prepared:
-            if wave and self._is_full([before for before, _ in wave], batch):
+            own = len(batch.tokens), *self._bytes_of([batch])
+            with_it = taken[0] + own[0], taken[1] + own[1], taken[2] + own[2]
+            if wave and self._is_full(len(wave), *with_it):
                 yield wave
-                wave = []
+                wave, with_it = [], own
             wave.append((batch, waited_ms))
+            taken = with_it
         if wave:
             yield wave
 
-    def _is_full(self, wave: list[Batch], following: Batch) -> bool:
-        """Whether memory or time does not allow the following batch in a wave."""
+    def _is_full(self, batches: int, tokens: int, on_device: int, on_host: int) -> bool:
+        """Whether a wave has so many batches that the following one, with which it needs so much, is not allowed in it."""
         in_time, rooms = self._wave_limits()
-        with_it = [*wave, following]
-        exceeds = any(needed > room for needed, room in zip(self._bytes_of(with_it), rooms, strict=True))
-        return exceeds or (len(wave) >= self.at_once and sum(len(batch.tokens) for batch in with_it) > in_time)
+        return on_device > rooms[0] or on_host > rooms[1] or (batches >= self.at_once and tokens > in_time)
 
     def _wave_limits(self) -> tuple[int, tuple[float, float]]:
         """Tokens of a wave by time, and its bytes by memory: on the device, and on a GPU's host."""
@@ -171,7 +181,7 @@ class StreamedEngine(Engine):
             beside = batch_tokens * self.bytes_per_token
         else:
             beside = computing_bytes(shape, "cpu", itemsize, self.at_once, batch_tokens)
-        return room_for_wave(shape, self.device.type, itemsize, free_bytes(self.device), beside)
+        return room_for_wave(shape, self.device.type, itemsize, _free_beside(self.checkpoint, self.device), beside)
 
     def _bytes_of(self, batches: Sequence[Batch]) -> tuple[int, int]:
         """What a wave's sums and results take on the device, and its results on a GPU's host."""

@@ -4,6 +4,7 @@ import os
 import platform
 
 from lengthwise.system.control_groups import memory_limits
+from lengthwise.system.limits import process_memory_limits
 
 # Assumed rate of a shared file system that other jobs read from too.
 READ_BYTES_PER_SECOND = 200e6
@@ -47,8 +48,10 @@ def host_total() -> int:
 def host_available() -> int:
     """Return the bytes of memory that this process may still take without swapping.
 
-    The least that the machine and each control group around this process leave.
+    The least that the machine, each control group around this process and the process's own limits leave.
     """
     import psutil
 
-    return max(0, min([psutil.virtual_memory().available, *(limit - used for limit, used in memory_limits())]))
+    of_groups = (limit - used for limit, used in memory_limits())
+    of_process = (limit - used for _, limit, used in process_memory_limits())
+    return max(0, min([psutil.virtual_memory().available, *of_groups, *of_process]))

@@ -118,6 +118,15 @@ def test_a_wave_ends_where_memory_or_time_does_and_order_and_numbers_stay(
         assert last or taken(more) > in_memory or over_time
 
 
+def test_a_batch_is_measured_once_however_many_a_wave_has(weights, batches, monkeypatch):
+    engine, measured = StreamedEngine(weights, CPU, "float32", Output((4,), ("residue",), "float32")), []
+    bytes_of = engine._bytes_of
+    monkeypatch.setattr(engine, "_bytes_of", lambda some: measured.extend(some) or bytes_of(some))
+    prepared = [(engine._prepare(batch), 0.0) for batch in batches]
+    assert list(engine._cut_waves(prepared)) == [prepared]
+    assert measured == [batch for batch, _ in prepared]
+
+
 def test_waves_stay_as_large_as_the_first_whatever_the_allocator_keeps_of_it(weights, batches, monkeypatch):
     engine = StreamedEngine(weights, CPU, "float32", Output((4,), ("residue",), "float32"))
     monkeypatch.setattr(streamed, "free_bytes", lambda _: 1_000_000_000)
@@ -153,7 +162,7 @@ def test_slow_storage_makes_waves_longer_and_waiting_does_not_count_as_computing
 def test_batches_are_small_where_a_wave_is_so_that_each_core_has_one(monkeypatch, name, cores, gigabytes):
     shape = MODELS[name]
     monkeypatch.setattr(streamed, "load_ends", lambda *_: type("", (), {"config": shape}))
-    monkeypatch.setattr(streamed, "free_bytes", lambda _: gigabytes * 1e9)
+    monkeypatch.setattr(streamed, "_free_beside", lambda *_: gigabytes * 1e9)
     engine = StreamedEngine(None, CPU, "bfloat16", Output((1,), ("mean",), "float16"))
     engine.at_once = cores
     tokens = engine.auto_batch_tokens()
