@@ -1,6 +1,7 @@
 """Checkpoints: opened in fair-esm's layout or in transformers', loaded into a model, or written with random weights."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from lengthwise.esm2 import fair_esm_layout, hugging_face_layout
 from lengthwise.esm2.model import ESM2, Layer, Linear
 from lengthwise.esm2.rotary import computed_inv_freq, paired_rows
 from lengthwise.esm2.shapes import MODELS, ModelConfig
+from lengthwise.esm2.sources import require_feed_forward
 
 DEMO_SHAPE = MODELS["esm2_t6_8M_UR50D"]
 
@@ -47,8 +49,16 @@ def read(path: Path) -> Checkpoint:
     else:
         config, state, random = fair_esm_layout.read(path)
         has_frequencies, theirs = True, {}
+    _require_feed_forward(path, state, config.embed_dim)
     _require(path, state, _required_shapes(config), theirs)
     return Checkpoint(config, state, random, has_frequencies)
+
+
+def _require_feed_forward(path: Path, state: dict[str, torch.Tensor], embed_dim: int) -> None:
+    """Refuse a model of another feed-forward width, where the first layer's tensors agree on one."""
+    into, out = (getattr(state.get(f"layers.0.{name}.weight"), "shape", None) for name in ("fc1", "fc2"))
+    if into and out and len(into) == 2 and into[::-1] == out and into[1] == embed_dim:
+        require_feed_forward(path, into[0], embed_dim)
 
 
 def _require(
@@ -72,7 +82,21 @@ def _require(
 def require_finite(path: Path) -> None:
     """Raise LengthwiseError if a weight of the encoder is NaN or infinite. This reads the whole checkpoint."""
     config, state, *_ = read(path)
-    for name in _required_shapes(config):
+    _require_finite(path, state, _required_shapes(config))
+
+
+def require_finite_head(path: Path, head: str) -> None:
+    """Raise LengthwiseError if a weight of a head, as of `load_head`, is NaN or infinite."""
+    path = Path(path)
+    in_own_file = head == "contact_head" and path.suffix == ".pt"
+    file = fair_esm_layout.contact_regression_path(path) if in_own_file else path
+    weights = load_head(path, head, torch.device("cpu"))
+    named = {f"{head}.{name}": tensor for name, tensor in weights.items()}
+    _require_finite(file, named, named)
+
+
+def _require_finite(path: Path, state: dict[str, torch.Tensor], names: Iterable[str]) -> None:
+    for name in names:
         if not state[name].isfinite().all():
             raise LengthwiseError(f"{path}: the tensor {name} has values that are NaN or infinite; the file is damaged")
 

@@ -12,7 +12,7 @@ import torch
 from lengthwise.errors import LengthwiseError
 from lengthwise.esm2.devices import cannot_map, is_out_of_memory
 from lengthwise.esm2.shapes import ModelConfig
-from lengthwise.esm2.sources import not_served
+from lengthwise.esm2.sources import not_served, require_all_layers
 
 RANDOM_SEED_KEY = "lengthwise_random_seed"  # marks the cfg of a checkpoint written by `checkpoint.write_random`
 _READ_ERRORS = (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, struct.error)
@@ -50,6 +50,7 @@ def read(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], bool]:
             f"{path}: a torch file, but no ESM-2 checkpoint in fair-esm's layout (it should hold cfg.model and model); "
             "a model of transformers is read from the folder that its save_pretrained writes"
         ) from error
+    require_all_layers(path, state, "layers.", config.num_layers, "encoder_layers")
     return config, state, hasattr(model, RANDOM_SEED_KEY)
 
 

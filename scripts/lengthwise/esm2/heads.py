@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.esm2.checkpoint import load_head, read
+from lengthwise.esm2.checkpoint import load_head, read, require_finite_head
 from lengthwise.esm2.contacts import ContactHead
 from lengthwise.esm2.fair_esm_layout import contact_regression_path
 from lengthwise.esm2.model import LAYER_NORM_EPS, Linear, Packing
@@ -71,7 +71,7 @@ class LMHead(nn.Module):
 
 
 def head_facts(path: Path, outputs: Collection[str]) -> dict[str, str]:
-    """Check that a checkpoint has the heads that outputs need.
+    """Check that a checkpoint has the heads that outputs need, and that their values are finite.
 
     Returns
     -------
@@ -80,7 +80,7 @@ def head_facts(path: Path, outputs: Collection[str]) -> dict[str, str]:
     Raises
     ------
     LengthwiseError
-        It lacks one.
+        It lacks one, or one has values that are NaN or infinite.
     """
     facts, cpu = {}, torch.device("cpu")
     try:
@@ -96,6 +96,9 @@ def head_facts(path: Path, outputs: Collection[str]) -> dict[str, str]:
         raise LengthwiseError(
             f"{error}: this checkpoint has no {head} head that fits; take {output} out of 'outputs'{more}"
         ) from error
+    for output, needed in (("logits", "lm_head"), ("contacts", "contact_head")):
+        if output in outputs:
+            require_finite_head(path, needed)
     return facts
 
 

@@ -16,7 +16,14 @@ from lengthwise.esm2.model import LAYER_NORM_EPS
 from lengthwise.esm2.rotary import ROTARY_BASE, computed_inv_freq
 from lengthwise.esm2.shapes import ModelConfig
 from lengthwise.esm2.sources import VOCABULARY as VOCABULARY_FILE
-from lengthwise.esm2.sources import config_path, not_served, other_family, weight_files
+from lengthwise.esm2.sources import (
+    config_path,
+    not_served,
+    other_family,
+    require_all_layers,
+    require_feed_forward,
+    weight_files,
+)
 from lengthwise.esm2.tokens import PAD, VOCABULARY
 
 # Of config.json: {key: (ESM-2's value, what a file without the key means)}.
@@ -82,6 +89,7 @@ def read(path: Path) -> tuple[ModelConfig, dict[str, Tensor], bool, dict[str, st
     config = read_config(config_path(path))
     tensors = _open(path)
     prefix = _prefix(path, tensors)
+    require_all_layers(config_path(path), tensors, f"{prefix}encoder.layer.", config.num_layers, "num_hidden_layers")
     state: dict[str, Tensor] = {}
     theirs = names(config, prefix)
     for name, there in theirs.items():
@@ -138,6 +146,8 @@ def read_config(path: Path) -> ModelConfig:
     width, heads = _size(path, config, "hidden_size"), _size(path, config, "num_attention_heads")
     if width % (2 * heads):
         raise LengthwiseError(f"{path}: a hidden_size of {width} does not fit {heads} rotary heads")
+    if config.get("intermediate_size") is not None:
+        require_feed_forward(path, _size(path, config, "intermediate_size"), width)
     _require_vocabulary(path, config)
     return ModelConfig(_size(path, config, "num_hidden_layers"), width, heads)
 

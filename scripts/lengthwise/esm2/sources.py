@@ -5,6 +5,7 @@ import ipaddress
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -22,6 +23,7 @@ HUB_ORGANISATION = "facebook"
 # The names that transformers' save_pretrained gives to its files.
 CONFIG, WEIGHTS, INDEX, VOCABULARY = "config.json", "model.safetensors", "model.safetensors.index.json", "vocab.txt"
 ADAPTERS = "adapter_config.json"  # of PEFT
+_KINDS_OF_FILES = "a fair-esm .pt file, a safetensors file or the folder that transformers wrote"
 _PICKLES = (".bin", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 # Models that people ask for and that are not ESM-2, by what their names have in common.
@@ -50,12 +52,12 @@ class HubId:
 def is_path(model: str) -> bool:
     """Whether the config's `model` is a file or a folder, rather than a name or an id of the hub.
 
-    ``org/name`` is a folder where there is one, else an id.
+    ``org/name`` is a file or a folder where there is one, else an id.
     """
     if model == DEMO or model in MODELS:
         return False
     endings = (".pt", ".safetensors", *_PICKLES)
-    return model.endswith(endings) or model.startswith(("/", "./", "../")) or os.path.isdir(model)
+    return model.endswith(endings) or model.startswith(("/", "./", "../")) or os.path.exists(model)
 
 
 def hub_id(model: str) -> HubId | None:
@@ -73,8 +75,7 @@ def require_model(model: str) -> None:
             raise LengthwiseError(f"{model!r} {not_served(family)}")
         raise LengthwiseError(
             f"{model!r} is not a model;{did_you_mean(model, [DEMO, *MODELS])} give one of {', '.join([DEMO, *MODELS])}, "
-            "an id of the Hugging Face hub (org/name), or the path of a fair-esm .pt file, of a safetensors file or of a folder "
-            "that transformers wrote"
+            f"an id of the Hugging Face hub (org/name), or the path of {_KINDS_OF_FILES}"
         )
 
 
@@ -84,8 +85,12 @@ def require_checkpoint(model: str) -> None:
         raise LengthwiseError(f"{model}: {no_pickles(str(Path(model).parent))}")
     if not os.path.exists(model):
         raise LengthwiseError(f"there is no file or folder {model}")
-    if not model.endswith(".pt"):
+    if os.path.isdir(model) or model.endswith(".safetensors"):
         weight_files(Path(model))
+    elif not model.endswith(".pt"):
+        folder = Path(model).parent
+        way_out = f"the folder {folder}, which it is in" if (folder / CONFIG).exists() else _KINDS_OF_FILES
+        raise LengthwiseError(f"{model}: holds no weights; give {way_out}")
 
 
 def other_family(name: str) -> str:
@@ -97,6 +102,28 @@ def other_family(name: str) -> str:
 def not_served(family: str) -> str:
     """A clause on a model of another family."""
     return f"is {family}, which is not served yet; Lengthwise embeds with ESM-2 and models of its architecture"
+
+
+def require_all_layers(path: Path, names: Iterable[str], prefix: str, num_layers: int, key: str) -> None:
+    """Raise LengthwiseError if a checkpoint has tensors of more layers than `key` says: it would be read as a shorter model.
+
+    The names of a layer's tensors begin with `prefix` and the layer's number.
+    """
+    pattern = re.compile(rf"{re.escape(prefix)}(\d+)\.")
+    found = 1 + max((int(match[1]) for name in names if (match := pattern.match(name))), default=-1)
+    if found > num_layers:
+        raise LengthwiseError(
+            f"{path}: {key} is {num_layers}, but the weights have {found} layers; correct it ('layers' in the config chooses "
+            "which of a model's layers are stored)"
+        )
+
+
+def require_feed_forward(path: Path, width: int, embed_dim: int) -> None:
+    """Raise LengthwiseError if the feed-forward part of a model is not 4 times as wide as its embeddings."""
+    if width != 4 * embed_dim:
+        raise LengthwiseError(
+            f"{path}: intermediate_size is {width}; another one than 4 x hidden_size ({4 * embed_dim}) is not served yet"
+        )
 
 
 def no_pickles(model: str) -> str:

@@ -291,6 +291,21 @@ def test_a_tensor_of_the_wrong_shape_is_named_when_the_checkpoint_is_read(altere
         checkpoint.read(altered(set_tensor(name, torch.zeros(shape))))
 
 
+def test_fewer_layers_than_the_file_has_are_refused(altered, refused):
+    with refused("altered.pt", "encoder_layers is 1, but the weights have 2 layers"):
+        checkpoint.read(altered(lambda data: setattr(data["cfg"]["model"], "encoder_layers", 1)))
+
+
+def test_another_feed_forward_width_is_not_served(altered, refused):
+    def narrow(data):
+        for index in range(2):
+            for name, shape in (("fc1.weight", (64, 32)), ("fc1.bias", (64,)), ("fc2.weight", (32, 64))):
+                set_tensor(f"layers.{index}.{name}", torch.zeros(shape))(data)
+
+    with refused("altered.pt", "intermediate_size is 64; another one than 4 x hidden_size (128) is not served yet"):
+        checkpoint.read(altered(narrow))
+
+
 def test_layers_with_different_rotary_frequencies_are_one_line(altered, refused):
     path = altered(set_tensor("layers.1.self_attn.rot_emb.inv_freq", torch.ones(8)))
     with refused("altered.pt", "rotary frequencies"):

@@ -19,6 +19,7 @@ import hugging_face
 from fair_esm import assert_right, references
 from lengthwise.esm2 import checkpoint, sources, tokens
 from lengthwise.esm2.engine import Engine
+from lengthwise.esm2.heads import head_facts
 from lengthwise.esm2.outputs import Output
 from lengthwise.esm2.reference import reference_rows
 from lengthwise.esm2.shapes import MODELS, ModelConfig
@@ -227,7 +228,15 @@ OTHERS = {
     "sizes": ({"hidden_size": "32"}, "hidden_size is '32', which is no size"),
     "heads": ({"num_attention_heads": 3}, "does not fit 3 rotary heads"),
     "more-layers": ({"num_hidden_layers": 3}, "tensors, esm.encoder.layer.2.LayerNorm.bias the first of them"),
-    "width": ({"hidden_size": 64}, "esm.embeddings.word_embeddings.weight is (33, 32) and should be (33, 64)"),
+    "fewer-layers": ({"num_hidden_layers": 1}, "num_hidden_layers is 1, but the weights have 2 layers"),
+    "feed-forward": (
+        {"intermediate_size": 64},
+        "intermediate_size is 64; another one than 4 x hidden_size (128) is not served yet",
+    ),
+    "width": (
+        {"hidden_size": 64, "intermediate_size": 256},
+        "esm.embeddings.word_embeddings.weight is (33, 32) and should be (33, 64)",
+    ),
 }
 
 
@@ -237,6 +246,14 @@ def test_a_model_that_is_not_esm2_is_refused_in_one_line(folder, refused, case):
     set_config(folder, **values)
     with refused(str(folder), words):
         checkpoint.read(folder)
+
+
+@pytest.mark.parametrize("config_says", [64, None])
+def test_another_feed_forward_width_is_not_served_and_not_called_damage(tmp_path, refused, config_says):
+    path = hugging_face.write(tmp_path / "narrow", TINY, intermediate_size=64)
+    set_config(path, intermediate_size=config_says)
+    with refused(str(path), "intermediate_size is 64; another one than 4 x hidden_size (128) is not served yet"):
+        checkpoint.read(path)
 
 
 def test_another_order_of_tokens_is_refused(folder, refused):
@@ -289,6 +306,21 @@ def test_values_that_are_not_finite_are_refused(folder, refused, name, value):
         checkpoint.require_finite(folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("name", "output", "ours"),
+    [
+        ("lm_head.dense.weight", "logits", "lm_head.dense.weight"),
+        ("esm.contact_head.regression.bias", "contacts", "contact_head.regression.bias"),
+    ],
+)
+def test_a_head_that_is_not_finite_is_refused_where_it_is_needed(folder, refused, name, output, ours, value):
+    hugging_face.change(folder, lambda tensors: tensors[name][0].fill_(value))
+    with refused(str(folder), f"the tensor {ours} has values that are NaN or infinite; the file is damaged"):
+        head_facts(folder, [output])
+    head_facts(folder, {"logits", "contacts"} - {output})
+
+
 def test_damaged_files_are_refused_in_one_line(folder, refused):
     whole = (folder / "model.safetensors").read_bytes()
     for content in (whole[:-10], whole[:100], b"", b"\x80\x04" + whole, b"<!doctype html>" + whole):
@@ -303,6 +335,23 @@ def test_a_pickle_is_refused_with_the_way_out(folder, refused):
         sources.require_checkpoint(str(folder))
     with refused("can run code", "save_pretrained"):
         sources.require_checkpoint(str(folder / "pytorch_model.bin"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "vocab.txt"])
+def test_a_file_beside_the_weights_is_refused_with_the_folder_to_give(folder, refused, name, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    for given in (folder / name, Path(folder.name, name)):  # the second is like an id of the hub
+        with refused(f"{given}: ", f"give the folder {given.parent}"):
+            sources.require_model(str(given))
+    monkeypatch.chdir(folder)
+    with refused(f"{name}: ", "give the folder ."):
+        sources.require_model(name)
+
+
+def test_a_file_of_another_kind_is_no_model(tmp_path, refused):
+    (tmp_path / "a.fasta").write_text(">a\nMK\n")
+    with refused("a.fasta", "no weights; give a fair-esm .pt file, a safetensors file or the folder"):
+        sources.require_model(str(tmp_path / "a.fasta"))
 
 
 def test_adapters_without_a_model_are_refused_with_the_way_out(folder, refused):

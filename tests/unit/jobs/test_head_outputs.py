@@ -133,6 +133,16 @@ def test_outputs_without_their_heads_are_refused_before_anything_is_computed(
         small_store(tmp_path / "headless.pt", outputs=["logits"])
 
 
+def test_a_regression_with_nan_is_refused_before_anything_is_computed(small_store, tiny_checkpoint, tmp_path, refused):
+    own = tmp_path / "tiny.pt"
+    shutil.copy(tiny_checkpoint, own)
+    weights = {"regression.weight": torch.full((1, 4), torch.nan), "regression.bias": torch.zeros(1)}
+    regression = fair_esm_layout.contact_regression_path(own)
+    torch.save({"model": {f"contact_head.{name}": tensor for name, tensor in weights.items()}}, regression)
+    with refused(f"{regression}: the tensor contact_head.regression.weight", "NaN or infinite; the file is damaged"):
+        small_store(own, outputs=["contacts"])
+
+
 def test_the_demo_model_has_a_contact_head_of_its_own_and_the_same_weights_as_before(tmp_path):
     from lengthwise.esm2.download import fetch
     from lengthwise.esm2.heads import head_facts
