@@ -18,7 +18,7 @@ from lengthwise.esm2.costs import result_bytes_per_token
 from lengthwise.esm2.devices import is_out_of_memory
 from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.passes import BatchResult
-from lengthwise.esm2.status import Status
+from lengthwise.esm2.status import Status, overflow_reason
 from lengthwise.ingest.digests import digest
 from lengthwise.system.text import count
 
@@ -142,7 +142,8 @@ class Windows:
 
     def _reason(self, status: Status, residues: int) -> str:
         if status == Status.NON_FINITE:
-            return f"non_finite: a number overflowed {self.engine.precision} or {self.engine.output.storage_dtype}"
+            output = self.engine.output
+            return overflow_reason(self.engine.precision, output.storage_dtype, "dtype", output.outputs)
         if status == Status.DOES_NOT_FIT:
             gigabytes = self.engine.bytes_per_token * (residues + 2) / 1e9
             return f"does_not_fit: needs about {gigabytes:.1f} GB of memory beside the weights"

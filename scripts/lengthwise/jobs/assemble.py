@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lengthwise.errors import LengthwiseError
-from lengthwise.esm2.status import Status
+from lengthwise.esm2.status import Status, overflow_reason
 from lengthwise.esm2.tensors import PERPLEXITY
 from lengthwise.ingest.tables import FILE
 from lengthwise.ingest.tables import WINDOWS as WINDOWED_TABLE
@@ -34,14 +34,11 @@ from lengthwise.system.files import atomic, checked_sha256, facts, read_json, sc
 _BATCH_ROWS = 1 << 17
 _OPEN_SHARDS = 128
 
-# Why a sequence has no numbers; {gigabytes} is the memory that its length needs.
-_REASONS = {
-    Status.NON_FINITE: "non_finite: a number overflowed the compute or storage type; set precision and storage_dtype to float32",
-    Status.DOES_NOT_FIT: (
-        "does_not_fit: needs about {gigabytes} GB of memory beside the weights; set retry_rejected: true"
-        " to embed it on a device with more"
-    ),
-}
+# {gigabytes} is the memory that a sequence's length needs.
+_DOES_NOT_FIT = (
+    "does_not_fit: needs about {gigabytes} GB of memory beside the weights; set retry_rejected: true"
+    " to embed it on a device with more"
+)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 _JOIN = """
@@ -99,7 +96,7 @@ def assemble(
         out_of_core("assemble", memory_bytes, scratch, threads=1) as database,
         ExitStack() as replaced,  # at its end the files of an earlier index are replaced, one right after the other
     ):
-        _find_places(database, store, jobs, settings["fingerprint"], _more_columns(settings))
+        _find_places(database, store, jobs, settings)
         windowed = store / "inputs" / dataset / WINDOWED_TABLE if WINDOWED_TABLE in summary.get("files", {}) else None
         if windowed:
             checked_sha256(windowed, summary)
@@ -190,20 +187,21 @@ def _more_columns(settings: dict) -> list[str]:
     return [PERPLEXITY] if "logits" in settings["outputs"] else []
 
 
-def _find_places(
-    database: duckdb.DuckDBPyConnection, store: Path, jobs: list[str], fingerprint: str, more: list[str]
-) -> None:
-    """Create the table `place`: where each sequence of these jobs is, and its numbers in the tensors `more`."""
+def _find_places(database: duckdb.DuckDBPyConnection, store: Path, jobs: list[str], settings: dict) -> None:
+    """Create the table `place`: where each sequence of these jobs is, and its numbers in the tensors that are columns too."""
+    more = _more_columns(settings)
     extra = "".join(f", {name}" for name in more)
     database.execute("CREATE TABLE reasons (verdict UTINYINT, why VARCHAR)")
-    database.executemany("INSERT INTO reasons VALUES (?, ?)", [list(item) for item in _REASONS.items()])
+    overflow = overflow_reason(settings["precision"], settings["storage_dtype"], "storage_dtype", settings["outputs"])
+    reasons = [[Status.NON_FINITE, overflow], [Status.DOES_NOT_FIT, _DOES_NOT_FIT]]
+    database.executemany("INSERT INTO reasons VALUES (?, ?)", reasons)
     database.execute(
         "CREATE TABLE held (digest BLOB, shard VARCHAR, sequence_no INTEGER, row_start BIGINT, verdict UTINYINT"
         f"{''.join(f', {name} FLOAT' for name in more)})"
     )
     for job in jobs:
         for name in read_json(job_record_path(store, job), "shards")["shards"]:
-            shard = open_named(shard_path(store, name), fingerprint)
+            shard = open_named(shard_path(store, name), settings["fingerprint"])
             n, digests = len(shard["status"]), pa.py_buffer(shard["digests"].tobytes())
             columns = {
                 "digest": pa.FixedSizeBinaryArray.from_buffers(pa.binary(24), n, [None, digests]),

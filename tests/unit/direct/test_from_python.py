@@ -425,9 +425,22 @@ def test_what_overflows_float32_or_the_type_asked_for_is_rejected_with_the_reaso
     found = model.embed(sequences, 0, dtype="float16", errors="return")
     assert [one.reason.split(":")[0] for one in found] == ["", "non_finite"]
     assert found[1].arrays == {}
-    with refused("sequence 1 (counted from 0)", "non_finite", "float16"):
+    with refused("sequence 1 (counted from 0)", "non_finite", "overflowed float32 or float16; set dtype to float32"):
         model.embed(sequences, 0, dtype="float16")
     assert np.isfinite(model.embed(sequences, 0)[1].residue).all()
+
+
+def test_what_overflows_float32_everywhere_is_the_weights(load, tiny_checkpoint, tmp_path):
+    data = torch.load(tiny_checkpoint, weights_only=False)
+    data["model"]["encoder.sentence_encoder.embed_tokens.weight"][22] = 3e38  # W
+    torch.save(data, tmp_path / "spoiled.pt")
+    model, sequences = load(tmp_path / "spoiled.pt"), ["MKTAY", "MKWAY"]
+    _, pooled = model.embed(sequences, outputs="mean", dtype="float16", errors="return")
+    _, found = model.embed(sequences, errors="return")
+    assert pooled.reason == found.reason
+    assert found.reason.startswith("non_finite: a number overflowed float32;")
+    assert "weights" in found.reason
+    assert found.reason.count("float32") == 2
 
 
 def test_what_does_not_fit_into_memory_is_rejected_with_the_reason_and_the_others_stay(tiny, refused, monkeypatch):

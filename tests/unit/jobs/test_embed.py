@@ -461,6 +461,11 @@ def test_what_overflows_is_nan_in_the_sequences_concerned_alone(
     manifest = store.assemble("a")
     assert manifest["reasons"] == ({} if good else {"non_finite": len(concerned)})
     assert manifest["accepted"] == len(proteins) - (0 if good else len(concerned))
+    if not good:
+        (reason,) = set(store.open("a").records["reason"].dropna()) - {""}
+        assert ("set storage_dtype to float32" in reason) == (store.settings["storage_dtype"] == "float16")
+        assert "set precision" not in reason
+        assert "weights make numbers beyond float32" in reason
 
 
 @pytest.mark.parametrize("precision", ["float16", "float32"])
