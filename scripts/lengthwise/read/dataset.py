@@ -179,7 +179,8 @@ class Dataset(Embeddings):
         if kind in OUTPUTS and kind not in POOLED:
             raise LengthwiseError(f"{self.path}: {kind!r} is not pooled; read it by id")
         if kind not in stored and not (kind in OF_ROWS and "residue" in stored):
-            raise LengthwiseError(f"{self.path}: {kind!r} was not stored; 'outputs' in the config lists what is")
+            rows = ", and to compute it needs rows (residue), which this store does not have" if kind in OF_ROWS else ""
+            raise LengthwiseError(f"{self.path}: {kind!r} was not stored{rows}; 'outputs' in the config lists what is")
         out = np.empty((len(self), self.settings["embed_dim"]), np.float32)
         places = self.ids.array()
         in_windows = self._windows.find(self._index.digest[places])

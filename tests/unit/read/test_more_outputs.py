@@ -88,7 +88,7 @@ def test_a_refused_config_says_which_outputs_need_no_forward_pass(small_store, s
 def test_what_neither_rows_nor_vectors_give_is_refused(stores, refused):
     with refused("'bos' was not stored"):
         stores["rows"].open("a").pooled("bos")
-    with refused("'mean' was not stored"):
+    with refused("'mean' was not stored", "needs rows (residue)", "this store does not have"):
         stores["pooled"].open("a").pooled("mean")
     with refused("'residue' is not pooled"):
         stores["rows"].open("a").pooled("residue")
