@@ -45,6 +45,8 @@ class Model:
         The model's layers, and its width D.
     weights_sha256
         Which weights these are, as in a store's settings.
+    random_weights
+        Whether they are random, so that embeddings mean nothing.
     """
 
     def __init__(
@@ -69,14 +71,14 @@ class Model:
         with _messages_shown():
             receipt = self._fetch()
             self.num_layers, self.embed_dim = receipt["num_layers"], receipt["embed_dim"]
-            self.weights_sha256 = receipt["sha256"]
+            self.weights_sha256, self.random_weights = receipt["sha256"], receipt["random_weights"]
             output = Output((self.num_layers,), ("mean",), "float32")
             self._engine = open_engine(Path(receipt["path"]), torch_device, precision, output)
         self._stamp = {key: receipt[key] for key in weights_stamp(self._engine.checkpoint)}
         self._require_unchanged()
         self._engines = {output: self._engine}  # of the same weights
         self._tokens: dict[Output, int] = {}
-        if receipt["random_weights"]:
+        if self.random_weights:
             warnings.warn(f"RANDOM WEIGHTS: embeddings of the model {self.name!r} mean nothing", stacklevel=4)
 
     def _fetch(self) -> dict:
