@@ -47,7 +47,7 @@ def test_the_modules_of_an_extra_are_those_of_its_packages(extra):
     ("file", "extras", "left_out"),
     [
         ("lengthwise", ("", "embed", "workflow"), {"snakemake"}),
-        ("development", ("", "embed", "workflow", "slurm", "test"), set()),
+        ("development", ("", "embed", "workflow", "slurm", "example", "test"), set()),
     ],
 )
 def test_a_conda_environment_asks_for_the_same_versions(file, extras, left_out):
