@@ -1,15 +1,17 @@
-"""A run with streamed weights: the rows of a resident one, after a kill too; and the largest model in a few gigabytes."""
+"""A run with streamed weights: the rows of a resident one, after kills too; and the largest model in a few gigabytes."""
 
 import os
 import signal
 import time
 import warnings
 
+import psutil
 import pytest
 from project import Project, ShardLock, random_sequences, wait_for
 
 from lengthwise.benchmark.weights import write_weights
-from lengthwise.esm2.shapes import MODELS
+from lengthwise.esm2.checkpoint import write_random
+from lengthwise.esm2.shapes import MODELS, ModelConfig
 from lengthwise.store.metrics import read_metrics
 from lengthwise.system.files import read_json
 
@@ -31,7 +33,7 @@ def contents_of_a_run(project: Project, residency: str) -> dict[str, str]:
     return project.contents()
 
 
-def test_a_streamed_run_stores_the_rows_of_a_resident_one_also_after_a_kill(planned, tmp_path):
+def test_a_streamed_run_stores_the_rows_of_a_resident_one_also_after_a_kill_between_waves(planned, tmp_path):
     expected = contents_of_a_run(planned.copy(tmp_path / "resident"), "resident")
     project = planned.copy(tmp_path / "streamed")
     assert len(project.shards_of(project.jobs[0])) > 4
@@ -43,6 +45,36 @@ def test_a_streamed_run_stores_the_rows_of_a_resident_one_also_after_a_kill(plan
     lock.open()
     assert project.snakemake("--unlock").code == 0
     assert contents_of_a_run(project, "streamed") == expected
+
+
+def test_a_job_that_is_killed_within_a_wave_goes_on(tmp_path):
+    planned = Project.with_tiny_model(tmp_path / "planned", a=random_sequences(250, seed=5, longest=120))
+    write_random(planned.folder / "tiny.pt", ModelConfig(12, 320, 20))  # a wave takes seconds
+    planned.configure(inputs=["in/*.fasta"], model="tiny.pt", shard_bytes=1_048_576)
+    run = planned.snakemake("results/tiny/plan/jobs.tsv")
+    assert run.code == 0, run.output
+    expected = contents_of_a_run(planned.copy(tmp_path / "resident"), "resident")
+    project, computed = planned.copy(tmp_path / "streamed"), []
+    process = project.begin("results/tiny/datasets/a/manifest.json", "--config", "residency=streamed")
+
+    def is_within_a_wave() -> bool:
+        """Whether the job has computed for a while since its shards were begun."""
+        if len(list(project.store.glob("shards/*/.*.tmp"))) > 1:
+            computed.extend(psutil.Process(job).cpu_times().user for job in project.script_processes())
+        return bool(computed) and computed[-1] > computed[0] + 0.3
+
+    wait_for(lambda: is_within_a_wave() or process.poll() is not None)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    log = project.store / "logs" / "embed" / f"{project.jobs[0]}.log"
+    _, compared, later = log.read_text().partition("compared with fair-esm")  # the first shard's rows
+    assert compared
+    assert "a wave of" not in later
+    assert len(list(project.store.glob("shards/*/.*.tmp"))) > 1
+    assert len(project.shards()) == 1
+    assert project.snakemake("--unlock").code == 0
+    assert contents_of_a_run(project, "streamed") == expected
+    assert "a wave of" in log.read_text()  # else the engine says it in other words
 
 
 @pytest.mark.huge
