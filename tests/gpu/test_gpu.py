@@ -23,6 +23,7 @@ from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.outputs import Output
 from lengthwise.esm2.reference import reference_rows
 from lengthwise.esm2.shapes import MODELS
+from lengthwise.esm2.streamed import StreamedEngine
 from lengthwise.ingest.digests import digest
 from lengthwise.jobs.embed_job import embed_job
 from lengthwise.jobs.pipeline import Progress, ShardPipeline
@@ -204,6 +205,16 @@ def test_auto_batches_fit_and_a_batch_that_does_not_is_halved(weights):
     assert all((result.status == 0).all() for result in results)
     found = np.concatenate([next(iter(result.arrays.values())) for result in results])
     assert_alike([found.astype(np.float32)], [np.concatenate(expected).astype(np.float32)])
+
+
+def test_streamed_weights_give_the_rows_of_resident_ones(weights):
+    path, sequences = weights(MIDDLE), mixed(RESIDUES)
+    resident = engine(path)
+    output = Output((last_layer(path),), ("residue",), "float32")
+    streamed = StreamedEngine(path, DEVICE, resident.precision, output)
+    found = rows(streamed, sequences, 8_192)
+    assert streamed.read_seconds > 0
+    assert_alike(found, rows(resident, sequences, 8_192), DTYPES[resident.precision])
 
 
 def test_cards_without_the_varlen_kernel_get_the_same(weights, monkeypatch):

@@ -49,6 +49,10 @@ def test_the_same_protein_in_other_batches_differs_by_rounding(weights):
     gpu_tests.test_the_same_protein_in_other_batches_differs_by_rounding(weights, "float32")
 
 
+def test_streamed_weights_give_the_rows_of_resident_ones(weights):
+    gpu_tests.test_streamed_weights_give_the_rows_of_resident_ones(weights)
+
+
 def test_shards_are_written_while_the_gpu_computes_and_the_metrics_say_so(weights, tmp_path):
     gpu_tests.test_shards_are_written_while_the_gpu_computes_and_the_metrics_say_so(weights, tmp_path)
 

@@ -105,7 +105,7 @@ def stride_of(
     """Each round embeds every so manieth sequence: all are embedded in the end, or as many as take the seconds.
 
     Trial passes over ever more sequences find the rate; they warm up libraries and buffers too. This package's engine gets a full
-    batch at least.
+    batch at least; with streamed weights, what hides the reading of them.
     """
     if seconds == math.inf:
         return rounds
@@ -117,7 +117,7 @@ def stride_of(
         if took >= TRIAL_SHARE * seconds / rounds or len(part) == len(sequences):
             break
         n *= 4
-    fitting = max(len(part) * seconds / rounds / took, (loaded.batch_tokens or 0) / (length + 2))
+    fitting = max(len(part) * seconds / rounds / took, loaded.least_tokens / (length + 2))
     return max(rounds, int(len(sequences) / fitting))
 
 

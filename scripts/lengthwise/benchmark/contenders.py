@@ -19,10 +19,16 @@ from lengthwise.esm2.devices import DTYPES
 from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.model import emulated_on_cpu
 from lengthwise.esm2.outputs import Output
+from lengthwise.esm2.residency import hiding_tokens
 from lengthwise.esm2.shapes import ModelConfig
+from lengthwise.esm2.streamed import StreamedEngine
 
 EXTRACT = "fair-esm extract.py"
 RESIDUE, MEAN, DISK = "Lengthwise", "Lengthwise, means alone", "Lengthwise, to disk"
+STREAMED = "Lengthwise, streamed"
+# A timed pass of streamed weights has so many times the tokens that hide reading them at the assumed speed: a GPU may be several
+# times as fast, and nothing hides reading the first layer.
+HIDING_TIMES = 10
 SHARD_BYTES = 1 << 30  # the config's default
 # Larger models run in half precision alone, the type of their published checkpoints.
 FLOAT32_PARAMETERS = 1e9
@@ -43,6 +49,7 @@ class Loaded:
     ways: dict[str, Embed]
     engine: Engine | None = None  # where it is this package's
     batch_tokens: int | None = None  # of a batch of this package's engine
+    least_tokens: int = 0  # of a timed pass
 
     @property
     def is_compiled(self) -> bool | None:
@@ -114,6 +121,8 @@ def contenders_of(
         chosen = names if precision == production else names[:1]
         load = partial(_load_lengthwise, weights, config, device, precision, chosen, rows_folder)
         yield Contender(chosen, precision, precision == production, load)
+    load = partial(_load_lengthwise, weights, config, device, production, (STREAMED,), rows_folder)
+    yield Contender((STREAMED,), production, False, load)
 
 
 def _missing(module: str) -> str:
@@ -143,15 +152,20 @@ def _load_lengthwise(
     """One engine for all ways: what differs is what becomes of the last layer's rows."""
     storage = "float32" if precision == "float32" else "float16"
     residue, mean = (Output((config.num_layers,), (kind,), storage) for kind in ("residue", "mean"))
-    engine = Engine(weights, device, precision, residue, compile=True)
+    kind = StreamedEngine if STREAMED in names else Engine
+    engine = kind(weights, device, precision, residue, compile=True)
     batch_tokens = engine.auto_batch_tokens()
     ways: dict[str, Embed] = {
         RESIDUE: partial(_embed, engine, residue, batch_tokens),
+        STREAMED: partial(_embed, engine, residue, batch_tokens),
         MEAN: partial(_embed, engine, mean, batch_tokens),
     }
     if DISK in names:
         ways[DISK] = _to_disk(engine, residue, batch_tokens, rows_folder)
-    return Loaded({name: ways[name] for name in names}, engine, batch_tokens)
+    least_tokens = batch_tokens
+    if STREAMED in names:
+        least_tokens = max(batch_tokens, HIDING_TIMES * hiding_tokens(config, device.type, DTYPES[precision].itemsize))
+    return Loaded({name: ways[name] for name in names}, engine, batch_tokens, least_tokens)
 
 
 def _embed(engine: Engine, output: Output, batch_tokens: int, sequences: list[bytes]) -> Iterator[Part]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lengthwise.benchmark.cell import Cell, Row, errors_of, most_tokens, stride_of
-from lengthwise.benchmark.contenders import EXTRACT, Choice, Contender, Loaded, contenders_of
+from lengthwise.benchmark.contenders import EXTRACT, STREAMED, Choice, Contender, Loaded, contenders_of
 from lengthwise.benchmark.matmul import matmul_rate, synchronize
 from lengthwise.benchmark.peers import reference
 from lengthwise.benchmark.tables import said
@@ -173,7 +173,7 @@ class Benchmark:
                 facts: Row = {"engine": name, "precision": contender.precision, "compiled": loaded.is_compiled}
                 rows = [array for part in embed(compared) for array in part.rows]
                 facts["load_seconds"] = time.perf_counter() - began
-                if loaded.engine is not None:  # by now it has the outputs of this way
+                if loaded.engine is not None and name != STREAMED:  # by now it has the outputs of this way
                     facts["bytes_per_token"] = loaded.engine.bytes_per_token
                 if expected:
                     facts |= errors_of(rows, expected)

@@ -20,7 +20,7 @@ COLUMNS = (
     "matmul_flops",  # FLOP/s of plain matrix products in the same precision, median of the rounds
     "share_of_matmul",  # FLOP/s over these
     "load_seconds",  # of load, compilation and warm-up
-    "peak_bytes",  # allocated GPU memory beside the weights; empty on a CPU, whose memory the engines share
+    "peak_bytes",  # allocated GPU memory beside resident weights; empty on a CPU, whose memory the engines share
     "share_of_formula",  # that memory over what the engine expects of its largest batch
     "clock_mhz",  # of a GPU while it worked, median of the rounds
     "watts",  # its power, likewise

@@ -171,3 +171,9 @@ def tokens_in_time(
     read_seconds = read_seconds or itemsize * shape.parameters / WEIGHTS_PER_SECOND[device]
     rate = flops_per_second or ASSUMED_FLOPS[device]
     return max(1, int(rate * max(WAVE_SECONDS, read_seconds) / (shape.flops(300) / 302)))
+
+
+def hiding_tokens(shape: ModelConfig, device: str, itemsize: int) -> int:
+    """Tokens whose computing takes as long as reading all weights, by what is assumed of both; of proteins of 300 residues."""
+    read_seconds = itemsize * shape.parameters / WEIGHTS_PER_SECOND[device]
+    return int(ASSUMED_FLOPS[device] * read_seconds / (shape.flops(300) / 302))

@@ -21,7 +21,7 @@ import torch
 from lengthwise.__main__ import _parser, main
 from lengthwise.benchmark import card, command, contenders, matmul, peers, weights
 from lengthwise.benchmark.cell import stride_of, timed
-from lengthwise.benchmark.contenders import DISK, EXTRACT, MEAN, RESIDUE, Choice, Loaded
+from lengthwise.benchmark.contenders import DISK, EXTRACT, MEAN, RESIDUE, STREAMED, Choice, Loaded
 from lengthwise.benchmark.measure import Limits
 from lengthwise.benchmark.peers import Part
 from lengthwise.benchmark.sequences import random_sequences, read_fasta
@@ -87,7 +87,13 @@ def rows(tiny, tmp_path_factory):
 def test_each_engine_and_precision_has_a_row(rows):
     names = [(row["engine"], row["precision"]) for row in rows]
     assert (EXTRACT, "float32") in names
-    assert {(RESIDUE, "float32"), (RESIDUE, "bfloat16"), (MEAN, "float32"), (DISK, "float32")} <= set(names)
+    assert {
+        (RESIDUE, "float32"),
+        (RESIDUE, "bfloat16"),
+        (MEAN, "float32"),
+        (DISK, "float32"),
+        (STREAMED, "float32"),
+    } <= set(names)
     assert tuple(rows[0]) == COLUMNS
     assert {row["status"] for row in rows} == {""}
     assert {row["residues"] for row in rows} == {"3000"}  # without limits each embeds everything
@@ -96,7 +102,7 @@ def test_each_engine_and_precision_has_a_row(rows):
 def test_errors_are_as_large_as_the_precision_allows(rows):
     by_name = {(row["engine"], row["precision"]): row for row in rows}
     assert float(by_name[EXTRACT, "float32"]["max_error"]) < 2e-5  # padding is exact in fair-esm
-    for name in (RESIDUE, MEAN, DISK):
+    for name in (RESIDUE, MEAN, DISK, STREAMED):
         assert float(by_name[name, "float32"]["max_error"]) < 2e-5
     assert 1e-4 < float(by_name[RESIDUE, "bfloat16"]["max_error"]) < 0.2
     assert float(by_name[RESIDUE, "bfloat16"]["min_cosine"]) > 0.999
@@ -144,7 +150,7 @@ def test_a_pass_takes_about_its_share_of_the_time_and_holds_a_full_batch():
     stride = stride_of(Loaded({}), embed, sequences, CPU, 2, 0.4)
     assert 0.1 < len(sequences[::stride]) * 1e-5 < 0.25
     assert stride_of(Loaded({}), embed, sequences, CPU, 2, math.inf) == 2
-    stride = stride_of(Loaded({}, batch_tokens=50_000 * 102), embed, sequences, CPU, 2, 0.4)
+    stride = stride_of(Loaded({}, least_tokens=50_000 * 102), embed, sequences, CPU, 2, 0.4)
     assert len(sequences[::stride]) == 50_000
 
 
@@ -315,7 +321,13 @@ def test_torch_numpy_safetensors_and_fair_esm_suffice_with_three_more_for_rows_o
     for name in ABSENT:
         (stubs / f"{name}.py").write_text(f"raise ModuleNotFoundError('{name} is absent')\n")
     environment = os.environ | {"PYTHONPATH": f"{stubs}{os.pathsep}{SCRIPTS}"}
-    for more, engines in ((), {EXTRACT, RESIDUE, MEAN, DISK}), (("pyarrow", "crc32c"), {EXTRACT, RESIDUE, MEAN}):
+    for more, engines in (
+        ((), {EXTRACT, RESIDUE, MEAN, DISK, STREAMED}),
+        (
+            ("pyarrow", "crc32c"),
+            {EXTRACT, RESIDUE, MEAN, STREAMED},
+        ),
+    ):
         for name in more:
             (stubs / f"{name}.py").write_text(f"raise ModuleNotFoundError('{name} is absent')\n")
         arguments = ["--checkpoint", tiny, "--device", "cpu", "--out", tmp_path, "--residues", 600, "--rounds", 1]
