@@ -1,9 +1,10 @@
 """What streamed weights cost beside resident ones on this CPU: nine batches of six proteins of 300 residues, in float32.
 
 ``python tests/streamed_cost.py esm2_t33_650M_UR50D`` prints peak resident memory, processor time of the passes and
-time of loading. Each of the two is a process of its own.
+time of loading, and the tokens of each wave. Each of the two is a process of its own.
 """
 
+import logging
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ THREADS = 2
 
 def measure(weights: Path, residency: str, layers: int) -> None:
     """Embed the batches and print what it took."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)  # the engine says each wave
     torch.set_num_threads(THREADS)
     began = time.monotonic()
     output = Output((layers,), ("mean",), "float32")
