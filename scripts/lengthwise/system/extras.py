@@ -71,6 +71,7 @@ def _is_absent(module: str) -> bool:
 def _advice(absent: list[str], extra: str) -> str:
     clone = Path(__file__).resolve().parents[3]
     brackets = f"[{extra}]" if extra else ""
-    what = f"-e '{clone}{brackets}'" if (clone / "pyproject.toml").exists() else f"'lengthwise{brackets}'"
+    # Lengthwise is in no index, so without a clone only the user knows where it came from.
+    what = f"-e '{clone}{brackets}'" if (clone / "pyproject.toml").exists() else f"'CLONE_OR_WHEEL{brackets}'"
     needs = f"of the extra {extra!r}" if extra else "that Lengthwise needs"
     return f"not installed, {needs}: {', '.join(absent)}; run: pip install {what}"
