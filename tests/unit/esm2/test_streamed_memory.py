@@ -57,4 +57,6 @@ def test_streamed_weights_take_the_memory_of_a_few_layers_not_of_the_file(tmp_pa
     assert file.stat().st_size > 0.95 * FILE_BYTES
     taken = peak_bytes(weights)
     print(f"{layout}: {taken / 1e6:.0f} MB of {FILE_BYTES / 1e6:.0f}")
-    assert taken < 0.4 * FILE_BYTES
+    assert (
+        taken < 0.6 * FILE_BYTES
+    )  # torch 2.6 and safetensors 0.5 take 0.48, newer ones less; all layers at once more than 1
