@@ -208,6 +208,7 @@ def test_auto_batches_fit_and_a_batch_that_does_not_is_halved(weights):
 
 
 def test_streamed_weights_give_the_rows_of_resident_ones(weights):
+    pytest.importorskip("psutil")  # it says how much memory is free for a wave
     path, sequences = weights(MIDDLE), mixed(RESIDUES)
     resident = engine(path)
     output = Output((last_layer(path),), ("residue",), "float32")

@@ -121,6 +121,9 @@ def contenders_of(
         chosen = names if precision == production else names[:1]
         load = partial(_load_lengthwise, weights, config, device, precision, chosen, rows_folder)
         yield Contender(chosen, precision, precision == production, load)
+    if error := _missing("psutil"):  # which says how much memory is free for a wave
+        log(f"left out, streamed weights: {error}")
+        return
     load = partial(_load_lengthwise, weights, config, device, production, (STREAMED,), rows_folder)
     yield Contender((STREAMED,), production, False, load)
 
