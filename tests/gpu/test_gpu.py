@@ -263,7 +263,13 @@ def test_a_job_is_compared_with_fair_esm_on_its_device(weights, tmp_path):
     shape = {name: getattr(checkpoint.read(path)[0], name) for name in ("num_layers", "embed_dim", "attention_heads")}
     receipt = {"model": str(path), "path": str(path), "bytes": path.stat().st_size, "sha256": sha256(path)}
     receipt |= {**shape, **stamp(path), "random_weights": True}
-    config = {"model": str(path), "layers": [-1], "precision": "auto", "storage_dtype": "float16"}
+    config = {
+        "model": str(path),
+        "layers": [-1],
+        "default_layer": "auto",
+        "precision": "auto",
+        "storage_dtype": "float16",
+    }
     config |= {"outputs": ["residue", "mean"], "device": DEVICE.type}
     settings = settings_module.make(config, receipt, DEVICE.type)
     write_json(tmp_path / "settings.json", settings)

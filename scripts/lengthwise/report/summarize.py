@@ -102,7 +102,8 @@ def summarize(
         "map": projection.records if projection else no_records,
     }
     tables.write(written, out)
-    tables.write_columns(out)
+    compared = _compared_windows(windows, ledger, out) if windows else None
+    tables.write_columns(out, [name for name in tables.COLUMNS if windows or name != "windows"])
     tables.write_parquet(study if kept is None else kept, out / "scaling.parquet")
     facts = _facts(settings, job_records, batches, devices, ledger, proteins)
     facts |= {"shards": len(shards), "missing_metrics": len(shards) - len(present)}
@@ -116,7 +117,7 @@ def summarize(
         by_dataset=proteins.by_dataset.head(SHOWN).to_dict("index"),
         policies=_policies(ledger),
         truncated=sum((row.get("changes") or {}).get(TRUNCATED, 0) for row in ledger),
-        windows=None if windows is None else _compared_windows(windows, ledger),
+        windows=compared,
         reason_words=REASONS,
         reasons=sum((Counter(row["reasons"]) for row in ledger), Counter()).most_common(),
         figures=shown,
@@ -142,7 +143,7 @@ def summarize(
     )
     with atomic(out / "index.html") as part:
         part.write_text(page, encoding="utf-8")
-    others = [windows.name] if windows else []
+    others = [windows.name, "windows.parquet"] if windows else []
     write_receipt(out, [*_written_files(written, kept, out), *others], datasets=list(datasets))
     return facts
 
@@ -192,13 +193,14 @@ def _policies(ledger: list[dict]) -> list[int]:
     return sorted({policy["max_residues"] for policy in policies if policy.get("long_policy") == "skip"})
 
 
-def _compared_windows(table: Path, ledger: list[dict]) -> dict:
-    """Of proteins in windows beside whole ones: the sample's rows, medians, and the windows' sizes."""
+def _compared_windows(table: Path, ledger: list[dict], out: Path) -> dict:
+    """Proteins in windows beside whole ones: the sample's rows, medians, the windows' sizes. Copies the table to Parquet."""
     try:
         compared = pd.read_csv(table, sep="\t")
         rows = compared.sort_values("deviation", ascending=False).head(SHOWN).to_dict("records")
     except (ValueError, KeyError, OSError) as error:
         raise LengthwiseError(f"{table}: damaged; remove it and run snakemake again") from error
+    tables.write_parquet(compared, out / "windows.parquet")
     policy = next(row["policy"] for row in ledger)
     medians = compared[["deviation", "mean_deviation"]].median().to_dict()
     return {"rows": rows, "n": len(compared), **medians, **{key: policy[key] for key in ("window_residues", "overlap")}}

@@ -1,5 +1,6 @@
 """Tables of the report: batches, bins of length, jobs, devices and datasets, as TSV and Parquet."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import duckdb
@@ -182,9 +183,9 @@ def write(tables: dict[str, pd.DataFrame | pa.Table], out: Path) -> None:
         _write_parquet(arrow, out / f"{name}.parquet")
 
 
-def write_columns(out: Path) -> None:
-    """Write columns.tsv: the meaning of each table's columns."""
-    meanings = [(name, column, text) for name, columns in COLUMNS.items() for column, text in columns.items()]
+def write_columns(out: Path, names: Collection[str]) -> None:
+    """Write columns.tsv: the meaning of these tables' columns."""
+    meanings = [(name, column, text) for name in names for column, text in COLUMNS[name].items()]
     columns = pd.DataFrame(meanings, columns=["table", "column", "meaning"])
     _write_tsv(pa.Table.from_pandas(columns, preserve_index=False), out / "columns.tsv")
 

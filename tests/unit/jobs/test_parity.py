@@ -259,8 +259,8 @@ def test_what_is_compared_is_what_is_stored(new, refused, monkeypatch):
     store, (job,) = new()
     write = ShardWriter.write
 
-    def wrong(self, first, arrays, lengths, status):
-        write(self, first, {n: np.roll(a, 1, 0) if n == "layer_2" else a for n, a in arrays.items()}, lengths, status)
+    def wrong(self, first, arrays, status):
+        write(self, first, {n: np.roll(a, 1, 0) if n == "layer_2" else a for n, a in arrays.items()}, status)
 
     monkeypatch.setattr(ShardWriter, "write", wrong)
     with refused("layer_2", "as it is stored"):
@@ -273,8 +273,8 @@ def test_wrong_rows_of_another_process_are_made_again_and_not_held_against_this_
     store, (job,) = new()
     write = ShardWriter.write
 
-    def wrong(self, first, arrays, lengths, status):
-        write(self, first, {name: rows + 1 for name, rows in arrays.items()}, lengths, status)
+    def wrong(self, first, arrays, status):
+        write(self, first, {name: rows + 1 for name, rows in arrays.items()}, status)
 
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "write", wrong)
@@ -482,8 +482,8 @@ def test_the_float32_twin_is_loaded_once_a_job_and_not_kept_for_the_receipt_alon
     loaded.clear()
     status = engine.finite_status
 
-    def half_overflows(results, packing):
-        found = status(results, packing)
+    def half_overflows(results, packing, *contacts):
+        found = status(results, packing, *contacts)
         return (
             found if len(found) == 1 else torch.full_like(found, Status.NON_FINITE)
         )  # repairs are of one sequence each

@@ -223,7 +223,7 @@ def test_a_store_that_may_only_be_read_is_listed_and_not_pruned(finished, refuse
 
 def test_a_store_without_locks_is_listed_and_not_pruned(store, without, refused, monkeypatch):
     without("b")
-    monkeypatch.setattr("lengthwise.system.locks.lock", lambda *_: False)
+    monkeypatch.setattr("lengthwise.system.locks.lock", lambda *_, **__: False)
     assert unused(store)
     with refused("has no locks"):
         unused(store, delete=True)

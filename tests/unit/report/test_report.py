@@ -283,11 +283,15 @@ def test_every_column_of_every_table_is_explained_in_tsv_and_parquet(whole):
     store, _ = whole
     out = store.folder / "report"
     explained = pd.read_csv(out / "columns.tsv", sep="\t").groupby("table")["column"].agg(list)
-    for table, meanings in MEANINGS.items():
+    written = {
+        table: meanings for table, meanings in MEANINGS.items() if table != "windows"
+    }  # no protein is in windows
+    assert set(explained.index) == set(written)
+    for table, meanings in written.items():
         columns = list(pd.read_csv(out / f"{table}.tsv", sep="\t").columns)
         assert sorted(columns) == sorted(meanings) == sorted(explained[table])
         assert list(pd.read_parquet(out / f"{table}.parquet").columns) == columns
-    assert {path.stem for path in out.glob("*.parquet")} == set(MEANINGS)
+    assert {path.stem for path in out.glob("*.parquet")} == set(written)
 
 
 def test_every_point_of_a_figure_has_a_hover_text(whole):
