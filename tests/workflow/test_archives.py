@@ -15,7 +15,16 @@ ROOT = Path(__file__).resolve().parents[2]
 EARLIER_STORE = Path(__file__).parent / "data" / "store_of_0e749b6.tar.gz"
 # Folders whose files all travel, and the others' files that do.
 WHOLE_FOLDERS = ("docs", "envs", "scripts", "tests", "workflow")
-SINGLE_FILES = ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "config/README.md")
+SINGLE_FILES = (
+    "CITATION.cff",
+    "Dockerfile",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "config/README.md",
+)
 CONFIG_FILES = ("config/config.yaml", "config/example.fasta")
 
 pytestmark = pytest.mark.slow
@@ -128,4 +137,4 @@ def test_the_source_archive_runs_the_demo_and_the_wheel_reads_it(unpacked, readi
     dataset = unpacked / "results/demo/datasets/example"
     printed = run(reading_python, "-c", READ, dataset, folder=unpacked.parent).decode(errors="replace")
     assert "weights: good\ndataset example: good, 79 records\n" in printed
-    assert "not installed, of the extra 'embed': torch; run: pip install 'lengthwise[embed]'\n" in printed
+    assert "not installed, of the extra 'embed': torch; run: pip install 'CLONE_OR_WHEEL[embed]'\n" in printed
