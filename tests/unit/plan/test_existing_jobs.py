@@ -210,7 +210,10 @@ def test_a_damaged_work_order_is_written_again(store, damage, is_finished):
         store.embed(job)
     path, expected = work_order_path(store.path, job), store.work_order(job)
     if damage == "one byte":
-        flip(path, path.read_bytes().index(expected["digest"][0]))
+        inner = sorted(expected["digest"])[
+            len(expected) // 2
+        ]  # the least and the greatest may be in a page's statistics too
+        flip(path, path.read_bytes().index(inner))
     else:
         damage(path)
     assert not is_intact(path, store.settings["fingerprint"])
