@@ -12,6 +12,16 @@ import torch
 from lengthwise.esm2.checkpoint import write_random
 from lengthwise.esm2.shapes import ModelConfig
 
+# The head sizes of the six models, at small widths.
+SHAPES = {
+    "8M": ModelConfig(3, 64, 4),
+    "35M": ModelConfig(3, 72, 3),
+    "150M": ModelConfig(3, 64, 2),
+    "650M": ModelConfig(3, 128, 2),
+    "3B": ModelConfig(3, 192, 3),
+    "15B": ModelConfig(3, 256, 2),
+}
+
 
 @dataclass(frozen=True)
 class Kind:

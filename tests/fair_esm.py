@@ -1,5 +1,6 @@
 """This engine's arrays against fair-esm in float64, by the limits of the parity receipt."""
 
+import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -7,12 +8,18 @@ import numpy as np
 import torch
 
 import checkpoints
-from lengthwise.esm2 import tensors
+from lengthwise.esm2 import tensors, tokens
 from lengthwise.esm2.accuracy import Reference, Verdict, judge
 from lengthwise.esm2.devices import DTYPES
 from lengthwise.esm2.reference import reference_rows
 
 CPU = torch.device("cpu")
+
+
+def random_sequences(lengths: Iterable[int], seed: int = 0) -> list[bytes]:
+    """A sequence of each length, of all letters that ESM-2 has."""
+    rng = random.Random(seed)
+    return [bytes(rng.choices(tokens.RESIDUES, k=length)) for length in lengths]
 
 
 def references(

@@ -1,36 +1,22 @@
 """Logits and contacts against fair-esm on the same weights."""
 
-import random
-
 import numpy as np
 import pytest
 import torch
 
 import checkpoints
+from checkpoints import SHAPES
+from fair_esm import random_sequences
 from lengthwise.esm2 import checkpoint, contacts, fair_esm_layout, outputs, tokens
 from lengthwise.esm2.engine import Engine
 from lengthwise.esm2.model import Packing
 from lengthwise.esm2.outputs import Output
-from lengthwise.esm2.shapes import MODELS, ModelConfig
+from lengthwise.esm2.shapes import MODELS
 from lengthwise.esm2.streamed import StreamedEngine
 
 CPU = torch.device("cpu")
 # Float32 sums in another order, on flat attention: see test_model.
 FLOAT32_TOLERANCE = 2e-5
-# The head sizes of the six models, at small widths.
-SHAPES = {
-    "8M": ModelConfig(3, 64, 4),
-    "35M": ModelConfig(3, 72, 3),
-    "150M": ModelConfig(3, 64, 2),
-    "650M": ModelConfig(3, 128, 2),
-    "3B": ModelConfig(3, 192, 3),
-    "15B": ModelConfig(3, 256, 2),
-}
-
-
-def random_sequences(lengths, seed=0) -> list[bytes]:
-    rng = random.Random(seed)
-    return [bytes(rng.choices(tokens.RESIDUES, k=length)) for length in lengths]
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ from transformers import EsmForMaskedLM, EsmForSequenceClassification, EsmForTok
 from transformers.models.esm.configuration_esm import get_default_vocab_list
 
 import hugging_face
+from checkpoints import SHAPES
 from fair_esm import assert_right, references
 from lengthwise.esm2 import checkpoint, sources, tokens
 from lengthwise.esm2.engine import Engine
@@ -29,15 +30,6 @@ CPU = torch.device("cpu")
 # Float32 sums in another order, of the RMS of a layer's rows.
 TOLERANCE = 2e-5
 TINY = ModelConfig(2, 32, 2)
-# The head sizes of the six models, at small widths; and the two smallest as they are.
-SHAPES = {
-    "8M": ModelConfig(3, 64, 4),
-    "35M": ModelConfig(3, 72, 3),
-    "150M": ModelConfig(3, 64, 2),
-    "650M": ModelConfig(3, 128, 2),
-    "3B": ModelConfig(3, 192, 3),
-    "15B": ModelConfig(3, 256, 2),
-}
 
 
 def random_sequence(length, seed=0) -> bytes:

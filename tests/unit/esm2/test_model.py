@@ -1,6 +1,5 @@
 """The packed forward pass against fair-esm's own ESM2: in float64, on checkpoints like trained ones, by the receipt's limits."""
 
-import random
 import shutil
 import sys
 import threading
@@ -12,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import checkpoints
-from fair_esm import assert_right, references, share_of_limit
+from checkpoints import SHAPES
+from fair_esm import assert_right, random_sequences, references, share_of_limit
 from lengthwise.esm2 import checkpoint, outputs, rotary, tensors
 from lengthwise.esm2 import model as model_module
 from lengthwise.esm2 import tokens as tokens_module
@@ -28,25 +28,11 @@ from lengthwise.system.machine import host_available
 CPU = torch.device("cpu")
 # Float32 sums in another order, on flat attention: measured errors are about 4e-6 of the RMS.
 FLOAT32_TOLERANCE = 2e-5
-# The head sizes of the six models, at small widths.
-SHAPES = {
-    "8M": ModelConfig(3, 64, 4),
-    "35M": ModelConfig(3, 72, 3),
-    "150M": ModelConfig(3, 64, 2),
-    "650M": ModelConfig(3, 128, 2),
-    "3B": ModelConfig(3, 192, 3),
-    "15B": ModelConfig(3, 256, 2),
-}
 # All kinds at one shape (and, with the planted bugs, at another), these at every shape.
 TRAINED = ("flat", "q,k x 6, others x 3, massive 3,000", "q,k x 4, massive 3,000, gains x 100")
 TRAINED_SHAPES = [("8M", kind) for kind in checkpoints.KINDS] + [
     (name, kind) for name in SHAPES if name != "8M" for kind in TRAINED
 ]
-
-
-def random_sequences(lengths, seed=0) -> list[bytes]:
-    rng = random.Random(seed)
-    return [bytes(rng.choices(tokens_module.RESIDUES, k=length)) for length in lengths]
 
 
 @torch.inference_mode()
