@@ -206,13 +206,13 @@ class Source:
         for batch in reader:
             gathered = {name: np.empty((len(batch), width), np.float32) for name in names}
             places = batch.select(["digest", "shard", "sequence_no"]).to_pandas()
-            rows = self._windows.find(np.frombuffer(b"".join(places["digest"]), np.uint8).reshape(-1, 24))
+            digests = np.frombuffer(b"".join(places["digest"]), np.uint8).reshape(-1, 24)
+            rows = self._windows.find(digests)
             for tensor, vectors in gathered.items() if (rows >= 0).any() else ():
                 vectors[rows >= 0] = self._windows.pooled(tensor, rows[rows >= 0], self._window_shard)
             for name, group in places[rows < 0].groupby("shard", dropna=False):
                 shard, numbers = self._open_shard(name), group["sequence_no"].to_numpy()
-                digests = np.frombuffer(b"".join(group["digest"]), np.uint8).reshape(-1, 24)
-                if not shard.holds_all(numbers, digests):
+                if not shard.holds_all(numbers, digests[group.index]):
                     raise mismatch(self.dataset, shard)
                 for tensor, vectors in gathered.items():
                     vectors[group.index] = shard[tensor][numbers]

@@ -75,7 +75,9 @@ class Judged:
             pa.DictionaryArray.from_arrays(status, pa.array(STATUS)).cast(pa.string()),
             mostly_empty(self.reasons, n),
             mostly_empty(changes, n),
-            pa.array([self.full_lengths.get(i) for i in range(n)], pa.int32()),
+            pa.array(map(self.full_lengths.get, range(n)), pa.int32())
+            if self.full_lengths
+            else pa.nulls(n, pa.int32()),
         ]
         return pa.record_batch(columns, schema=RECORDS)
 

@@ -183,7 +183,7 @@ class Dataset(Embeddings):
             raise LengthwiseError(f"{self.path}: {kind!r} was not stored{rows}; 'outputs' in the config lists what is")
         out = np.empty((len(self), self.settings["embed_dim"]), np.float32)
         places = self.ids.array()
-        in_windows = self._windows.find(self._index.digest[places])
+        in_windows = self._in_windows(places)
         for numbers in self._by_shard():
             numbers = numbers[in_windows[numbers] < 0]
             if not len(numbers):
@@ -259,8 +259,8 @@ class Dataset(Embeddings):
         return self._index.where(condition, self._sequences.path)[self.ids.array()]
 
     def _sequences_at(self, places: np.ndarray) -> "pa.LargeStringArray":
-        digests = self._index.digest[places]
-        if not (in_windows := self._windows.find(digests) >= 0).any():
+        digests, in_windows = self._index.digest[places], self._in_windows(places) >= 0
+        if not in_windows.any():
             return self._sequences.at(digests)
         parts = [self._sequences.at(digests[~in_windows]), self._windowed_sequences.at(digests[in_windows])]
         order = np.argsort(np.concatenate([np.flatnonzero(~in_windows), np.flatnonzero(in_windows)]))
@@ -273,9 +273,15 @@ class Dataset(Embeddings):
     def _listed(self) -> int:
         return self.manifest["records"] if len(self) == len(self._index) else len(self)
 
+    def _in_windows(self, places: np.ndarray) -> np.ndarray:
+        """The rows of the table of windows [n] for the records at these places [n]; -1 where a record is whole in its shard."""
+        if not len(self._windows):  # else the digests of all places would be copied for nothing
+            return np.full(len(places), -1)
+        return self._windows.find(self._index.digest[places])
+
     def _joined(self, place: int) -> np.ndarray | None:
         """The rows of a protein in windows, copied together; None if it is whole in its shard."""
-        row = self._windows.row(self._index.digest[place])
+        row = self._windows.row(self._index.digest[place]) if len(self._windows) else None
         return None if row is None else self._windows.rows(row, f"layer_{self._layer}", self._named_shard)
 
     def _read(self, place: int) -> np.ndarray:

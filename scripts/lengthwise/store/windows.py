@@ -142,7 +142,7 @@ class Windows:
 
     def row(self, digest: np.ndarray) -> int | None:
         """The row of the protein with this digest [24] uint8; None if it is no protein in windows."""
-        row = int(self.find(digest[None])[0]) if len(self) else -1
+        row = int(self.find(digest[None])[0])
         return None if row < 0 else row
 
     def rows(self, row: int, name: str, open_shard: Callable[[str], Shard]) -> np.ndarray:
