@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import checkpoints
 from checkpoints import SHAPES
-from fair_esm import assert_right, random_sequences, references, share_of_limit
+from fair_esm import assert_close, assert_right, random_sequences, references, share_of_limit
 from lengthwise.esm2 import checkpoint, outputs, rotary, tensors
 from lengthwise.esm2 import model as model_module
 from lengthwise.esm2 import tokens as tokens_module
@@ -26,8 +26,6 @@ from lengthwise.esm2.shapes import AUTO_BATCH_TOKENS, MODELS, ModelConfig
 from lengthwise.system.machine import host_available
 
 CPU = torch.device("cpu")
-# Float32 sums in another order, on flat attention: measured errors are about 4e-6 of the RMS.
-FLOAT32_TOLERANCE = 2e-5
 # All kinds at one shape (and, with the planted bugs, at another), these at every shape.
 TRAINED = ("flat", "q,k x 6, others x 3, massive 3,000", "q,k x 4, massive 3,000, gains x 100")
 TRAINED_SHAPES = [("8M", kind) for kind in checkpoints.KINDS] + [
@@ -42,12 +40,6 @@ def reference(path, sequence: bytes, layers) -> dict[int, np.ndarray]:
     _, _, tokens = model.alphabet.get_batch_converter()([("", sequence.decode())])
     result = model(tokens, repr_layers=list(layers))["representations"]
     return {layer: value[0, 1:-1].numpy() for layer, value in result.items()}
-
-
-def assert_close(ours, theirs, tolerance=FLOAT32_TOLERANCE):
-    rms = float(np.sqrt(np.mean(np.square(theirs, dtype=np.float64))))
-    assert ours.shape == theirs.shape
-    assert np.abs(ours - theirs).max() <= tolerance * max(1.0, rms)
 
 
 def embed(path, sequences, layers, precision="float32", storage_dtype="float32"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import lengthwise.config
+from fair_esm import assert_close
 from lengthwise.__main__ import main
 from lengthwise.esm2 import checkpoint
 from lengthwise.esm2.tokens import STANDARD
@@ -22,7 +23,6 @@ from small_store import ROOT
 
 SIZE, OVERLAP = 60, 20
 WINDOWS = {"long_policy": "window", "window_residues": SIZE, "overlap": OVERLAP}
-FLOAT32_TOLERANCE = 2e-5  # relative to the RMS: sums in another order
 
 
 def protein(length: int, seed: int = 0) -> str:
@@ -89,12 +89,6 @@ def store(small_store):
 @pytest.fixture
 def ds(store):
     return store.open("a")
-
-
-def assert_close(ours, theirs):
-    assert ours.shape == theirs.shape
-    rms = float(np.sqrt(np.mean(np.square(theirs, dtype=np.float64))))
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=FLOAT32_TOLERANCE * max(1.0, rms))
 
 
 @pytest.mark.parametrize("layer", [1, 2])

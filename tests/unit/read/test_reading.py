@@ -9,12 +9,11 @@ import torch
 from safetensors import safe_open
 
 import lengthwise
+from fair_esm import assert_close
 from lengthwise.esm2 import checkpoint
 from lengthwise.store.paths import shard_path
 from lengthwise.system.files import write_json
 
-# Float32 sums in another order, relative to the RMS: see test_model.
-FLOAT32_TOLERANCE = 2e-5
 # Rounding to float16's 11 bits of significand.
 FLOAT16_TOLERANCE = 2**-11
 
@@ -72,12 +71,6 @@ def reference(tiny_checkpoint):
             for layer, value in model(tokens, repr_layers=[0, 1, 2])["representations"].items():
                 found[name, layer] = value[0].numpy()
     return found
-
-
-def assert_close(ours, theirs):
-    rms = float(np.sqrt(np.mean(np.square(theirs, dtype=np.float64))))
-    assert ours.shape == theirs.shape
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=FLOAT32_TOLERANCE * max(1.0, rms))
 
 
 def test_ids_are_those_of_the_file_in_its_order(ds):
